@@ -1,0 +1,1 @@
+"""The prediction: HTTP edge, predictor and its leaves, from top to bottom."""

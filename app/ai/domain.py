@@ -1,0 +1,176 @@
+"""The nouns of a prediction: frozen records, and the protocols the outside world implements.
+
+A batch is arrays from the database to the response. Shapes: `n` leads read, `k` features, `m` positions asked.
+This module imports no I/O library and knows no rule; everything in `app.ai` may import it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+CodeArray = NDArray[np.uint8]
+TextArray = NDArray[np.object_]
+
+ColumnKind = Literal["number", "boolean", "timestamp", "text"]
+ConfidenceMethod = Literal["max_probability", "margin", "entropy"]
+Verdict = Literal["ok", "caution", "abstain"]
+
+VERDICTS: tuple[Verdict, ...] = ("ok", "caution", "abstain")
+"""A verdict travels as its index in this tuple (uint8) until it reaches the wire."""
+
+UNKNOWN_LEAD, AMBIGUOUS_LEAD = -1, -2
+"""Row numbers that stand for: no such lead; more than one lead carries this external reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputColumn:
+    """A column a feature reads, and how its values are to be understood."""
+
+    name: str
+    kind: ColumnKind
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Column:
+    """One column of `n` leads.
+
+    `values` is float64 for numbers, booleans (0 or 1) and timestamps (seconds since 1970-01-01 UTC), and an
+    object array of `str` for text. `present` is False where the database holds NULL; the value there is NaN or
+    the empty string. A stored NaN or infinity is present.
+    """
+
+    kind: ColumnKind
+    values: FloatArray | TextArray
+    present: BoolArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LeadColumns:
+    """`n` leads as columns, by column name."""
+
+    n: int
+    columns: Mapping[str, Column]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FetchedLeads:
+    """What the lead source knows of the IDs asked.
+
+    `row_of` (one entry for each ID asked) is the row in `leads`, or `UNKNOWN_LEAD`, or `AMBIGUOUS_LEAD`.
+    Two IDs may share a row.
+    """
+
+    row_of: IntArray
+    leads: LeadColumns
+
+
+class LeadSource(Protocol):
+    """Where leads are read from; implemented by `app.db.leads`."""
+
+    async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn]) -> FetchedLeads:
+        """Reads the named columns of these leads in one statement.
+
+        `lead_ids` are canonical (see `canonical_lead_id`) and distinct.
+
+        Raises:
+            DatabaseUnavailableError: no answer within the deadline.
+            PredictionFailedError: the relation no longer has a column, or it has another type.
+        """
+        ...
+
+
+class EventSink(Protocol):
+    """Where events end up for good; implemented by `app.db.ai_events`."""
+
+    async def write_events(self, events: Sequence["StoredEvent"]) -> None:
+        """Writes all of them or none; an event already there is left as it is.
+
+        Raises:
+            DatabaseUnavailableError: no answer within the deadline.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEvent:
+    """One event as the telemetry log keeps it: `meta` is the JSON text of a closed event schema."""
+
+    id: str
+    action: str
+    meta: str
+    request_id: str | None
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """Which model: id, version, and the SHA-256 of the artifact's bytes."""
+
+    model_id: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """One lead we decline, inside a good answer."""
+
+    lead_id: str
+    position: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What a prediction is asked for: its request ID, and the moment its features are true for (seconds UTC)."""
+
+    request_id: str
+    as_of: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictions:
+    """The outcome of one batch; the arrays have one entry for each answered position, in request order.
+
+    `lead_ids` are as they were sent. `verdict` holds indices into `VERDICTS`. `stages_ms` is wall time by stage,
+    in milliseconds.
+    """
+
+    asked: int
+    lead_ids: list[str]
+    raw_score: FloatArray
+    probability: FloatArray
+    confidence: FloatArray
+    coverage: FloatArray
+    prediction: BoolArray
+    verdict: CodeArray
+    cache_hits: int
+    rejections: tuple[Rejection, ...]
+    model: ModelRef
+    calibration_method: str
+    confidence_method: ConfidenceMethod
+    bounds: tuple[float, float]
+    stages_ms: Mapping[str, float]
+
+
+JsonObject = dict[str, Any]
+
+
+def canonical_lead_id(lead_id: str) -> str:
+    """Returns the form a lead is looked up and cached by: a UUID in lower case, anything else unchanged."""
+    return lead_id.lower() if is_uuid(lead_id) else lead_id
+
+
+def is_uuid(lead_id: str) -> bool:
+    """Tells whether the ID has the form of a UUID (8-4-4-4-12 hexadecimal digits, any case)."""
+    if len(lead_id) != 36 or lead_id[8] != "-" or lead_id[13] != "-" or lead_id[18] != "-" or lead_id[23] != "-":
+        return False
+    digits = lead_id.replace("-", "")
+    return len(digits) == 32 and all(digit in "0123456789abcdefABCDEF" for digit in digits)

@@ -1,0 +1,1 @@
+"""The wire format; nothing but the HTTP edge imports it."""

@@ -1,0 +1,127 @@
+"""Every environment variable the service reads: typed, frozen, checked once at start.
+
+Only `main`, `cli` and `wiring` import this module; everything else is handed plain values.
+A wrong value raises `SettingsError`, whose text is one line that names the variable.
+"""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.errors import SettingsError
+
+_DEVELOPMENT_ORIGINS = tuple(
+    f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 4200, 5173, 8080)
+)
+
+
+class Settings(BaseSettings):
+    """The service's settings. Field names are the environment variables in lower case."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, env_file=".env", env_ignore_empty=True, extra="ignore", use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    app_env: Literal["development", "production"] = "development"
+    """`production` turns every unsafe convenience into a refusal to start."""
+    host: str = "127.0.0.1"
+    """Address the service listens on."""
+    port: int = Field(8000, ge=1, le=65535)
+    """TCP port the service listens on."""
+    workers: int = Field(1, ge=1, le=64)
+    """Processes that serve requests; each holds the model and runs one inference thread."""
+    var_dir: Path = Path("var")
+    """Everything the running service writes: embedded database, telemetry log, metrics of the workers."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Lowest level that is written to the log (JSON lines on standard error)."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = _DEVELOPMENT_ORIGINS
+    """Comma-separated origins a browser may call from."""
+
+    database_url: str | None = None
+    """The CRM's PostgreSQL (`postgresql://user@host/name`); unset: the embedded PostgreSQL under `VAR_DIR`."""
+    database_deadline_seconds: float = Field(1.0, gt=0, le=60)
+    """Longest any caller waits for the database, connecting included."""
+    database_pool_size: int = Field(8, ge=1, le=200)
+    """Connections a worker may hold for reading leads."""
+    lead_source: str = "lead_source"
+    """Table or view that leads are read from, optionally with its schema (`crm.leads`)."""
+
+    ai_telemetry_enabled: bool = True
+    """Record a structured event for every scoring request, before its answer leaves."""
+    ai_enable_legacy_advanced_ml: bool = True
+    """Mount the legacy router."""
+    ai_legacy_sunset: datetime | None = None
+    """Date the legacy router ends (RFC 3339); sent as its `Sunset` header."""
+    ai_breaker_failures: int = Field(5, ge=1, le=1000)
+    """Service failures in a row that open the legacy router's circuit breaker."""
+    ai_breaker_open_seconds: float = Field(30.0, gt=0, le=3600)
+    """How long the breaker stays open before it lets one probe through."""
+    ai_max_body_bytes: int = Field(262_144, ge=1024, le=16_777_216)
+    """Largest request body that is read."""
+
+    ml_model_dir: Path = Path("models")
+    """Directory of model artifacts and their manifests."""
+    ml_model_pattern: str = "advanced_ml_*"
+    """Which files in it are candidates."""
+    ml_model_version: str | None = None
+    """Serve this version (`YYYYMMDD_HHMMSS`) instead of the newest."""
+    ml_cache_ttl_seconds: float = Field(3600.0, gt=0)
+    """How long a loaded model is trusted before the registry looks again."""
+    ml_prediction_cache_ttl_seconds: float = Field(300.0, ge=0)
+    """How long a prediction may be answered from the cache; 0 turns the cache off."""
+    ml_prediction_cache_size: int = Field(100_000, ge=1, le=10_000_000)
+    """Most predictions a worker remembers."""
+    ml_min_feature_coverage: float = Field(0.6, ge=0, le=1)
+    """Below this share of really present features a prediction says `caution`."""
+    ml_max_batch_size: int = Field(2000, ge=1, le=2000)
+    """Lead IDs in one request."""
+    ml_confidence_method: Literal["max_probability", "margin", "entropy"] = "max_probability"
+    """How `confidence` is derived from the probability."""
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _refuse_any_origin(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "*" in value:
+            raise ValueError("'*' is refused because requests may carry credentials; list the origins")
+        return value
+
+    @field_validator("lead_source")
+    @classmethod
+    def _plain_relation(cls, value: str) -> str:
+        parts = value.split(".")
+        if len(parts) > 2 or not all(part.isidentifier() and part.isascii() for part in parts):
+            raise ValueError("expected a relation name such as lead_source or crm.leads")
+        return value
+
+    @model_validator(mode="after")
+    def _refuse_conveniences_in_production(self) -> Self:
+        if self.app_env == "production":
+            if self.database_url is None:
+                raise ValueError("DATABASE_URL must be set when APP_ENV=production: the embedded database is for development")
+            if self.cors_origins == _DEVELOPMENT_ORIGINS:
+                raise ValueError("CORS_ORIGINS must be set when APP_ENV=production: the default allows localhost only")
+        return self
+
+
+def load_settings() -> Settings:
+    """Reads the environment and `.env`.
+
+    Raises:
+        SettingsError: a value is missing or wrong; the message is one line that names the variable.
+    """
+    try:
+        return Settings()
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        name = ".".join(str(part) for part in first["loc"][:1]).upper()
+        raise SettingsError(f"{name}: {message}" if name else message) from None

@@ -1,0 +1,1 @@
+"""Training and publishing; never imported by serving."""
