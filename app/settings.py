@@ -30,8 +30,8 @@ class Settings(BaseSettings):
     """`production` turns every unsafe convenience into a refusal to start."""
     host: str = "127.0.0.1"
     """Address the service listens on."""
-    port: int = Field(8000, ge=1, le=65535)
-    """TCP port the service listens on."""
+    port: int = Field(8000, ge=0, le=65535)
+    """TCP port the service listens on; 0 takes any free one and says which."""
     workers: int = Field(1, ge=1, le=64)
     """Processes that serve requests; each holds the model and runs one inference thread."""
     var_dir: Path = Path("var")

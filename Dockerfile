@@ -1,0 +1,27 @@
+# The steps are those of the Makefile: hash-pinned install, then the checkout itself. The running user owns neither
+# code nor models; everything the service writes goes to /data.
+FROM python:3.11-slim AS build
+WORKDIR /app
+RUN python -m venv .venv
+COPY requirements.lock pyproject.toml README.md LICENSE ./
+RUN .venv/bin/python -m pip install --no-cache-dir --require-hashes -r requirements.lock
+COPY app app
+RUN .venv/bin/python -m pip install --no-cache-dir --no-deps --no-build-isolation --editable .
+
+FROM python:3.11-slim
+WORKDIR /app
+RUN useradd --system --uid 10001 --no-create-home leadscore && install -d -o leadscore /data
+COPY --from=build /app/.venv .venv
+COPY pyproject.toml alembic.ini ./
+COPY alembic alembic
+COPY app app
+COPY models models
+ENV PATH="/app/.venv/bin:$PATH" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    HOST=0.0.0.0 PORT=8000 VAR_DIR=/data APP_ENV=production
+USER leadscore
+VOLUME /data
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s CMD \
+    ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/readyz', timeout=2)"]
+# APP_ENV=production asks for DATABASE_URL and CORS_ORIGINS; apply migrations with `leadscore db upgrade`.
+CMD ["leadscore", "serve"]

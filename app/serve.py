@@ -1,0 +1,163 @@
+"""What `leadscore serve` does: a database, a listening socket, the workers, and an orderly end.
+
+The parent process owns the embedded PostgreSQL and outlives every worker; a worker only ever sees `DATABASE_URL`.
+Nothing here knows what a request is. Called by `app.cli` alone.
+"""
+
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from types import FrameType
+
+import click
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from app.db.embedded import open_embedded
+from app.db.migrations import upgrade
+from app.errors import SettingsError
+from app.log_setup import configure_logging
+from app.settings import Settings
+
+DEMO_PEOPLE = 10_000
+DEMO_SEED = 1
+
+
+class _Stopped(BaseException):
+    """A signal asked the service to end; not an error, so nothing that handles errors may catch it."""
+
+
+def serve(settings: Settings) -> None:
+    """Serves until SIGINT or SIGTERM, then stops everything in order and returns.
+
+    Raises:
+        SettingsError: the port is taken, or the embedded database cannot be started as configured.
+    """
+    configure_logging(settings.log_level)
+    try:
+        with ExitStack() as stack:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, _raise_stopped)
+            listener = stack.enter_context(_bind(settings.host, settings.port))
+            url = stack.enter_context(open_database(settings))
+            if settings.database_url is None:
+                _seed_once(url)
+            _prepare_workers(settings, url)
+            stack.callback(_ignore_signals)  # closed first: a second Ctrl-C must not cut the closing short
+            _run(settings, listener)
+    except _Stopped:
+        return
+
+
+@contextmanager
+def open_database(settings: Settings) -> Iterator[str]:
+    """Yields the URL of the configured database, or of the embedded one, started and migrated."""
+    if settings.database_url is not None:
+        yield settings.database_url
+        return
+    with open_embedded(settings.var_dir) as url:
+        upgrade(url)
+        yield url
+
+
+def _seed_once(url: str) -> None:
+    from app.db.demo_crm import has_people, load_demo  # noqa: PLC0415 - NumPy is not needed on later starts
+
+    if not has_people(url):
+        click.echo(f"Filling the empty database with a demo CRM of {DEMO_PEOPLE:,} people ...", err=True)
+        load_demo(url, people=DEMO_PEOPLE, seed=DEMO_SEED, until=datetime.now(UTC))
+
+
+def _prepare_workers(settings: Settings, url: str) -> None:
+    """Leaves in the environment what the workers must find before they import anything."""
+    os.environ["DATABASE_URL"] = url
+    if settings.workers > 1:
+        # prometheus_client decides at import time whether counts are shared between processes.
+        shared_counts = settings.var_dir / "metrics"
+        shutil.rmtree(shared_counts, ignore_errors=True)
+        shared_counts.mkdir(parents=True)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared_counts.resolve())
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    # Bound but not yet listening: the port is ours from now on, and callers are refused, not kept waiting.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as exc:
+        listener.close()
+        raise SettingsError(
+            f"HOST, PORT: cannot listen on {host}:{port} ({os.strerror(exc.errno or 0)}); set PORT to a free one"
+        ) from exc
+    listener.set_inheritable(True)
+    return listener
+
+
+def _run(settings: Settings, listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        "app.main:create_app", factory=True, workers=settings.workers, http="httptools", log_config=None,
+        access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=10,
+    )
+    host, port = listener.getsockname()[:2]
+
+    def announce() -> None:
+        _announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    if settings.workers > 1:
+        _Supervisor(config, [listener], announce).run()
+        return
+    server = _Server(config, announce)
+    server.run([listener])
+    if not server.started:
+        raise SettingsError("the service could not start; the log above says why")
+
+
+class _Server(uvicorn.Server):
+    """One worker in this process, which says when it is ready."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
+
+
+class _Supervisor(Multiprocess):
+    """Several workers, which says when all of them are ready."""
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], announce: Callable[[], None]) -> None:
+        super().__init__(config, sockets)
+        self._announce = announce
+
+    def init_processes(self) -> None:
+        super().init_processes()
+        if all(process.wait_until_ready(60, self.should_exit) for process in self.processes):
+            self._announce()
+
+
+def _announce(base: str) -> None:
+    post = f"curl -s {base}/ai/advanced-ml/predict-batch -H 'Content-Type: application/json'"
+    click.echo(
+        f"\nLead Scoring listens on {base}   (API: {base}/docs, stop: Ctrl-C)\n\n"
+        f"  curl -s {base}/ai/advanced-ml/health\n"
+        f"  curl -s {base}/ai/advanced-ml/models\n"
+        f"  {post} -d '[\"lead_1\", \"lead_2\", \"nobody\"]'\n"
+    )
+
+
+def _raise_stopped(_signal: int, _frame: FrameType | None) -> None:
+    raise _Stopped
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,103 @@
+"""What the project promises about itself: documents that cannot rot, and habits that hold everywhere."""
+
+import ast
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from app.cli import cli
+from app.errors import CommandError, LeadScoringError
+from app.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+PYTHON = sorted(path for folder in ("app", "tests", "alembic") for path in (ROOT / folder).rglob("*.py"))
+
+
+def _read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def _error_classes(parent: type[LeadScoringError] = LeadScoringError) -> list[type[LeadScoringError]]:
+    children = [child for child in parent.__subclasses__() if not issubclass(child, CommandError)]
+    return children + [grandchild for child in children for grandchild in _error_classes(child)]
+
+
+def _command_names(group: click.Group, prefix: str = "leadscore") -> list[str]:
+    names = []
+    for name, command in group.commands.items():
+        full = f"{prefix} {name}"
+        names += _command_names(command, full) if isinstance(command, click.Group) else [full]
+    return names
+
+
+@pytest.mark.parametrize("name", sorted(Settings.model_fields))
+def test_every_setting_is_in_the_example_file_with_its_default_and_in_the_readme(name: str) -> None:
+    default = Settings.model_fields[name].default
+    found = re.search(rf"^#{name.upper()}=(.*)$", _read(".env.example"), re.MULTILINE)
+    assert found is not None, f".env.example lacks {name.upper()}"
+    loaded = Settings(_env_file=None, **({name: found[1]} if found[1] else {}))  # type: ignore[call-arg]
+    assert getattr(loaded, name) == default
+    assert f"`{name.upper()}`" in _read("README.md")
+
+
+def test_the_example_file_names_no_setting_that_does_not_exist() -> None:
+    named = set(re.findall(r"^#([A-Z_]+)=", _read(".env.example"), re.MULTILINE))
+    assert named == {name.upper() for name in Settings.model_fields}
+
+
+def test_every_error_code_is_documented() -> None:
+    codes = {error.code for error in _error_classes()}
+    assert len(codes) > 15
+    assert not [code for code in codes if f"`{code}`" not in _read("docs/api.md")]
+
+
+def test_every_command_is_documented_and_has_help() -> None:
+    documents = _read("README.md") + _read("README_ML_DEV.md") + _read("docs/runbook.md")
+    names = _command_names(cli)
+    assert len(names) >= 8
+    assert not [name for name in names if name not in documents]
+
+
+def test_every_metric_is_documented() -> None:
+    metrics = set(re.findall(r'"(lead_scoring_[a-z_]+)"', _read("app/metrics.py")))
+    assert metrics
+    assert not [name for name in metrics if f"`{name}`" not in _read("docs/runbook.md")]
+
+
+def test_local_links_in_the_documents_lead_somewhere() -> None:
+    broken = []
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "app/ai/REPORT_ML_AUDIT.md"]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
+            if not (document.parent / target).exists():
+                broken.append(f"{document.relative_to(ROOT)} -> {target}")
+    assert not broken
+
+
+def test_nothing_is_patched_in_tests_and_no_http_exception_is_raised_below_the_edge() -> None:
+    offenders = []
+    for path in PYTHON:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            module = getattr(node, "module", None) or ""
+            if "unittest.mock" in (module, *names) or (module == "unittest" and "mock" in names):
+                offenders.append(f"{path.name} imports unittest.mock")
+            if "HTTPException" in names and path.name != "error_handlers.py":
+                offenders.append(f"{path.name} imports HTTPException")
+    assert not offenders
+
+
+def test_alembic_folder_does_not_hide_the_library_and_models_holds_no_python() -> None:
+    assert not (ROOT / "alembic" / "__init__.py").exists()
+    assert not list((ROOT / "models").rglob("*.py"))
+
+
+def test_the_locks_are_hash_pinned_and_name_no_index() -> None:
+    for name in ("requirements.lock", "requirements-dev.lock"):
+        text = _read(name)
+        assert "index-url" not in text
+        assert "find-links" not in text
+        for requirement in re.findall(r"^[a-z0-9].*?(?=^[a-z0-9]|\Z)", text, re.MULTILINE | re.DOTALL):
+            assert "==" in requirement.splitlines()[0]
+            assert "--hash=sha256:" in requirement
