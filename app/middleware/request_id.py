@@ -1,0 +1,87 @@
+"""Names each request, binds the name to everything logged meanwhile, and closes it with one line and one count.
+
+Outermost of the middleware. It leaves a `RequestRecord` in `scope["state"]["record"]` for the layers below and
+never looks at a body, a query or a path: those are the caller's text.
+"""
+
+import re
+import time
+from collections.abc import Callable
+
+import structlog
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uuid_utils import uuid7
+
+from app.ai.events import RequestRecord
+from app.metrics import observe_request
+
+CLIENT_CLOSED_REQUEST = 499
+"""The status recorded for a request that ended before it had an answer."""
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_SECONDS_PER_DAY = 86_400
+
+_log = structlog.get_logger("app.request")
+
+
+class RequestIdMiddleware:
+    """Plain ASGI middleware; `now` gives seconds UTC, `monotonic` seconds, `new_id` a UUIDv7."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.perf_counter,
+        new_id: Callable[[], str] = lambda: str(uuid7()),
+    ) -> None:
+        self._app = app
+        self._now = now
+        self._monotonic = monotonic
+        self._new_id = new_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = self._build_record(scope)
+        scope.setdefault("state", {})["record"] = record
+        status = CLIENT_CLOSED_REQUEST
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = record.request_id
+            await send(message)
+
+        names = {"request_id": record.request_id, "trace_id": record.trace_id}
+        bound = structlog.contextvars.bind_contextvars(**{key: name for key, name in names.items() if name})
+        try:
+            await self._app(scope, receive, send_named)
+        finally:
+            seconds = self._monotonic() - record.started
+            observe_request(record.route, status, record.error_code, seconds)
+            _log.info(
+                "request", route=record.route, status=status, code=record.error_code,
+                latency_ms=round(seconds * 1000, 3),
+            )  # fmt: skip
+            structlog.contextvars.reset_contextvars(**bound)
+
+    def _build_record(self, scope: Scope) -> RequestRecord:
+        given = _match_only_header(scope, b"x-request-id", _REQUEST_ID)
+        trace = _match_only_header(scope, b"traceparent", _TRACEPARENT)
+        return RequestRecord(
+            request_id=given.group().decode() if given else self._new_id(),
+            started=self._monotonic(),
+            as_of=self._now() // _SECONDS_PER_DAY * _SECONDS_PER_DAY,
+            trace_id=trace.group(1).decode() if trace else None,
+        )
+
+
+def _match_only_header(scope: Scope, name: bytes, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+    # A header sent twice is somebody's confusion or an attack: neither copy is believed.
+    values = [value for key, value in scope["headers"] if key == name]
+    return pattern.fullmatch(values[0]) if len(values) == 1 else None
