@@ -1,6 +1,6 @@
-"""Names each request, binds the name to everything logged meanwhile, and closes it with one line and one count.
+"""Names each request, binds the name to all that is logged meanwhile, closes it with one line and one count.
 
-Outermost of the middleware. It leaves a `RequestRecord` in `scope["state"]["record"]` for the layers below and
+Outermost of the middleware. It leaves a `RequestRecord` in `scope["state"]["record"]` for the layers below, and
 never looks at a body, a query or a path: those are the caller's text.
 """
 
@@ -20,7 +20,9 @@ CLIENT_CLOSED_REQUEST = 499
 """The status recorded for a request that ended before it had an answer."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_TRACEPARENT = re.compile(
+    rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
 _SECONDS_PER_DAY = 86_400
 
 _log = structlog.get_logger("app.request")
@@ -43,6 +45,7 @@ class RequestIdMiddleware:
         self._new_id = new_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

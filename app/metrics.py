@@ -1,0 +1,102 @@
+"""The service's Prometheus metrics, and how they are rendered for one process or for several.
+
+Labels are route templates, codes and other words of our own, so their number is bounded; never an ID or a
+value. Whoever starts more than one worker sets `PROMETHEUS_MULTIPROC_DIR` to an empty directory before this module
+is imported: the library decides then whether counts are shared between processes. Imports nothing of the service.
+"""
+
+import os
+from collections.abc import Mapping
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+_LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+REQUESTS = Counter("leadscore_requests", "Requests answered.", ["route", "status", "code"])
+REQUEST_SECONDS = Histogram(
+    "leadscore_request_seconds", "Wall time of a request.", ["route"], buckets=_LATENCY_BUCKETS
+)
+STAGE_SECONDS = Histogram(
+    "leadscore_stage_seconds", "Wall time of one stage of a batch.", ["stage"], buckets=_LATENCY_BUCKETS
+)
+LEADS = Counter("leadscore_leads", "Lead IDs asked, by outcome.", ["outcome"])
+CACHE_LOOKUPS = Counter("leadscore_prediction_cache_lookups", "Looks into the prediction cache.", ["result"])
+FEATURE_COVERAGE = Counter(
+    "leadscore_feature_coverage", "Sum of the answered leads' shares of really present features."
+)
+MODEL_LOADS = Counter("leadscore_model_loads", "Attempts to load a model.", ["result"])
+MODEL_READY = Gauge(
+    "leadscore_model_ready", "1 when every worker has a verified model.", multiprocess_mode="livemin"
+)
+BREAKER_STATE = Gauge(
+    "leadscore_breaker_state", "0 closed, 1 half-open, 2 open; the worst worker.", multiprocess_mode="livemax"
+)
+TELEMETRY_BACKLOG = Gauge(
+    "leadscore_telemetry_backlog", "Recorded events not yet in the database.", multiprocess_mode="mostrecent"
+)
+TELEMETRY_EVENTS = Counter("leadscore_telemetry_events", "Events made durable.", ["action"])
+TELEMETRY_FAILURES = Counter("leadscore_telemetry_failures", "Failed steps of telemetry.", ["step"])
+TELEMETRY_RECORD_SECONDS = Histogram(
+    "leadscore_telemetry_record_seconds", "Time until an event is durable.", buckets=_LATENCY_BUCKETS
+)
+
+_BREAKER_LEVELS = {"closed": 0, "half_open": 1, "open": 2}
+
+
+def observe_request(route: str, status: int, code: str | None, seconds: float) -> None:
+    """Counts one request; `route` is a template, `code` one of ours or None, `seconds` its wall time."""
+    REQUESTS.labels(route, str(status), code or "").inc()
+    REQUEST_SECONDS.labels(route).observe(seconds)
+
+
+def observe_batch(
+    answered: int,
+    coverage_sum: float,
+    rejections: Mapping[str, int],
+    cache_hits: int,
+    stages_ms: Mapping[str, float],
+) -> None:
+    """Counts one answered batch; `coverage_sum` is over its answered leads, `rejections` counts by code."""
+    LEADS.labels("answered").inc(answered)
+    FEATURE_COVERAGE.inc(coverage_sum)
+    for code, count in rejections.items():
+        LEADS.labels(code).inc(count)
+    CACHE_LOOKUPS.labels("hit").inc(cache_hits)
+    CACHE_LOOKUPS.labels("miss").inc(answered - cache_hits)
+    for stage, milliseconds in stages_ms.items():
+        STAGE_SECONDS.labels(stage).observe(milliseconds / 1000)
+
+
+def observe_model_load(result: str, *, ready: bool) -> None:
+    """Counts one attempt to load a model; `ready` tells whether a verified model is active now."""
+    MODEL_LOADS.labels(result).inc()
+    MODEL_READY.set(1 if ready else 0)
+
+
+def observe_breaker(state: str) -> None:
+    """Notes the circuit breaker's state: closed, half_open or open."""
+    BREAKER_STATE.set(_BREAKER_LEVELS[state])
+
+
+def render_metrics() -> tuple[bytes, str]:
+    """Returns the metrics of all workers in the Prometheus text format, and its content type."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return generate_latest(REGISTRY), CONTENT_TYPE_LATEST
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+def forget_worker(pid: int) -> None:
+    """Takes a dead worker's gauges out; its counts stay."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]

@@ -1,0 +1,185 @@
+"""Records the one event of a scoring request before its answer leaves, and answers whatever nobody else did.
+
+An answer whose event could not be made durable is withheld and replaced by 503 TELEMETRY_UNAVAILABLE: this is
+the promise that every answered request has a row in `ai_events`. An exception that gets this far becomes the 500
+problem here, because a server that sees one closes the connection without a word. Never looks at a body.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.ai.events import RequestRecord, build_prediction_event
+from app.ai.ml_telemetry import Telemetry
+from app.errors import InternalError, LeadScoringError, TelemetryUnavailableError
+from app.metrics import observe_batch
+from app.middleware.request_id import CLIENT_CLOSED_REQUEST
+
+AUDITED_PREFIX = "/ai/"
+_READING_METHODS = ("GET", "HEAD", "OPTIONS")
+
+_log = structlog.get_logger("app.audit")
+
+
+class AuditMiddleware:
+    """Plain ASGI middleware, directly inside `RequestIdMiddleware` and outside everything else.
+
+    `telemetry` finds the telemetry of this request's application, `problem` turns an error into the ASGI
+    response that carries it. `static_routes` are the route templates without parameters: a request that is
+    refused before it is routed is told apart by them.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        telemetry: Callable[[Scope], Telemetry],
+        problem: Callable[[Scope, LeadScoringError], ASGIApp],
+        static_routes: frozenset[str] = frozenset(),
+        monotonic: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._app = app
+        self._telemetry = telemetry
+        self._problem = problem
+        self._static_routes = static_routes
+        self._monotonic = monotonic
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(self, scope, receive, send)
+        try:
+            await self._app(scope, receive, answer.send)
+            if not answer.started:
+                await answer.fail(InternalError())
+        except Exception:  # noqa: BLE001 - logged, and answered as an internal error
+            _log.exception("unhandled_exception")
+            await answer.fail(InternalError())
+        finally:
+            answer.close()
+
+    def name_route(self, scope: Scope, record: RequestRecord) -> None:
+        """Notes the route template, which the router leaves in the scope once it has matched."""
+        template = getattr(scope.get("route"), "path_format", None)
+        if template is None and scope["path"] in self._static_routes:
+            template = scope["path"]
+        if template is not None:
+            record.route = template
+
+    async def record(self, scope: Scope, record: RequestRecord, status: int) -> None:
+        """Makes the request's event durable.
+
+        Raises:
+            TelemetryUnavailableError: it is not durable, so the answer must not leave.
+        """
+        try:
+            event = build_prediction_event(record, status, self._elapsed_ms(record))
+            await self._telemetry(scope).record(event, record.request_id)
+        except TelemetryUnavailableError:
+            raise
+        except Exception as exc:
+            _log.exception("event_not_built")
+            raise TelemetryUnavailableError from exc
+
+    def submit_abandoned(self, scope: Scope, record: RequestRecord) -> None:
+        """Leaves the event of a request that was cancelled before it had an answer."""
+        record.error_code = record.error_code or "CLIENT_CLOSED_REQUEST"
+        event = build_prediction_event(record, CLIENT_CLOSED_REQUEST, self._elapsed_ms(record))
+        self._telemetry(scope).submit(event, record.request_id)
+
+    def problem(self, scope: Scope, error: LeadScoringError) -> ASGIApp:
+        """Returns the response that carries the error."""
+        return self._problem(scope, error)
+
+    def _elapsed_ms(self, record: RequestRecord) -> float:
+        return round((self._monotonic() - record.started) * 1000, 3)
+
+
+class _Answer:
+    """One request's answer on its way out: its first message waits for the event."""
+
+    def __init__(self, audit: AuditMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
+        self.started = False
+        self._audit, self._scope, self._receive, self._send = audit, scope, receive, send
+        self._record: RequestRecord = scope["state"]["record"]
+        self._handed_over = False
+        self._withheld = False
+
+    async def send(self, message: Message) -> None:
+        """Forwards what the application sends, once the event is durable."""
+        if self._withheld:
+            return
+        if message["type"] == "http.response.start":
+            self._audit.name_route(self._scope, self._record)
+            try:
+                await self._make_durable(message["status"])
+            except TelemetryUnavailableError as exc:
+                self._withheld = True
+                await self._replace(exc, message)
+                return
+            self.started = True
+        await self._send(message)
+
+    async def _make_durable(self, status: int) -> None:
+        if self._handed_over or not _is_audited(self._scope, self._record, status):
+            return
+        # Noted before waiting: a cancelled wait has handed its event over all the same.
+        self._handed_over = True
+        await self._audit.record(self._scope, self._record, status)
+        _count_batch(self._record)
+
+    async def _replace(self, error: LeadScoringError, withheld: Message) -> None:
+        # The withheld answer has been through the CORS layer, which lies further in; its headers are kept.
+        kept = [
+            pair
+            for pair in withheld["headers"]
+            if pair[0].startswith(b"access-control-") or pair[0] == b"vary"
+        ]
+
+        async def send_with_cors(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.started = True
+                message["headers"] = [*message["headers"], *kept]
+            await self._send(message)
+
+        self._record.error_code = error.code
+        await self._audit.problem(self._scope, error)(self._scope, self._receive, send_with_cors)
+
+    async def fail(self, error: LeadScoringError) -> None:
+        """Answers with the error, unless an answer is under way: then the server cuts the connection."""
+        if self.started or self._withheld:
+            return
+        self._record.error_code = error.code
+        await self._audit.problem(self._scope, error)(self._scope, self._receive, self.send)
+
+    def close(self) -> None:
+        """Sees to it that a cancelled request leaves its event too."""
+        self._audit.name_route(self._scope, self._record)
+        if not self._handed_over and not self.started and _is_audited(self._scope, self._record, 499):
+            self._audit.submit_abandoned(self._scope, self._record)
+
+
+def _is_audited(scope: Scope, record: RequestRecord, status: int) -> bool:
+    if not scope["path"].startswith(AUDITED_PREFIX):
+        return False
+    if scope["method"] in _READING_METHODS:
+        return record.error_code is not None
+    return status >= 400 or record.predictions is not None
+
+
+def _count_batch(record: RequestRecord) -> None:
+    predictions = record.predictions
+    if predictions is None:
+        return
+    observe_batch(
+        answered=len(predictions.lead_ids),
+        coverage_sum=float(predictions.coverage.sum()),
+        rejections=Counter(rejection.code for rejection in predictions.rejections),
+        cache_hits=predictions.cache_hits,
+        stages_ms=predictions.stages_ms,
+    )
