@@ -1,0 +1,209 @@
+"""Deserialising an artifact: bytes in memory to an estimator, under an exact allow-list.
+
+The lists name what a random forest, histogram gradient boosting, a logistic regression and a pipeline with
+a standard scaler consist of, and nothing else; a file that names anything more is refused before the object
+it names is built. Never reads a file: the caller hands over the very bytes it has verified. Called by
+`model_bundle` and, to write an artifact, by `training.publish`.
+"""
+
+import io
+import json
+import pickle
+import warnings
+import zipfile
+from typing import Any, Final
+
+import joblib
+import numpy as np
+import sklearn
+import skops
+import skops.io
+from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
+from sklearn.exceptions import InconsistentVersionWarning
+
+from app.ai.model_manifest import ArtifactFormat
+from app.errors import ArtifactError
+
+_BOOSTING = "sklearn.ensemble._hist_gradient_boosting"
+
+SKOPS_TRUSTED: Final = (
+    f"{_BOOSTING}.predictor.TreePredictor",
+    "sklearn.tree._tree.Tree",
+)
+"""What skops does not trust by itself and these models need: their tree arrays are checked in `inference`."""
+
+SKOPS_NODES: Final = frozenset({
+    ("DictNode", "builtins", "dict"),
+    ("JsonNode", "builtins", "str"),
+    ("ListNode", "builtins", "list"),
+    ("LossNode", "sklearn._loss._loss", "CyHalfBinomialLoss"),
+    ("NdArrayNode", "numpy", "float64"),
+    ("NdArrayNode", "numpy", "int64"),
+    ("NdArrayNode", "numpy", "ndarray"),
+    ("NdArrayNode", "numpy", "uint64"),
+    ("ObjectNode", "sklearn._loss.link", "Interval"),
+    ("ObjectNode", "sklearn._loss.link", "LogitLink"),
+    ("ObjectNode", "sklearn._loss.loss", "HalfBinomialLoss"),
+    ("ObjectNode", "sklearn.ensemble._forest", "RandomForestClassifier"),
+    ("ObjectNode", f"{_BOOSTING}.binning", "_BinMapper"),
+    ("ObjectNode", f"{_BOOSTING}.gradient_boosting", "HistGradientBoostingClassifier"),
+    ("ObjectNode", f"{_BOOSTING}.predictor", "TreePredictor"),
+    ("ObjectNode", "sklearn.linear_model._logistic", "LogisticRegression"),
+    ("ObjectNode", "sklearn.pipeline", "Pipeline"),
+    ("ObjectNode", "sklearn.preprocessing._data", "StandardScaler"),
+    ("ObjectNode", "sklearn.preprocessing._label", "LabelEncoder"),
+    ("ObjectNode", "sklearn.tree._classes", "DecisionTreeClassifier"),
+    ("RandomGeneratorNode", "numpy.random._generator", "Generator"),
+    ("TreeNode", "sklearn.tree._tree", "Tree"),
+    ("TupleNode", "builtins", "tuple"),
+    ("TypeNode", "builtins", "int"),
+    ("TypeNode", "builtins", "str"),
+})  # fmt: skip
+"""Every (loader, module, class) that may stand in the schema of a `.skops` file.
+
+skops by itself trusts every scikit-learn estimator, every NumPy and SciPy function and several ways to call
+them; none of that is needed here.
+"""
+
+JOBLIB_GLOBALS: Final = frozenset({
+    ("joblib.numpy_pickle", "NumpyArrayWrapper"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy.random._pcg64", "PCG64"),
+    ("numpy.random._pickle", "__bit_generator_ctor"),
+    ("numpy.random._pickle", "__generator_ctor"),
+    ("numpy.random.bit_generator", "SeedSequence"),
+    ("numpy.random.bit_generator", "__pyx_unpickle_SeedSequence"),
+    ("sklearn._loss._loss", "CyHalfBinomialLoss"),
+    ("sklearn._loss.link", "Interval"),
+    ("sklearn._loss.link", "LogitLink"),
+    ("sklearn._loss.loss", "HalfBinomialLoss"),
+    ("sklearn.ensemble._forest", "RandomForestClassifier"),
+    (f"{_BOOSTING}.binning", "_BinMapper"),
+    (f"{_BOOSTING}.gradient_boosting", "HistGradientBoostingClassifier"),
+    (f"{_BOOSTING}.predictor", "TreePredictor"),
+    ("sklearn.linear_model._logistic", "LogisticRegression"),
+    ("sklearn.pipeline", "Pipeline"),
+    ("sklearn.preprocessing._data", "StandardScaler"),
+    ("sklearn.preprocessing._label", "LabelEncoder"),
+    ("sklearn.tree._classes", "DecisionTreeClassifier"),
+    ("sklearn.tree._tree", "Tree"),
+})  # fmt: skip
+"""Every global a `.joblib` file may name."""
+
+_WRAPPER_STATE = {"subclass", "shape", "order", "dtype", "allow_mmap", "numpy_array_alignment_bytes"}
+
+
+def library_versions(fmt: ArtifactFormat) -> dict[str, str]:
+    """Returns the versions an artifact of this format is bound to, as they are installed here."""
+    serialiser = {"skops": skops.__version__} if fmt == "skops" else {"joblib": joblib.__version__}
+    return {"scikit-learn": sklearn.__version__, "numpy": np.__version__, **serialiser}
+
+
+def verify_library_versions(recorded: dict[str, str], fmt: ArtifactFormat) -> None:
+    """Refuses an artifact that was written with other libraries than are installed.
+
+    Raises:
+        ArtifactError: `library_mismatch`.
+    """
+    if recorded != library_versions(fmt):
+        raise ArtifactError("library_mismatch", "The artifact was written with other library versions.")
+
+
+def dump_estimator(estimator: object, fmt: ArtifactFormat) -> bytes:
+    """Returns the estimator as the bytes of an artifact; nothing is compressed."""
+    if fmt == "skops":
+        data: bytes = skops.io.dumps(estimator)
+        return data
+    buffer = io.BytesIO()
+    joblib.dump(estimator, buffer)
+    return buffer.getvalue()
+
+
+def load_estimator(data: bytes, fmt: ArtifactFormat) -> object:
+    """Deserialises an artifact whose bytes have been verified.
+
+    Raises:
+        ArtifactError: `not_allowed` (it names something outside the allow-list), `compressed`, or
+            `not_loadable` (damaged, or written by another version of a library).
+    """
+    # Not `catch_warnings`: that swaps the filters of the whole process, and this runs beside other threads.
+    warnings.simplefilter("error", InconsistentVersionWarning)
+    try:
+        return _load_skops(data) if fmt == "skops" else _load_joblib(data)
+    except ArtifactError:
+        raise
+    except Exception as exc:
+        raise ArtifactError("not_loadable", f"The artifact cannot be loaded ({type(exc).__name__}).") from exc
+
+
+def _load_skops(data: bytes) -> object:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ArtifactError("compressed", "The artifact is compressed.")
+        schema = json.loads(archive.read("schema.json"))
+    if not _find_nodes(schema) <= SKOPS_NODES:
+        raise ArtifactError("not_allowed", "The artifact holds types outside the allow-list.")
+    return skops.io.loads(data, trusted=list(SKOPS_TRUSTED))
+
+
+def _find_nodes(schema: object) -> set[tuple[str, str, str]]:
+    """Collects (loader, module, class) of everything in the schema that looks like a node in any way."""
+    found: set[tuple[str, str, str]] = set()
+    pending = [schema]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list):
+            pending.extend(value)
+        elif isinstance(value, dict):
+            pending.extend(value.values())
+            if not value.keys().isdisjoint({"__loader__", "__module__", "__class__"}):
+                found.add(
+                    (str(value.get("__loader__")), str(value.get("__module__")), str(value.get("__class__")))
+                )
+    return found
+
+
+def _load_joblib(data: bytes) -> object:
+    # joblib.load would look at the first bytes and decompress; here anything but a plain pickle is refused.
+    if data[:1] != pickle.PROTO:
+        raise ArtifactError("compressed", "The artifact is not an uncompressed joblib file.")
+    buffer = io.BytesIO(data)
+    estimator: object = _AllowListUnpickler("", buffer, ensure_native_byte_order=False).load()
+    if buffer.read(1):
+        raise ArtifactError("not_loadable", "The artifact has bytes after its end.")
+    return estimator
+
+
+class _AllowListUnpickler(NumpyUnpickler):  # type: ignore[misc]
+    """joblib's unpickler, able to find exactly the globals of `JOBLIB_GLOBALS`."""
+
+    dispatch = NumpyUnpickler.dispatch.copy()
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in JOBLIB_GLOBALS:
+            raise ArtifactError("not_allowed", "The artifact names a global outside the allow-list.")
+        return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Refuses an array wrapper that is not plain numbers before joblib lets it read its payload."""
+        if len(self.stack) > 1 and isinstance(self.stack[-2], NumpyArrayWrapper):
+            self._refuse_tricks(self.stack[-1])
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    @staticmethod
+    def _refuse_tricks(state: object) -> None:
+        # State beyond the wrapper's own would let a file replace the methods joblib is about to call, and an
+        # object array holds a pickle of its own.
+        plain = (
+            isinstance(state, dict)
+            and state.keys() == _WRAPPER_STATE
+            and state["subclass"] is np.ndarray
+            and isinstance(state["dtype"], np.dtype)
+            and not state["dtype"].hasobject
+        )
+        if not plain:
+            raise ArtifactError("not_allowed", "The artifact holds an array that is not plain numbers.")
