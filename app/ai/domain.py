@@ -4,6 +4,7 @@ A batch is arrays from the database to the response. Shapes: `n` leads read, `k`
 This module imports no I/O library and knows no rule; everything in `app.ai` may import it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -23,6 +24,21 @@ Verdict = Literal["ok", "caution", "abstain"]
 
 VERDICTS: tuple[Verdict, ...] = ("ok", "caution", "abstain")
 """A verdict travels as its index in this tuple (uint8) until it reaches the wire."""
+
+ANSWER = np.dtype(
+    [
+        ("raw_score", np.float64),
+        ("probability", np.float64),
+        ("confidence", np.float64),
+        ("coverage", np.float64),
+        ("prediction", np.bool_),
+        ("verdict", np.uint8),
+    ],
+    align=True,
+)
+"""Everything an answer says of one lead; a batch is an array of these, so that answers are moved, never rebuilt."""
+
+AnswerArray = NDArray[np.void]
 
 UNKNOWN_LEAD, AMBIGUOUS_LEAD = -1, -2
 """Row numbers that stand for: no such lead; more than one lead carries this external reference."""
@@ -162,6 +178,8 @@ class Predictions:
 
 JsonObject = dict[str, Any]
 
+_UUID = re.compile("[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
 
 def canonical_lead_id(lead_id: str) -> str:
     """Returns the form a lead is looked up and cached by: a UUID in lower case, anything else unchanged."""
@@ -170,7 +188,4 @@ def canonical_lead_id(lead_id: str) -> str:
 
 def is_uuid(lead_id: str) -> bool:
     """Tells whether the ID has the form of a UUID (8-4-4-4-12 hexadecimal digits, any case)."""
-    if len(lead_id) != 36 or lead_id[8] != "-" or lead_id[13] != "-" or lead_id[18] != "-" or lead_id[23] != "-":
-        return False
-    digits = lead_id.replace("-", "")
-    return len(digits) == 32 and all(digit in "0123456789abcdefABCDEF" for digit in digits)
+    return _UUID.fullmatch(lead_id) is not None

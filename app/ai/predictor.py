@@ -1,0 +1,237 @@
+"""The story of one prediction, top to bottom: lead IDs in, calibrated numbers a person may act on out.
+
+Both routers call the one `Predictor`. It knows no HTTP and no SQL, holds no database connection while it computes,
+and leaves the event loop once at most. `score_leads` is the pure part, from columns to answers; bulk scoring calls
+it too, so a score in a table and a score over HTTP come from the same lines.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import structlog
+
+from app.ai.calibration import calibrate, confidence
+from app.ai.domain import (
+    AMBIGUOUS_LEAD,
+    ANSWER,
+    UNKNOWN_LEAD,
+    VERDICTS,
+    AnswerArray,
+    BoolArray,
+    ConfidenceMethod,
+    FloatArray,
+    IntArray,
+    LeadColumns,
+    LeadSource,
+    Predictions,
+    Rejection,
+    RequestContext,
+    canonical_lead_id,
+)
+from app.ai.drift_window import DriftWindow
+from app.ai.feature_safety import build_verdicts, check_features
+from app.ai.features import build_features
+from app.ai.model_registry import ModelBundle, ModelRegistry
+from app.ai.prediction_cache import AnswerCache
+from app.errors import LeadScoringError, PredictionFailedError
+
+_log = structlog.get_logger("app.predictor")
+
+_ABSTAIN = VERDICTS.index("abstain")
+
+_FEATURES_REJECTED, _ANSWERED = -3, 0
+_REJECTIONS = {
+    UNKNOWN_LEAD: ("LEAD_NOT_FOUND", "No lead has this ID."),
+    AMBIGUOUS_LEAD: ("LEAD_AMBIGUOUS", "More than one lead has this external reference; ask by UUID."),
+    _FEATURES_REJECTED: (
+        "FEATURES_REJECTED",
+        "The lead's data cannot be made safe to score with this model.",
+    ),
+}
+
+Lap = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringPolicy:
+    """What the service, not the model, decides of an answer: when to say `caution`, what confidence means."""
+
+    min_coverage: float
+    confidence_method: ConfidenceMethod
+
+
+class ScoredLeads(NamedTuple):
+    """`n` leads, scored: `answers` (n,) are undefined where `rejected` (n,); `features` (n, k) is what was built."""
+
+    answers: AnswerArray
+    rejected: BoolArray
+    features: FloatArray
+
+
+class Stopwatch:
+    """Wall time by stage, in milliseconds of `clock` (seconds)."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._last = clock()
+        self.stages_ms: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """Ends a stage and begins the next."""
+        now = self._clock()
+        self.stages_ms[stage] = (now - self._last) * 1000
+        self._last = now
+
+
+class Predictor:
+    """Answers batches of lead IDs; one for each worker process, on its event loop.
+
+    `executor` has one thread, which does all the computing of this worker.
+    """
+
+    def __init__(
+        self,
+        registry: ModelRegistry,
+        lead_source: LeadSource,
+        cache: AnswerCache,
+        drift: DriftWindow,
+        executor: Executor,
+        policy: ScoringPolicy,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._registry = registry
+        self._lead_source = lead_source
+        self._cache = cache
+        self._drift = drift
+        self._executor = executor
+        self._policy = policy
+        self._clock = clock
+
+    async def predict(self, lead_ids: Sequence[str], context: RequestContext) -> Predictions:
+        """Answers every position of `lead_ids`, which follow the ID rule; equal IDs get equal answers.
+
+        Raises:
+            ModelNotReadyError: no verified model is loaded.
+            DatabaseUnavailableError: a lead is not in the cache and the lead source does not answer.
+            PredictionFailedError: anything else went wrong; the cause is chained and logged.
+        """
+        try:
+            return await self._predict(lead_ids, context)
+        except LeadScoringError:
+            raise
+        except Exception as exc:
+            _log.exception("prediction_failed")
+            raise PredictionFailedError from exc
+
+    async def _predict(self, lead_ids: Sequence[str], context: RequestContext) -> Predictions:
+        watch = Stopwatch(self._clock)
+        bundle = await self._registry.active()
+        watch.lap("model")
+        canonical = [canonical_lead_id(lead_id) for lead_id in lead_ids]
+        place = {lead_id: index for index, lead_id in enumerate(dict.fromkeys(canonical))}
+        distinct = list(place)
+        hit, answers = self._cache.find(bundle.ref, context.as_of, distinct)
+        watch.lap("cache")
+        fate = np.full(len(distinct), _ANSWERED)
+        missing = np.flatnonzero(~hit)
+        if missing.size:
+            asked = [distinct[index] for index in missing]
+            answers[missing], fate[missing] = await self._answer(bundle, asked, context.as_of, watch)
+        positions = np.fromiter((place[lead_id] for lead_id in canonical), np.int64, len(canonical))
+        return self._assemble(
+            bundle, lead_ids, answers[positions], fate[positions], hit[positions], watch.stages_ms
+        )
+
+    async def _answer(
+        self, bundle: ModelBundle, lead_ids: Sequence[str], as_of: float, watch: Stopwatch
+    ) -> tuple[AnswerArray, IntArray]:
+        """Returns what is found of leads the cache does not know: answers, and the fate of each ID."""
+        fetched = await self._lead_source.fetch(lead_ids, bundle.input_columns)
+        watch.lap("database")
+        fate = np.minimum(fetched.row_of, _ANSWERED)
+        answers = np.empty(len(lead_ids), ANSWER)
+        if fetched.leads.n:
+            loop = asyncio.get_running_loop()
+            scored = await loop.run_in_executor(
+                self._executor, score_leads, bundle, fetched.leads, as_of, self._policy, watch.lap
+            )
+            self._drift.add(scored.features, bundle.feature_set.fingerprint)
+            found = np.flatnonzero(fate == _ANSWERED)
+            rows = fetched.row_of[found]
+            answers[found] = scored.answers[rows]
+            fate[found] = np.where(scored.rejected[rows], _FEATURES_REJECTED, _ANSWERED)
+        answered = np.flatnonzero(fate == _ANSWERED)
+        self._cache.remember(bundle.ref, as_of, [lead_ids[index] for index in answered], answers[answered])
+        return answers, fate
+
+    def _assemble(
+        self,
+        bundle: ModelBundle,
+        lead_ids: Sequence[str],
+        answers: AnswerArray,
+        fate: IntArray,
+        hit: BoolArray,
+        stages_ms: dict[str, float],
+    ) -> Predictions:
+        answered = np.flatnonzero(fate == _ANSWERED)
+        kept = answers[answered]
+        rejections = tuple(
+            Rejection(lead_ids[position], position, *_REJECTIONS[int(fate[position])])
+            for position in np.flatnonzero(fate != _ANSWERED).tolist()
+        )
+        return Predictions(
+            asked=len(lead_ids),
+            lead_ids=[lead_ids[position] for position in answered],
+            raw_score=kept["raw_score"],
+            probability=kept["probability"],
+            confidence=kept["confidence"],
+            coverage=kept["coverage"],
+            prediction=kept["prediction"],
+            verdict=kept["verdict"],
+            cache_hits=int(np.count_nonzero(hit)),
+            rejections=rejections,
+            model=bundle.ref,
+            calibration_method=bundle.calibrator.method,
+            confidence_method=self._policy.confidence_method,
+            bounds=(bundle.calibrator.lower, bundle.calibrator.upper),
+            stages_ms=stages_ms,
+        )
+
+
+def score_leads(
+    bundle: ModelBundle,
+    leads: LeadColumns,
+    as_of: float | FloatArray,
+    policy: ScoringPolicy,
+    lap: Lap = lambda _stage: None,
+) -> ScoredLeads:
+    """Scores `n` leads: features, safety, model, calibration. Pure; no lead's answer depends on the others.
+
+    `lap` is told the name of each stage as it ends.
+    """
+    matrix = build_features(leads, bundle.feature_set, as_of)
+    lap("features")
+    checked = check_features(matrix, bundle.feature_set, bundle.statistics)
+    verdict = build_verdicts(checked.coverage, checked.out_of_range, policy.min_coverage)
+    lap("safety")
+    safe = np.flatnonzero(~checked.rejected)
+    raw = np.zeros(leads.n)
+    if safe.size:
+        raw[safe] = bundle.scorer(checked.values[safe])
+    lap("scoring")
+    base_rate = np.clip(bundle.manifest.base_rate, bundle.calibrator.lower, bundle.calibrator.upper)
+    probability = np.where(verdict == _ABSTAIN, base_rate, calibrate(raw, bundle.calibrator))
+    answers = np.empty(leads.n, ANSWER)
+    answers["raw_score"] = raw
+    answers["probability"] = probability
+    answers["confidence"] = confidence(probability, policy.confidence_method)
+    answers["coverage"] = checked.coverage
+    answers["prediction"] = probability >= bundle.manifest.threshold
+    answers["verdict"] = verdict
+    lap("calibration")
+    return ScoredLeads(answers, checked.rejected, matrix.values)
