@@ -1,6 +1,6 @@
 """The nouns of a prediction: frozen records, and the protocols the outside world implements.
 
-A batch is arrays from the database to the response. Shapes: `n` leads read, `k` features, `m` positions asked.
+A batch is arrays from the database to the response. Shapes: `n` leads read, `k` features, `m` positions.
 This module imports no I/O library and knows no rule; everything in `app.ai` may import it.
 """
 
@@ -36,7 +36,7 @@ ANSWER = np.dtype(
     ],
     align=True,
 )
-"""Everything an answer says of one lead; a batch is an array of these, so that answers are moved, never rebuilt."""
+"""Everything an answer says of one lead; a batch is an array of these: answers are moved, never rebuilt."""
 
 AnswerArray = NDArray[np.void]
 
@@ -57,8 +57,8 @@ class Column:
     """One column of `n` leads.
 
     `values` is float64 for numbers, booleans (0 or 1) and timestamps (seconds since 1970-01-01 UTC), and an
-    object array of `str` for text. `present` is False where the database holds NULL; the value there is NaN or
-    the empty string. A stored NaN or infinity is present.
+    object array of `str` for text. `present` is False where the database holds NULL; the value there is NaN
+    or the empty string. A stored NaN or infinity is present.
     """
 
     kind: ColumnKind
@@ -145,7 +145,7 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """What a prediction is asked for: its request ID, and the moment its features are true for (seconds UTC)."""
+    """What a prediction is asked for: its request ID, and the moment its features are true for (s UTC)."""
 
     request_id: str
     as_of: float
@@ -155,8 +155,8 @@ class RequestContext:
 class Predictions:
     """The outcome of one batch; the arrays have one entry for each answered position, in request order.
 
-    `lead_ids` are as they were sent. `verdict` holds indices into `VERDICTS`. `stages_ms` is wall time by stage,
-    in milliseconds.
+    `lead_ids` are as they were sent. `verdict` holds indices into `VERDICTS`. `stages_ms` is wall time by
+    stage, in milliseconds.
     """
 
     asked: int

@@ -1,8 +1,8 @@
 """Remembers answers for a few minutes, so that a lead asked again costs neither database nor model.
 
-An answer depends on the model, the as-of time and the lead; the key holds all three, so a new model or a new day
-never meets an old answer. Only answers are remembered: a lead that was unknown or declined is looked up again.
-Called by `predictor` alone, from the event loop; it never waits and is not meant for several threads.
+An answer depends on the model, the as-of time and the lead; the key holds all three, so a new model or a new
+day never meets an old answer. Only answers are remembered: a lead that was unknown or declined is looked up
+again. Called by `predictor` alone, from the event loop; it never waits and is not meant for several threads.
 """
 
 from collections import OrderedDict
@@ -20,7 +20,7 @@ class AnswerCache(Protocol):
     """Where answers may be remembered."""
 
     def find(self, model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, AnswerArray]:
-        """Returns, for each canonical ID, whether an answer is remembered, and the answer (else undefined)."""
+        """Returns, for each canonical ID, if an answer is remembered, and that answer (else undefined)."""
         ...
 
     def remember(self, model: ModelRef, as_of: float, lead_ids: Sequence[str], answers: AnswerArray) -> None:
@@ -29,10 +29,10 @@ class AnswerCache(Protocol):
 
 
 class PredictionCache:
-    """At most `size` answers, each for at most `ttl_seconds` of `monotonic`; the longest unused one leaves first.
+    """At most `size` answers, each for at most `ttl_seconds`; the longest unused one leaves first.
 
-    The answers lie in one array and the index maps a key to its place there, so a batch is read with one lookup an
-    ID and one gather.
+    The answers lie in one array and the index maps a key to its place there, so a batch is read with one lookup
+    an ID and one gather. `monotonic` gives seconds.
     """
 
     def __init__(self, size: int, ttl_seconds: float, monotonic: Callable[[], float]) -> None:
@@ -56,7 +56,7 @@ class PredictionCache:
 
     def remember(self, model: ModelRef, as_of: float, lead_ids: Sequence[str], answers: AnswerArray) -> None:
         """See `AnswerCache.remember`."""
-        # With more IDs than places an earlier one gives its place to a later one, and the later assignment wins.
+        # With more IDs than places an earlier one gives its place to a later one; the later assignment wins.
         places = np.fromiter((self._claim((model.sha256, as_of, lead_id)) for lead_id in lead_ids), np.int64)
         self._answers[places] = answers
         self._expires[places] = self._monotonic() + self._ttl_seconds
@@ -79,7 +79,7 @@ class PredictionCache:
 class NullCache:
     """A cache that is turned off: remembers nothing."""
 
-    def find(self, model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, AnswerArray]:
+    def find(self, _model: ModelRef, _as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, AnswerArray]:
         """Finds nothing."""
         return np.zeros(len(lead_ids), np.bool_), np.empty(len(lead_ids), ANSWER)
 

@@ -1,8 +1,8 @@
 """The story of one prediction, top to bottom: lead IDs in, calibrated numbers a person may act on out.
 
-Both routers call the one `Predictor`. It knows no HTTP and no SQL, holds no database connection while it computes,
-and leaves the event loop once at most. `score_leads` is the pure part, from columns to answers; bulk scoring calls
-it too, so a score in a table and a score over HTTP come from the same lines.
+Both routers call the one `Predictor`. It knows no HTTP and no SQL, holds no database connection while it
+computes, and leaves the event loop once at most. `score_leads` is the pure part, from columns to answers; bulk
+scoring calls it too, so a score in a table and a score over HTTP come from the same lines.
 """
 
 import asyncio
@@ -66,11 +66,19 @@ class ScoringPolicy:
 
 
 class ScoredLeads(NamedTuple):
-    """`n` leads, scored: `answers` (n,) are undefined where `rejected` (n,); `features` (n, k) is what was built."""
+    """`n` leads, scored: `answers` (n,), undefined where `rejected` (n,), and the `features` (n, k) as built."""
 
     answers: AnswerArray
     rejected: BoolArray
     features: FloatArray
+
+
+class _Outcome(NamedTuple):
+    """What became of each position asked (m,): its answer, its fate, and whether the cache knew it."""
+
+    answers: AnswerArray
+    fate: IntArray
+    hit: BoolArray
 
 
 class Stopwatch:
@@ -100,6 +108,7 @@ class Predictor:
         lead_source: LeadSource,
         cache: AnswerCache,
         drift: DriftWindow,
+        *,
         executor: Executor,
         policy: ScoringPolicy,
         clock: Callable[[], float] = time.perf_counter,
@@ -143,9 +152,8 @@ class Predictor:
             asked = [distinct[index] for index in missing]
             answers[missing], fate[missing] = await self._answer(bundle, asked, context.as_of, watch)
         positions = np.fromiter((place[lead_id] for lead_id in canonical), np.int64, len(canonical))
-        return self._assemble(
-            bundle, lead_ids, answers[positions], fate[positions], hit[positions], watch.stages_ms
-        )
+        outcome = _Outcome(answers[positions], fate[positions], hit[positions])
+        return self._assemble(bundle, lead_ids, outcome, watch.stages_ms)
 
     async def _answer(
         self, bundle: ModelBundle, lead_ids: Sequence[str], as_of: float, watch: Stopwatch
@@ -170,20 +178,11 @@ class Predictor:
         return answers, fate
 
     def _assemble(
-        self,
-        bundle: ModelBundle,
-        lead_ids: Sequence[str],
-        answers: AnswerArray,
-        fate: IntArray,
-        hit: BoolArray,
-        stages_ms: dict[str, float],
+        self, bundle: ModelBundle, lead_ids: Sequence[str], outcome: _Outcome, stages_ms: dict[str, float]
     ) -> Predictions:
-        answered = np.flatnonzero(fate == _ANSWERED)
-        kept = answers[answered]
-        rejections = tuple(
-            Rejection(lead_ids[position], position, *_REJECTIONS[int(fate[position])])
-            for position in np.flatnonzero(fate != _ANSWERED).tolist()
-        )
+        answered = np.flatnonzero(outcome.fate == _ANSWERED).tolist()
+        declined = np.flatnonzero(outcome.fate != _ANSWERED).tolist()
+        kept = outcome.answers[answered]
         return Predictions(
             asked=len(lead_ids),
             lead_ids=[lead_ids[position] for position in answered],
@@ -193,8 +192,11 @@ class Predictor:
             coverage=kept["coverage"],
             prediction=kept["prediction"],
             verdict=kept["verdict"],
-            cache_hits=int(np.count_nonzero(hit)),
-            rejections=rejections,
+            cache_hits=int(np.count_nonzero(outcome.hit)),
+            rejections=tuple(
+                Rejection(lead_ids[position], position, *_REJECTIONS[int(outcome.fate[position])])
+                for position in declined
+            ),
             model=bundle.ref,
             calibration_method=bundle.calibrator.method,
             confidence_method=self._policy.confidence_method,
