@@ -1,0 +1,137 @@
+"""Derives a feature set for whatever columns a relation has.
+
+Each column gets at most two features: its value, and whether it is there when that varies. Decisions rest on the
+training rows alone and every column left out is named with its reason; nothing is tuned to a particular relation.
+Never reads the database. Called by `app.training.train`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.ai.domain import BoolArray, Column, FloatArray, InputColumn, IntArray, LeadColumns
+from app.ai.features import FeatureSet, FeatureSpec
+from app.training.levels import MIN_LEVEL_ROWS, learn_levels
+
+_IDENTIFIER_SHARE = 0.5
+_HEAVY_TAIL = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class DerivedFeatures:
+    """The feature set, and a sentence for each column that feeds no feature."""
+
+    feature_set: FeatureSet
+    dropped: dict[str, str]
+
+
+def derive_features(
+    leads: LeadColumns, outcome: IntArray, as_of: FloatArray, columns: Sequence[InputColumn]
+) -> DerivedFeatures:
+    """Builds specs for these columns from `n` training rows; `as_of` (n,) is in seconds UTC.
+
+    Raises:
+        ValueError: no column is left to learn from.
+    """
+    specs: list[FeatureSpec] = []
+    dropped: dict[str, str] = {}
+    for column in columns:
+        cells = leads.columns[column.name]
+        reason = _reason_to_drop(cells)
+        if reason is not None:
+            dropped[column.name] = reason
+            continue
+        specs += _specs(column, cells, outcome, as_of)
+    return DerivedFeatures(FeatureSet(tuple(specs)), dropped)
+
+
+def _reason_to_drop(cells: Column) -> str | None:
+    codes = _distinct_codes(cells)
+    rows = np.bincount(codes)
+    odd_ones = len(codes) - int(rows.max(initial=0))
+    if odd_ones == 0:
+        return "constant"
+    if odd_ones < MIN_LEVEL_ROWS:
+        return f"the same in all but {odd_ones} rows"
+    present, distinct = int(cells.present.sum()), len(np.unique(codes[cells.present]))
+    if cells.kind == "text" and distinct > _IDENTIFIER_SHARE * present:
+        return f"looks like an identifier or free text: {distinct} distinct values in {present} rows"
+    if cells.kind == "text" and np.bincount(codes[cells.present]).max() < MIN_LEVEL_ROWS:
+        return f"no value occurs in {MIN_LEVEL_ROWS} rows"
+    if cells.kind == "number" and distinct == present and _whole(cells):
+        return "looks like an identifier: every value is a whole number of its own"
+    return None
+
+
+def _specs(column: InputColumn, cells: Column, outcome: IntArray, as_of: FloatArray) -> list[FeatureSpec]:
+    specs = []
+    if len(np.unique(_distinct_codes(cells)[cells.present])) > 1:
+        specs.append(_value_spec(column, cells, outcome, as_of))
+    if _emptiness_varies(cells) and not (specs and specs[0].transform == "level"):
+        # A level already has a number of its own for a missing cell.
+        specs.append(FeatureSpec(
+            name=f"{column.name}__present", transform="is_present", inputs=(column,), params={},
+            description=f"whether {column.name} is known",
+        ))  # fmt: skip
+    return specs
+
+
+def _value_spec(column: InputColumn, cells: Column, outcome: IntArray, as_of: FloatArray) -> FeatureSpec:
+    transform, description = _transform(column, cells, as_of)
+    return FeatureSpec(
+        name=column.name, transform=transform, inputs=(column,), description=description,
+        params=learn_levels(cells, outcome) if transform == "level" else {},
+    )  # fmt: skip
+
+
+def _transform(column: InputColumn, cells: Column, as_of: FloatArray) -> tuple[str, str]:
+    name = column.name
+    if cells.kind == "text":
+        return "level", f"log-odds of the outcome at this level of {name}"
+    if cells.kind == "boolean":
+        return "flag", f"{name}, 1 for true"
+    numbers = np.asarray(cells.values, dtype=np.float64)
+    if cells.kind == "timestamp":
+        if np.median((as_of - numbers)[cells.present]) < 0:
+            return "days_until", f"days from the as-of time until {name}"
+        return "age_days", f"days since {name} at the as-of time"
+    if _heavy_tailed(numbers[cells.present & np.isfinite(numbers)]):
+        return "log1p", f"log(1 + {name}), because its largest values are far from the rest"
+    return "value", name
+
+
+def _distinct_codes(cells: Column) -> IntArray:
+    """Numbers the distinct cells of a column (n,); all missing cells are 0."""
+    codes = np.zeros(len(cells.present), dtype=np.int64)
+    values = cells.values[cells.present]
+    if cells.kind == "text":
+        values = np.array([str(value).strip().casefold() for value in values], dtype=np.str_)
+    codes[cells.present] = np.unique(values, return_inverse=True)[1] + 1
+    return codes
+
+
+def _emptiness_varies(cells: Column) -> bool:
+    present = int(cells.present.sum())
+    return MIN_LEVEL_ROWS <= present <= len(cells.present) - MIN_LEVEL_ROWS
+
+
+def _whole(cells: Column) -> bool:
+    numbers = np.asarray(cells.values, dtype=np.float64)[cells.present]
+    return bool(np.isfinite(numbers).all() and (numbers == np.floor(numbers)).all())
+
+
+def _heavy_tailed(numbers: FloatArray) -> bool:
+    """Tells whether non-negative numbers have a skewness beyond 3 (an exponential distribution has 2)."""
+    if len(numbers) == 0 or numbers.min() < 0 or numbers.std() == 0:
+        return False
+    return bool((((numbers - numbers.mean()) / numbers.std()) ** 3).mean() > _HEAVY_TAIL)
+
+
+def take_rows(leads: LeadColumns, rows: BoolArray | IntArray) -> LeadColumns:
+    """Returns these rows of every column, by mask or by index."""
+    columns = {
+        name: Column(column.kind, column.values[rows], column.present[rows]) for name, column in leads.columns.items()
+    }
+    n = int(rows.sum()) if rows.dtype == np.bool_ else len(rows)
+    return LeadColumns(n=n, columns=columns)

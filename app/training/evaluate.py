@@ -1,0 +1,59 @@
+"""What a model is worth on leads it has not seen: the metrics of the manifest, and the decision threshold.
+
+Pure; never fits and never sees a training row. Called by `app.training.train`.
+"""
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from app.ai.calibration import calibration_statistics
+from app.ai.domain import FloatArray, IntArray
+
+
+def choose_threshold(probability: FloatArray, outcome: IntArray) -> float:
+    """Returns the probability from which on a lead counts as positive: the one with the highest F1 score.
+
+    Choose it on calibrated out-of-fold probabilities (n,), so that the test part stays untouched. Of equal scores the
+    lowest threshold wins, which finds more of the leads that apply.
+    """
+    order = np.argsort(-probability, kind="stable")
+    ranked, hits = probability[order], np.cumsum(outcome[order])
+    f1 = 2 * hits / (np.arange(1, len(ranked) + 1) + outcome.sum())
+    last_of_ties = np.append(np.diff(ranked) != 0, [True])
+    candidates = np.flatnonzero(last_of_ties)
+    best = candidates[f1[candidates] >= f1[candidates].max() - 1e-12]
+    return float(ranked[best[-1]])
+
+
+def evaluate(probability: FloatArray, outcome: IntArray, threshold: float) -> dict[str, float]:
+    """Returns the metrics of calibrated probabilities (n,) against 0/1 outcomes in which both classes occur.
+
+    `lift_at_10_percent` is the outcome rate of the top tenth over that of all. The standard error of the ROC AUC is
+    Hanley and McNeil's (Radiology 143, 1982). Brier, log-loss and calibration error come from `app.ai.calibration`.
+    """
+    chosen = probability >= threshold
+    hits = int((chosen & (outcome == 1)).sum())
+    positives, predicted = int(outcome.sum()), int(chosen.sum())
+    roc_auc = float(roc_auc_score(outcome, probability))
+    return {
+        "roc_auc": roc_auc,
+        "roc_auc_standard_error": _auc_standard_error(roc_auc, positives, len(outcome) - positives),
+        "pr_auc": float(average_precision_score(outcome, probability)),
+        "accuracy": float((chosen == (outcome == 1)).mean()),
+        "precision": hits / predicted if predicted else 0.0,
+        "recall": hits / positives,
+        "f1_score": 2 * hits / (predicted + positives),
+        "lift_at_10_percent": _lift(probability, outcome, 0.1),
+        **{name: float(value) for name, value in calibration_statistics(probability, outcome).items()},
+    }
+
+
+def _auc_standard_error(auc: float, positives: int, negatives: int) -> float:
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    spread = (positives - 1) * (q1 - auc**2) + (negatives - 1) * (q2 - auc**2)
+    return float(np.sqrt(max(auc * (1 - auc) + spread, 0.0) / (positives * negatives)))
+
+
+def _lift(probability: FloatArray, outcome: IntArray, share: float) -> float:
+    top = np.argsort(-probability, kind="stable")[: max(1, round(share * len(outcome)))]
+    return float(outcome[top].mean() / outcome.mean())

@@ -1,0 +1,112 @@
+"""Keeps columns that know the outcome out of a model: a deny-list by name, and a guard by measurement.
+
+The guard looks at each column by itself. A column that alone tells the classes apart almost perfectly is nearly
+always written after the outcome (a sales note, a closing state), so training stops and names it. It never repairs
+anything and never drops a column in silence. Called by `app.training.train`.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from app.ai.domain import Column, FloatArray, InputColumn, IntArray, LeadColumns
+from app.errors import TrainingError
+
+REFUSED_AUC, FLAGGED_AUC = 0.90, 0.75
+"""Separation by a single column beyond which training stops, and beyond which the report warns."""
+
+DENIED_COLUMNS = frozenset({
+    "applied", "applied_at", "application_count", "application_id", "application_status", "calibrated_probability",
+    "closed_at", "conversion_date", "conversion_probability", "conversion_score", "converted", "converted_at",
+    "deal_stage", "engagement_score", "enrolled", "enrolled_at", "enrolment_status", "enrollment_status",
+    "funnel_stage", "is_converted", "is_won", "label", "lead_score", "lead_stage", "lead_status", "lifecycle_stage",
+    "lifecycle_state", "lost_reason", "outcome", "outcome_at", "pipeline_stage", "stage", "status", "target",
+    "won_at",
+})
+"""Columns that are written because of the outcome, or hold an earlier model's answer; compared in lower case."""
+
+_BINS = 32
+_PRIOR_ROWS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Separation:
+    """How well one column alone tells the classes apart (ROC AUC, 0.5 to 1), by its values or by being empty."""
+
+    column: str
+    auc: float
+    by_emptiness: bool
+
+    def __str__(self) -> str:
+        """Words it for a report: what separates, and how well."""
+        what = f"whether {self.column} is empty" if self.by_emptiness else self.column
+        return f"{what} alone separates the outcomes with an AUC of {self.auc:.2f}"
+
+
+def is_denied(name: str) -> bool:
+    """Tells whether a column of this name may never feed a model."""
+    return name.strip().casefold() in DENIED_COLUMNS
+
+
+def check_leakage(
+    leads: LeadColumns, outcome: IntArray, as_of: FloatArray, columns: Sequence[InputColumn], allowed: Collection[str],
+) -> tuple[Separation, ...]:
+    """Returns the columns that separate suspiciously well, strongest first.
+
+    Raises:
+        TrainingError: a column is on the deny-list, or separates beyond `REFUSED_AUC` without being `allowed`.
+    """
+    denied = [column.name for column in columns if is_denied(column.name)]
+    if denied:
+        raise TrainingError(f"{', '.join(denied)}: such a column knows the outcome and never feeds a model.")
+    found = [measure_separation(column.name, leads.columns[column.name], outcome, as_of) for column in columns]
+    suspicious = sorted((one for one in found if one.auc > FLAGGED_AUC), key=lambda one: (-one.auc, one.column))
+    refused = [one for one in suspicious if one.auc > REFUSED_AUC and one.column not in allowed]
+    if refused:
+        names = ",".join(one.column for one in refused)
+        raise TrainingError(
+            f"{'; '.join(map(str, refused))} (limit {REFUSED_AUC:.2f}), so it is probably written after the outcome. "
+            f"Drop it with --exclude {names}, or keep it with --allow-leaky {names} if it is known at scoring time."
+        )
+    return tuple(suspicious)
+
+
+def measure_separation(name: str, column: Column, outcome: IntArray, as_of: FloatArray) -> Separation:
+    """Measures one column of `n` leads against the 0/1 outcome (both classes occur).
+
+    A value stands for the outcome rate of its level or bin among the *other* half of the rows, so that a column of
+    many levels does not look telling merely because it remembers each row.
+    """
+    present = column.present.astype(np.float64)
+    emptiness = abs(float(roc_auc_score(outcome, present)) - 0.5) + 0.5
+    by_value = float(roc_auc_score(outcome, _rates_of_other_half(_codes(column, as_of), outcome)))
+    return Separation(name, max(by_value, emptiness), by_emptiness=emptiness >= by_value - 0.01)
+
+
+def _codes(column: Column, as_of: FloatArray) -> IntArray:
+    """Numbers the levels of a text or the quantile bins of a number; missing cells share a code of their own."""
+    codes = np.zeros(len(column.present), dtype=np.int64)
+    if column.kind == "text":
+        texts = [str(value).strip().casefold() for value in column.values[column.present]]
+        codes[column.present] = np.unique(np.array(texts, dtype=np.str_), return_inverse=True)[1] + 1
+        return codes
+    numbers = np.asarray(column.values, dtype=np.float64)
+    if column.kind == "timestamp":
+        numbers = as_of - numbers
+    usable = column.present & np.isfinite(numbers)
+    if usable.any():
+        edges = np.unique(np.quantile(numbers[usable], np.linspace(0, 1, _BINS + 1)[1:-1]))
+        codes[usable] = np.searchsorted(edges, numbers[usable], side="left") + 1
+    return codes
+
+
+def _rates_of_other_half(codes: IntArray, outcome: IntArray) -> FloatArray:
+    base, rates = outcome.mean(), np.empty(len(codes))
+    odd = np.arange(len(codes)) % 2 == 1
+    for seen in (odd, ~odd):
+        rows = np.bincount(codes[seen], minlength=codes.max() + 1)
+        positives = np.bincount(codes[seen], weights=outcome[seen], minlength=codes.max() + 1)
+        rates[~seen] = ((positives + _PRIOR_ROWS * base) / (rows + _PRIOR_ROWS))[codes[~seen]]
+    return rates

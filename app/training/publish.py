@@ -1,0 +1,102 @@
+"""Publishing: a fitted estimator and its description become an artifact and a manifest in the models directory.
+
+What is published has been proved first: the bytes were deserialised under the registry's own allow-list and
+answer the golden inputs as the estimator in memory does. A reader sees the old state or the new one, never a
+mix: temporary name, fsync, rename, manifest last. Never chooses which model serves. Called by training.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import msgspec
+
+from app.ai.artifact_loading import dump_estimator, library_versions
+from app.ai.inference import build_scorer
+from app.ai.model_bundle import build_parts, load_bundle, score_rows
+from app.ai.model_manifest import (
+    MANIFEST_VERSION,
+    ArtifactFormat,
+    ModelDescription,
+    ModelManifest,
+    build_file_name,
+    build_manifest_name,
+    build_model_id,
+    encode_manifest,
+    seal_manifest,
+)
+from app.errors import ArtifactError
+
+
+def publish_model(
+    model_dir: Path, estimator: object, description: ModelDescription, fmt: ArtifactFormat = "skops"
+) -> Path:
+    """Writes artifact and manifest, and returns the path of the manifest.
+
+    `description.golden_inputs` must be rows that feature safety does not reject; their outputs are computed
+    here. The directory is made when it is missing.
+
+    Raises:
+        ArtifactError: `already_published` (this version exists), `golden_rejected`, or the reason for which
+            the registry would refuse the artifact.
+    """
+    data = dump_estimator(estimator, fmt)
+    manifest = build_manifest(estimator, description, data, fmt)
+    load_bundle(manifest, data)
+    model_dir.mkdir(parents=True, exist_ok=True)
+    manifest_path = model_dir / build_manifest_name(manifest.model_type, manifest.version)
+    if manifest_path.exists() or (model_dir / manifest.file_name).exists():
+        raise ArtifactError(
+            "already_published", f"Version {manifest.version} of this model type already exists."
+        )
+    _write_durably(model_dir / manifest.file_name, data)
+    _write_durably(manifest_path, encode_manifest(manifest))
+    return manifest_path
+
+
+def build_manifest(
+    estimator: object, description: ModelDescription, data: bytes, fmt: ArtifactFormat
+) -> ModelManifest:
+    """Returns the sealed manifest of an estimator whose artifact has the bytes `data`.
+
+    Raises:
+        ArtifactError: `golden_rejected`, `manifest_invalid`.
+    """
+    parts = build_parts(description)
+    try:
+        outputs = score_rows(parts, build_scorer(estimator), description.golden_inputs)
+        manifest = ModelManifest(
+            **msgspec.structs.asdict(description),
+            manifest_version=MANIFEST_VERSION,
+            model_id=build_model_id(description.version),
+            file_name=build_file_name(description.model_type, description.version, fmt),
+            file_size=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            format=fmt,
+            library_versions=library_versions(fmt),
+            feature_fingerprint=parts.feature_set.fingerprint,
+            golden_outputs=outputs.tolist(),
+        )
+        return seal_manifest(manifest)
+    except ValueError as exc:
+        raise ArtifactError("manifest_invalid", f"The model cannot be described: {exc}.") from exc
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        with open(descriptor, "wb") as file:  # noqa: PTH123  opened by descriptor, with its permissions
+            file.write(data)
+            file.flush()
+            # Whatever the umask of whoever trains: readable by the service, writable by nobody else.
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
