@@ -1,8 +1,8 @@
 """Records the one event of a scoring request before its answer leaves, and answers whatever nobody else did.
 
 An answer whose event could not be made durable is withheld and replaced by 503 TELEMETRY_UNAVAILABLE: this is
-the promise that every answered request has a row in `ai_events`. An exception that gets this far becomes the 500
-problem here, because a server that sees one closes the connection without a word. Never looks at a body.
+the promise that every answered request has a row in `ai_events`. An exception that gets this far becomes the
+500 problem here, because a server that sees one closes the connection without a word. Never looks at a body.
 """
 
 import time

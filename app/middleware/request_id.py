@@ -1,7 +1,7 @@
 """Names each request, binds the name to all that is logged meanwhile, closes it with one line and one count.
 
-Outermost of the middleware. It leaves a `RequestRecord` in `scope["state"]["record"]` for the layers below, and
-never looks at a body, a query or a path: those are the caller's text.
+Outermost of the middleware. It leaves a `RequestRecord` in `scope["state"]["record"]` for the layers below.
+It never looks at a body, a query or a path: those are the caller's text.
 """
 
 import re
@@ -67,10 +67,8 @@ class RequestIdMiddleware:
         finally:
             seconds = self._monotonic() - record.started
             observe_request(record.route, status, record.error_code, seconds)
-            _log.info(
-                "request", route=record.route, status=status, code=record.error_code,
-                latency_ms=round(seconds * 1000, 3),
-            )  # fmt: skip
+            ms = round(seconds * 1000, 3)
+            _log.info("request", route=record.route, status=status, code=record.error_code, latency_ms=ms)
             structlog.contextvars.reset_contextvars(**bound)
 
     def _build_record(self, scope: Scope) -> RequestRecord:

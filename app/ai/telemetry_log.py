@@ -1,0 +1,279 @@
+"""The telemetry log: events that are durable on this machine and not yet in the database.
+
+One SQLite file for all workers (`<directory>/current/events.sqlite3`), in WAL mode with `synchronous=FULL`: a
+commit that returned survives `kill -9` and a power cut. A file that turns out damaged is set aside whole, what
+is readable of it is taken over, and a new one is begun. It never talks to the database and never waits for the
+network. A log belongs to one thread, the writer of `ml_telemetry`.
+"""
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+from uuid_utils import uuid7
+
+from app.ai.domain import StoredEvent
+from app.ai.events import decode_event
+from app.errors import TelemetryUnavailableError
+
+_T = TypeVar("_T")
+
+_PAGE_BYTES = 4096
+_LOCK_WAIT_SECONDS = 2.0
+_SALVAGE_GROUP = 500
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+_SCHEMA = """
+    CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, body TEXT NOT NULL);
+    CREATE TABLE IF NOT EXISTS probe (content BLOB);
+"""
+# One statement, one step, whatever the number of events: the sqlite3 module gives up and takes back the
+# interpreter lock at every step, and under load each taking back may wait for the event loop.
+_INSERT = """
+    INSERT OR IGNORE INTO events (id, body) SELECT json_extract(value, '$.id'), value FROM json_each(?)
+"""
+_READ = """
+    SELECT json_group_array(json_array(id, body)) FROM (SELECT id, body FROM events ORDER BY seq LIMIT ?)
+"""
+_DELETE = "DELETE FROM events WHERE id IN (SELECT value FROM json_each(?))"
+
+_log = structlog.get_logger("app.telemetry_log")
+
+
+class _DamageError(Exception):
+    """The file is a database, but not one that holds what was written to it."""
+
+
+class TelemetryLog:
+    """The log in `directory`; `max_bytes` bounds its file, beyond it nothing more is written.
+
+    Nothing is opened before the first call, and whatever fails is tried again at the next one, so a log that
+    could not be written recovers by itself. The methods raise `TelemetryUnavailableError` when the file cannot
+    be used.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        max_bytes: int = 512 * 1024 * 1024,
+        new_name: Callable[[], str] = lambda: uuid7().hex,
+    ) -> None:
+        self._directory = directory
+        self._current = directory / "current"
+        self._file = self._current / "events.sqlite3"
+        self._max_pages = max_bytes // _PAGE_BYTES
+        self._new_name = new_name
+        self._connection: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
+        self._write_lock: int | None = None
+        self._shipping_lock: int | None = None
+
+    def write(self, events: Sequence[StoredEvent]) -> None:
+        """Adds the events; they are durable when this returns. An event already there is left as it is."""
+        text = msgspec.json.encode(events).decode()
+        self._run(lambda connection: connection.execute(_INSERT, (text,)))
+
+    def read_batch(self, limit: int) -> list[StoredEvent]:
+        """Returns the oldest events, at most `limit`."""
+        return self._run(lambda connection: _read_rows(connection, limit))
+
+    def delete(self, event_ids: Sequence[str]) -> None:
+        """Forgets events that are safe elsewhere."""
+        self._run(lambda connection: _delete_rows(connection, event_ids))
+
+    def count(self) -> int:
+        """Tells how many events are in the log."""
+        return int(
+            self._run(lambda connection: connection.execute("SELECT count(*) FROM events").fetchone()[0])
+        )
+
+    def check_writable(self) -> None:
+        """Writes and takes back a page, as an event would."""
+        self._run(_write_probe)
+
+    def own_shipping(self) -> bool:
+        """Becomes the one worker that ships, if no other is; the system releases it should we die."""
+        try:
+            if self._shipping_lock is None:
+                self._shipping_lock = self._open_lock("shipping.lock")
+            fcntl.flock(self._shipping_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def release_shipping(self) -> None:
+        """Lets another worker ship."""
+        if self._shipping_lock is not None:
+            fcntl.flock(self._shipping_lock, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Closes the file; the next call would open it again."""
+        self._disconnect()
+        for descriptor in (self._write_lock, self._shipping_lock):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._write_lock = self._shipping_lock = None
+
+    def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        try:
+            with self._exclusive():
+                try:
+                    return work(self._connect())
+                except (sqlite3.DatabaseError, _DamageError) as exc:
+                    if not _is_damage(exc):
+                        raise
+                    _log.error("telemetry_log_damaged", error=type(exc).__name__)
+                self._set_aside()
+                return work(self._connect())
+        except (sqlite3.Error, OSError, _DamageError) as exc:
+            raise TelemetryUnavailableError from exc
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        # One lock for the writers of all workers: it waits in the kernel where SQLite would poll with growing
+        # pauses, and a file that another worker set aside is noticed before anything is written to it.
+        if self._write_lock is None:
+            self._write_lock = self._open_lock("write.lock")
+        fcntl.flock(self._write_lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._write_lock, fcntl.LOCK_UN)
+
+    def _open_lock(self, name: str) -> int:
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(self._directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def _connect(self) -> sqlite3.Connection:
+        if self._connection is not None and self._identity == self._identify():
+            return self._connection
+        self._disconnect()
+        connection = self._open()
+        for damaged in sorted(self._directory.glob("damaged-*")):
+            self._salvage(damaged, connection)
+        self._connection, self._identity = connection, self._identify()
+        return connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sqlite3.Error):
+                connection.close()
+
+    def _identify(self) -> tuple[int, int] | None:
+        try:
+            status = self._file.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def _open(self) -> sqlite3.Connection:
+        self._current.mkdir(mode=0o700, exist_ok=True)
+        os.close(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        connection = sqlite3.connect(self._file, timeout=_LOCK_WAIT_SECONDS, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute(f"PRAGMA max_page_count={self._max_pages}")
+            _check_structure(connection)
+            connection.executescript(_SCHEMA)
+        except BaseException:
+            connection.close()
+            raise
+        for directory in (self._current, self._directory):
+            _sync_directory(directory)
+        return connection
+
+    def _set_aside(self) -> None:
+        self._disconnect()
+        # The directory moves as a whole: database and write-ahead log never part, whenever we are killed.
+        aside = self._directory / f"damaged-{self._new_name()}"
+        self._current.rename(aside)
+        _sync_directory(self._directory)
+        _log.error("telemetry_log_set_aside", directory=aside.name)
+
+    def _salvage(self, damaged: Path, connection: sqlite3.Connection) -> None:
+        saved = 0
+        for events in _readable_events(damaged / self._file.name):
+            saved += connection.execute(_INSERT, (msgspec.json.encode(events).decode(),)).rowcount
+        damaged.rename(damaged.with_name(damaged.name.replace("damaged-", "salvaged-")))
+        _log.warning("telemetry_log_salvaged", directory=damaged.name, events=saved)
+
+
+def _check_structure(connection: sqlite3.Connection) -> None:
+    if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+        raise _DamageError
+
+
+def _read_rows(connection: sqlite3.Connection, limit: int) -> list[StoredEvent]:
+    (text,) = connection.execute(_READ, (limit,)).fetchone()
+    events: list[StoredEvent] = []
+    for event_id, body in msgspec.json.decode(text, type=list[tuple[str, str]]):
+        event = _decode_row(body)
+        if event is None or event.id != event_id:
+            raise _DamageError
+        events.append(event)
+    return events
+
+
+def _delete_rows(connection: sqlite3.Connection, event_ids: Sequence[str]) -> None:
+    deleted = connection.execute(_DELETE, (msgspec.json.encode(event_ids).decode(),)).rowcount
+    if deleted == 0 and event_ids:
+        raise _DamageError  # they were read a moment ago: the index no longer finds them
+
+
+def _readable_events(file: Path) -> Iterator[list[StoredEvent]]:
+    # From both ends, because reading stops at the damage; an event met twice is one event.
+    for order in ("ASC", "DESC"):
+        with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as source:
+            rows = source.execute(f"SELECT body FROM events ORDER BY seq {order}")  # noqa: S608 - a constant
+            while bodies := _fetch_some(rows):
+                yield [event for body in bodies if (event := _decode_row(body)) is not None]
+
+
+def _fetch_some(rows: sqlite3.Cursor) -> list[Any]:
+    bodies: list[Any] = []
+    with suppress(sqlite3.Error):  # what precedes the damage is kept
+        while len(bodies) < _SALVAGE_GROUP and (row := rows.fetchone()) is not None:
+            bodies.append(row[0])
+    return bodies
+
+
+def _decode_row(body: Any) -> StoredEvent | None:
+    try:
+        event: StoredEvent = msgspec.json.decode(body, type=StoredEvent)
+        decode_event(event.action, event.meta)
+    except (msgspec.MsgspecError, TypeError, KeyError, UnicodeError):
+        return None
+    return event
+
+
+def _write_probe(connection: sqlite3.Connection) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.execute("INSERT INTO probe VALUES (zeroblob(?))", (_PAGE_BYTES,))
+        connection.execute("DELETE FROM probe")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.rollback()
+        raise
+
+
+def _is_damage(error: Exception) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    return isinstance(error, _DamageError) or (code is not None and code & 0xFF in _DAMAGE)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
