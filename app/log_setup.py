@@ -1,8 +1,9 @@
-"""Structured logs: one JSON object a line on standard error, with the request's ID, and no value of anybody's data.
+"""Structured logs: one JSON object a line on standard error, with the request ID and nobody's data in it.
 
-A driver's exception quotes the row it choked on, so of a foreign exception the type, its SQLSTATE and the places in
-the code are logged, never its text; the errors of our own tree are written by us and are logged in full. Of a
-library's log call only the template is kept, not what was to be filled in. Called once by each process that serves.
+A driver's exception quotes the row it choked on, so of a foreign exception the type, its SQLSTATE and the
+places in the code are logged, never its text; the errors of our own tree are written by us and are logged in
+full. Of a library's log call only the template is kept, not what was to be filled in. Called once by each
+process that serves.
 """
 
 import logging
@@ -23,8 +24,6 @@ _TRUSTED_LOGGERS = ("app", "uvicorn", "alembic")
 
 _MOST_FRAMES = 12
 _MOST_CAUSES = 5
-
-ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
 
 def configure_logging(level: str, stream: TextIO | None = None) -> None:

@@ -1,10 +1,10 @@
 """Telemetry: events are durable on this machine before an answer leaves, and reach the database exactly once.
 
-One thread per worker writes the telemetry log and shares each commit among the requests that wait for it.
-A task ships the log in groups: the event ID is the primary key there, and an event leaves the log only after
+One thread per worker writes the telemetry log and shares each commit among the requests that wait for it. A
+task ships the log in groups: the event ID is the primary key there, and an event leaves the log only after
 the database committed, so delivery may repeat and its effect cannot. `middleware.audit` records prediction
-events, `wiring` opens and closes it inside the lifespan (after any fork). It never lets a request wait for the
-database.
+events, `wiring` opens and closes it inside the lifespan (after any fork). It never lets a request wait for
+the database.
 """
 
 import asyncio
@@ -263,7 +263,8 @@ class MlTelemetry:
             await asyncio.sleep(pause)
             try:
                 await self._ship_all()
-            except Exception as exc:  # noqa: BLE001 - whatever the reason, the events stay and are tried again
+            except Exception as exc:  # noqa: BLE001 - whatever the reason, the events stay and are tried
+            again
                 self._note_shipping(works=False, cause=exc)
                 TELEMETRY_FAILURES.labels("ship").inc()
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

@@ -1,9 +1,9 @@
 """The telemetry log: events that are durable on this machine and not yet in the database.
 
 One SQLite file for all workers (`<directory>/current/events.sqlite3`), in WAL mode with `synchronous=FULL`: a
-commit that returned survives `kill -9` and a power cut. A file that turns out damaged is set aside whole, what
-is readable of it is taken over, and a new one is begun. It never talks to the database and never waits for the
-network. A log belongs to one thread, the writer of `ml_telemetry`.
+commit that returned survives `kill -9` and a power cut. A file that turns out damaged is set aside whole,
+what is readable of it is taken over, and a new one is begun. It never talks to the database and never waits
+for the network. A log belongs to one thread, the writer of `ml_telemetry`.
 """
 
 import fcntl
@@ -54,8 +54,8 @@ class TelemetryLog:
     """The log in `directory`; `max_bytes` bounds its file, beyond it nothing more is written.
 
     Nothing is opened before the first call, and whatever fails is tried again at the next one, so a log that
-    could not be written recovers by itself. The methods raise `TelemetryUnavailableError` when the file cannot
-    be used.
+    could not be written recovers by itself. The methods raise `TelemetryUnavailableError` when the file
+    cannot be used.
     """
 
     def __init__(
