@@ -263,8 +263,7 @@ class MlTelemetry:
             await asyncio.sleep(pause)
             try:
                 await self._ship_all()
-            except Exception as exc:  # noqa: BLE001 - whatever the reason, the events stay and are tried
-            again
+            except Exception as exc:  # noqa: BLE001 - whatever it was, the events stay
                 self._note_shipping(works=False, cause=exc)
                 TELEMETRY_FAILURES.labels("ship").inc()
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
