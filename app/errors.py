@@ -2,6 +2,7 @@
 
     LeadScoringError
     ├── CallerError                    the request is at fault; repeating it changes nothing
+    │   ├── MalformedRequestError      400 MALFORMED_REQUEST
     │   ├── NotFoundError              404 NOT_FOUND
     │   ├── MethodNotAllowedError      405 METHOD_NOT_ALLOWED
     │   ├── UnsupportedMediaTypeError  415 UNSUPPORTED_MEDIA_TYPE
@@ -62,6 +63,13 @@ class LeadScoringError(Exception):
 
 class CallerError(LeadScoringError):
     """The request is at fault; repeating it changes nothing."""
+
+
+class MalformedRequestError(CallerError):
+    """Not a request that HTTP or CORS allows, whatever it asks for."""
+
+    code, status, title = "MALFORMED_REQUEST", 400, "Malformed request"
+    default_detail = "The request breaks a rule of HTTP."
 
 
 class NotFoundError(CallerError):
