@@ -1,7 +1,7 @@
 """The CRM the service reads by default, and the two views over it.
 
-`lead_source` shows every lead as of now; `lead_training` shows each lead once, as of a past moment, together with
-what happened after it. Both come from one SQL text, so a column cannot mean two things.
+`lead_source` shows every lead as of now; `lead_training` shows each lead once, as of a past moment, together
+with what happened after it. Both come from one SQL text, so a column cannot mean two things.
 
 Revision ID: 0001
 Revises:
@@ -71,7 +71,7 @@ CREATE TABLE applications (
 );
 """
 
-# The first index carries every column the views aggregate, so that counting a lead's touchpoints never visits the table.
+# The first index carries every column the views aggregate: counting touchpoints never visits their table.
 _INDEXES = """
 CREATE INDEX touchpoints_of_person ON touchpoints (person_id, occurred_at)
     INCLUDE (kind, direction, duration_seconds);
@@ -104,8 +104,8 @@ _COLUMNS = """
     t.last_touch_at,
     b.prior_applications"""
 
-# One row for each lead. minutes_on_site is NULL, not zero, when no visit was ever tracked: a lead who refuses cookies
-# may still read the whole site. A person created after the moment has no touchpoints yet, which is also the truth.
+# One row for each lead. minutes_on_site is NULL, not zero, when no visit was ever tracked: a lead who refuses
+# cookies may still read the whole site.
 _FROM = """
 FROM people p
 LEFT JOIN programmes g ON g.id = p.programme_id
@@ -119,7 +119,9 @@ CROSS JOIN LATERAL (
         count(*) FILTER (WHERE kind = 'call' AND duration_seconds > 0)::integer AS calls_answered,
         count(*) FILTER (WHERE kind = 'event')::integer AS events_attended,
         sum(duration_seconds) FILTER (WHERE kind = 'site_visit') AS seconds_on_site,
-        min(occurred_at) FILTER (WHERE direction = 'outbound' AND occurred_at >= p.created_at) AS first_response_at,
+        min(occurred_at) FILTER (
+            WHERE direction = 'outbound' AND occurred_at >= p.created_at
+        ) AS first_response_at,
         max(occurred_at) AS last_touch_at
     FROM touchpoints
     WHERE person_id = p.id AND occurred_at <= m.as_of
@@ -131,30 +133,32 @@ CROSS JOIN LATERAL (
 ) b
 """
 
-# 1 to 180 days after the day the lead was created, skewed to young leads (a quarter is under 12 days, half under 46):
-# 32 bits of the ID's hash make a uniform number, whose square is stretched over the range. Hours, because a day is
-# not always 24 of them in the session's time zone.
+# 1 to 180 days after the day the lead was created, skewed to young leads (a quarter is under 13 days, half under
+# 47): 32 bits of the ID's hash make a uniform number, whose square is stretched over the range. Hours, because a
+# day is not always 24 of them in the session's time zone.
 _PAST_MOMENT = """
     date_trunc('day', p.created_at, 'UTC') + make_interval(hours => 24 * (1 + floor(
         180 * power(('x' || left(md5(p.id::text), 8))::bit(32)::bigint / 4294967296.0::float8, 2)
     )::integer))"""
+
+# Whoever applied between the enquiry and the moment is no longer a lead at that moment.
+_OUTCOME = """
+CROSS JOIN LATERAL (
+    SELECT min(submitted_at) AS outcome_at FROM applications WHERE person_id = p.id AND submitted_at > m.as_of
+) o
+WHERE m.as_of <= now() AND NOT EXISTS (
+    SELECT FROM applications
+    WHERE person_id = p.id AND submitted_at >= p.created_at AND submitted_at <= m.as_of
+)"""
 
 
 def upgrade() -> None:
     op.execute(_TABLES)
     op.execute(_INDEXES)
     op.execute(f"CREATE VIEW lead_source AS SELECT {_COLUMNS} {_FROM.format(as_of='now()')}")
-    # Whoever applied between enquiry and the moment is no longer a lead at that moment.
     op.execute(
-        f"CREATE VIEW lead_training AS SELECT {_COLUMNS}, m.as_of, o.outcome_at {_FROM.format(as_of=_PAST_MOMENT)}"
-        """
-        CROSS JOIN LATERAL (
-            SELECT min(submitted_at) AS outcome_at FROM applications WHERE person_id = p.id AND submitted_at > m.as_of
-        ) o
-        WHERE m.as_of <= now() AND NOT EXISTS (
-            SELECT FROM applications
-            WHERE person_id = p.id AND submitted_at >= p.created_at AND submitted_at <= m.as_of
-        )"""
+        f"CREATE VIEW lead_training AS SELECT {_COLUMNS}, m.as_of, o.outcome_at"
+        f"{_FROM.format(as_of=_PAST_MOMENT)}{_OUTCOME}"
     )
 
 
