@@ -1,0 +1,148 @@
+"""Reads a scoring request: media type, query, body, and every lead ID in it, all by our own strict rules.
+
+The framework's own decoding lets NaN and lone surrogates in, keeps the last of two equal keys, and repeats
+what it refuses. Nothing here ever repeats a value: an error names a position and a rule. Called by both
+routers.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from starlette.datastructures import Headers, QueryParams
+from starlette.requests import Request
+
+from app.errors import (
+    BatchSizeExceededError,
+    EmptyBatchError,
+    ErrorPosition,
+    InvalidLeadIdError,
+    InvalidParameterError,
+    InvalidPayloadError,
+    UnsupportedMediaTypeError,
+)
+
+MAX_LEAD_ID_LENGTH = 64
+MAX_POSITIONS = 20
+LEAD_ID_PATTERN = "[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}"
+
+_is_lead_id = re.compile(LEAD_ID_PATTERN).fullmatch
+
+
+async def read_lead_ids(request: Request, max_batch_size: int) -> list[str]:
+    """Returns the lead IDs of a scoring request, in order, duplicates kept.
+
+    Raises:
+        UnsupportedMediaTypeError: the body is not declared as plain UTF-8 JSON.
+        InvalidParameterError: a query parameter other than an empty `include`.
+        BodyTooLargeError: more bytes than the service reads (raised while the body comes in).
+        InvalidPayloadError, EmptyBatchError, BatchSizeExceededError, InvalidLeadIdError: see
+            `decode_lead_ids`.
+    """
+    check_media_type(request.headers)
+    check_query(request.query_params)
+    return decode_lead_ids(await request.body(), max_batch_size)
+
+
+def check_media_type(headers: Headers) -> None:
+    """Accepts one `application/json`, at most with `charset=utf-8`, and no content encoding.
+
+    Raises:
+        UnsupportedMediaTypeError: anything else.
+    """
+    declared = [value.replace(" ", "").lower() for value in headers.getlist("content-type")]
+    media_type, _, parameter = declared[0].partition(";") if len(declared) == 1 else ("", "", "")
+    plain = all(value.lower() == "identity" for value in headers.getlist("content-encoding"))
+    if (
+        media_type != "application/json"
+        or parameter not in ("", "charset=utf-8", 'charset="utf-8"')
+        or not plain
+    ):
+        raise UnsupportedMediaTypeError
+
+
+def check_query(query: QueryParams) -> None:
+    """Accepts no parameter, or `include` with nothing in it: what it may name is not served yet.
+
+    Raises:
+        InvalidParameterError: anything else.
+    """
+    for name, value in query.multi_items():
+        if name != "include":
+            raise InvalidParameterError("There is a query parameter that this path does not know.")
+        if value:
+            raise InvalidParameterError("The parameter include names something that is not available.")
+
+
+def decode_lead_ids(body: bytes, max_batch_size: int) -> list[str]:
+    """Decodes either shape: a JSON array of lead IDs, or an object whose only key `lead_ids` holds one.
+
+    Raises:
+        InvalidPayloadError: not JSON (RFC 8259, UTF-8), a key twice, or neither shape.
+        EmptyBatchError: no lead ID.
+        BatchSizeExceededError: more than `max_batch_size`.
+        InvalidLeadIdError: at least one lead ID does not follow the rule; names the first `MAX_POSITIONS`.
+    """
+    content = _decode_json(body)
+    if isinstance(content, dict):
+        _refuse_duplicate_keys(body)
+        path, values = "/lead_ids", content.get("lead_ids") if len(content) == 1 else None
+    else:
+        path, values = "", content
+    if not isinstance(values, list):
+        raise InvalidPayloadError
+    if not values:
+        raise EmptyBatchError
+    if len(values) > max_batch_size:
+        raise BatchSizeExceededError(f"One request may carry {max_batch_size} lead IDs; split the batch.")
+    try:
+        valid = all(map(_is_lead_id, values))
+    except TypeError:
+        valid = False
+    if not valid:
+        raise InvalidLeadIdError(positions=_find_bad_lead_ids(values, path))
+    return values
+
+
+def _decode_json(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        # The cause would carry the body into a log.
+        raise InvalidPayloadError("The body is not JSON in UTF-8.") from None
+
+
+def _refuse_duplicate_keys(body: bytes) -> None:
+    # msgspec keeps the last of two equal keys; two readers of one body must not see different batches.
+    def refuse(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise InvalidPayloadError("The body has the same key twice.")
+        return dict(pairs)
+
+    try:
+        json.loads(body, object_pairs_hook=refuse)
+    except (ValueError, RecursionError):
+        raise InvalidPayloadError from None
+
+
+def _find_bad_lead_ids(values: Sequence[object], path: str) -> tuple[ErrorPosition, ...]:
+    positions: list[ErrorPosition] = []
+    for index, value in enumerate(values):
+        fault = _find_fault(value)
+        if fault is not None:
+            positions.append(ErrorPosition(f"{path}/{index}", InvalidLeadIdError.code, fault))
+        if len(positions) == MAX_POSITIONS:
+            break
+    return tuple(positions)
+
+
+def _find_fault(value: object) -> str | None:
+    if not isinstance(value, str):
+        return "A lead ID is a JSON string."
+    if not 1 <= len(value) <= MAX_LEAD_ID_LENGTH:
+        return "A lead ID has 1 to 64 characters."
+    if not _is_lead_id(value):
+        return "A lead ID has A-Z a-z 0-9 . _ : @ - only, and starts with a letter or digit."
+    return None

@@ -1,0 +1,60 @@
+"""Refuses what should not be read: a body that is too large, a request that names no host or two.
+
+A declared length is refused before a byte is read, an undeclared one when it turns out too long. Raises
+errors of our own tree; whoever lies outside answers them. Never looks into a body.
+"""
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import BodyTooLargeError, MalformedRequestError
+
+_MOST_DIGITS = 18
+
+
+class BodyLimit:
+    """Plain ASGI middleware: at most `max_bytes` of body, exactly one Host header (HTTP/1.0: or none).
+
+    Raises:
+        BodyTooLargeError: from the call itself, or from `receive` while the body comes in.
+        MalformedRequestError: no Host header or several, or no sensible Content-Length.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        _check_host(scope)
+        if any(_parse_length(value) > self._max_bytes for value in _values(scope, b"content-length")):
+            raise BodyTooLargeError
+        read = 0
+
+        async def receive_counting() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._max_bytes:
+                raise BodyTooLargeError
+            return message
+
+        await self._app(scope, receive_counting, send)
+
+
+def _check_host(scope: Scope) -> None:
+    hosts = len(_values(scope, b"host"))
+    if hosts > 1 or (hosts == 0 and scope.get("http_version") != "1.0"):
+        raise MalformedRequestError("The request must have exactly one Host header.")
+
+
+def _parse_length(value: bytes) -> int:
+    if not value.isdigit() or len(value) > _MOST_DIGITS:
+        raise MalformedRequestError("The request's Content-Length is not a length.")
+    return int(value)
+
+
+def _values(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for key, value in scope["headers"] if key == name]

@@ -1,0 +1,220 @@
+"""The wire format: what goes over HTTP, field by field. Nothing but the edge imports it.
+
+These models are the contract: OpenAPI is generated from them, and tests validate real answers against them.
+Answers to scoring requests are not built from them but encoded by msgspec, straight from arrays, because
+building pydantic objects for 2,000 predictions costs more than scoring them.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel
+
+LeadId = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=64,
+        pattern="^[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}$",
+        description="The lead's UUID in any case, or the CRM's own external reference.",
+        examples=["lead_1", "6f1c0c1e-5f0b-4a57-9a1c-0c6a3f0e9b11"],
+    ),
+]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=["0f" * 32])]
+Version = Annotated[str, Field(examples=["20260101_120000"])]
+RequestId = Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")]
+
+
+class _Message(BaseModel):
+    # `model_version` and its like are names of the contract, not pydantic's.
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class LeadIdArray(RootModel[list[LeadId]]):
+    """The raw array the frontend sends."""
+
+    root: Annotated[list[LeadId], Field(min_length=1, max_length=2000, examples=[["lead_1", "lead_2"]])]
+
+
+class LeadIdObject(_Message):
+    """The same array, wrapped; any other key is an error."""
+
+    lead_ids: Annotated[list[LeadId], Field(min_length=1, max_length=2000, examples=[["lead_1", "lead_2"]])]
+
+
+class LeadPrediction(_Message):
+    """One answered position."""
+
+    lead_id: LeadId
+    probability: Share
+    """The number to act on and to show: calibrated and bounded."""
+    confidence: Share
+    calibrated_probability: Share
+    """Repeats `probability` for older clients."""
+    features_present_ratio: Share
+    """Share of the model's features that rest on data that is really there, not imputed."""
+    prediction: bool
+    """Whether the probability reaches the model's decision threshold."""
+    verdict: Literal["ok", "caution", "abstain"]
+    """`caution`: few features or unusual values; `abstain`: nothing to go on, the number is the base rate."""
+
+
+class LeadError(_Message):
+    """One position that is not answered, inside a good answer."""
+
+    lead_id: LeadId
+    position: Count
+    error_code: Literal["LEAD_NOT_FOUND", "LEAD_AMBIGUOUS", "FEATURES_REJECTED"]
+    message: str
+
+
+class CalibrationMetadata(_Message):
+    """How the probabilities of this answer came about."""
+
+    calibration_method: Literal["sigmoid", "spread", "isotonic", "none"]
+    raw_probabilities_count: Count
+    calibrated_probabilities_count: Count
+    avg_feature_coverage: Share | None
+    """Mean `features_present_ratio`; null when no position is answered."""
+    confidence_method: Literal["max_probability", "margin", "entropy", "interval"]
+    bounds: Annotated[list[Share], Field(min_length=2, max_length=2)]
+
+
+class PredictBatchResponse(_Message):
+    """The hardened answer: `predictions` and `errors` together cover every position asked, each in order."""
+
+    predictions: list[LeadPrediction]
+    errors: list[LeadError]
+    model_version: Version
+    model_id: Annotated[str, Field(examples=["advanced_ml_20260101_120000"])]
+    model_sha256: Digest
+    total_processed: Count
+    successful_predictions: Count
+    failed_predictions: Count
+    processing_time_ms: Annotated[float, Field(ge=0)]
+    cache_hit: bool
+    """True when every answer came from the prediction cache."""
+    cache_hits: Count
+    schema_version: Literal["v1"]
+    contract_version: Literal[1]
+    calibration_metadata: CalibrationMetadata
+    request_id: RequestId
+
+
+class LegacyPrediction(_Message):
+    """One answered position, in the old shape."""
+
+    lead_id: LeadId
+    prediction: bool
+    probability: Share
+    confidence: Share
+
+
+class LegacyPredictBatchResponse(_Message):
+    """The old answer; positions that could not be answered are missing from `predictions`."""
+
+    predictions: list[LegacyPrediction]
+    model_used: Version
+    total_processed: Count
+    successful_predictions: Count
+    request_id: RequestId
+    via: Literal["legacy-proxy"]
+
+
+class ProblemPosition(_Message):
+    """One place in the request body that is wrong."""
+
+    pointer: Annotated[str, Field(examples=["/lead_ids/3"])]
+    """JSON pointer (RFC 6901)."""
+    code: str
+    detail: str
+
+
+class Problem(_Message):
+    """Every error body (RFC 9457, `application/problem+json`)."""
+
+    type: Annotated[str, Field(examples=["urn:lead-scoring:problem:BATCH_SIZE_EXCEEDED"])]
+    title: str
+    status: Annotated[int, Field(ge=400, le=599)]
+    detail: str
+    instance: Annotated[str, Field(examples=["/ai/advanced-ml/predict-batch"])]
+    """The path asked, or `/` when it is not one of ours."""
+    error_code: Annotated[str, Field(examples=["BATCH_SIZE_EXCEEDED"])]
+    request_id: RequestId
+    timestamp: Annotated[str, Field(examples=["2026-01-01T12:00:00Z"])]
+    errors: Annotated[list[ProblemPosition], Field(max_length=20)]
+
+
+class DatabaseHealth(_Message):
+    """Whether the lead database answers, as of a look at most a second ago."""
+
+    status: Literal["ok", "unavailable"]
+    latency_ms: float | None
+
+
+class TelemetryHealth(_Message):
+    """Whether events can be recorded, and how many wait for the database."""
+
+    status: Literal["ok", "shipping_delayed", "unavailable", "off"]
+    backlog: Count
+
+
+class BreakerHealth(_Message):
+    """The legacy router's circuit breaker."""
+
+    state: Literal["closed", "open", "half_open"]
+
+
+class DriftHealth(_Message):
+    """How recent leads compare with those the model was trained on."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    status: str
+
+
+class HealthResponse(_Message):
+    """What ops ask first. Nulls when no model is loaded."""
+
+    status: Literal["healthy", "unhealthy"]
+    model_version: Version | None
+    model_sha256: Digest | None
+    loaded: bool
+    since_seconds: float | None
+    feature_count: Count | None
+    cache_status: Literal["hit", "miss", "expired", "error"]
+    database: DatabaseHealth
+    telemetry: TelemetryHealth
+    breaker: BreakerHealth | None
+    """Null when the legacy router is not mounted."""
+    drift: DriftHealth
+    uptime_seconds: float
+    service_version: str
+    request_id: RequestId
+
+
+class AvailableModel(_Message):
+    """One artifact found, and whether it can be trusted."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    version: Version | None
+    state: str
+
+
+class ModelsResponse(_Message):
+    """The active model at the top level, and every artifact found. Nulls when no model is loaded."""
+
+    status: Literal["loaded", "no_model_loaded"]
+    version: Version | None
+    model_type: str | None
+    path: str | None
+    """Relative to the models directory."""
+    sha256: Digest | None
+    loaded_at: str | None
+    loaded_since_seconds: float | None
+    feature_count: Count | None
+    performance: dict[str, float] | None
+    available: list[AvailableModel]
+    request_id: RequestId
