@@ -5,6 +5,7 @@ name that no stranger can write; it is read once, into memory. Never interprets 
 path. Called by `model_registry`, for manifests and artifacts alike.
 """
 
+import errno
 import hashlib
 import hmac
 import os
@@ -122,7 +123,9 @@ def _read_file(directory: int, name: str, limit: int) -> bytes:
     except FileNotFoundError as exc:
         raise ArtifactError("missing", "The file is not there.") from exc
     except OSError as exc:
-        raise ArtifactError("not_regular", "The file cannot be opened, or is a link.") from exc
+        if exc.errno == errno.ELOOP:
+            raise ArtifactError("not_regular", "The file is a symbolic link.") from exc
+        raise ArtifactError("not_readable", "The file cannot be opened.") from exc
     with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123  opened by descriptor, not by path
         _refuse_unsafe(os.fstat(file.fileno()), limit)
         return _read_at_most(file.fileno(), limit + 1)

@@ -20,7 +20,6 @@ import msgspec
 from app.errors import ArtifactError
 
 ArtifactFormat = Literal["skops", "joblib"]
-MANIFEST_VERSION = 1
 MANIFEST_SUFFIX = ".manifest.json"
 MAX_MANIFEST_BYTES = 8 * 1024 * 1024
 MAX_ARTIFACT_BYTES = 512 * 1024 * 1024

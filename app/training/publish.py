@@ -1,4 +1,4 @@
-"""Publishing: a fitted estimator and its description become an artifact and a manifest in the models directory.
+"""Publishing: a fitted estimator and its description become an artifact and a manifest on disk.
 
 What is published has been proved first: the bytes were deserialised under the registry's own allow-list and
 answer the golden inputs as the estimator in memory does. A reader sees the old state or the new one, never a
@@ -15,7 +15,6 @@ from app.ai.artifact_loading import dump_estimator, library_versions
 from app.ai.inference import build_scorer
 from app.ai.model_bundle import build_parts, load_bundle, score_rows
 from app.ai.model_manifest import (
-    MANIFEST_VERSION,
     ArtifactFormat,
     ModelDescription,
     ModelManifest,
@@ -37,8 +36,8 @@ def publish_model(
     here. The directory is made when it is missing.
 
     Raises:
-        ArtifactError: `already_published` (this version exists), `golden_rejected`, or the reason for which
-            the registry would refuse the artifact.
+        ArtifactError: `already_published` (this version exists), or the reason for which the registry would
+            refuse the artifact.
     """
     data = dump_estimator(estimator, fmt)
     manifest = build_manifest(estimator, description, data, fmt)
@@ -60,14 +59,14 @@ def build_manifest(
     """Returns the sealed manifest of an estimator whose artifact has the bytes `data`.
 
     Raises:
-        ArtifactError: `golden_rejected`, `manifest_invalid`.
+        ArtifactError: `manifest_invalid`.
     """
     parts = build_parts(description)
     try:
         outputs = score_rows(parts, build_scorer(estimator), description.golden_inputs)
         manifest = ModelManifest(
             **msgspec.structs.asdict(description),
-            manifest_version=MANIFEST_VERSION,
+            manifest_version=1,
             model_id=build_model_id(description.version),
             file_name=build_file_name(description.model_type, description.version, fmt),
             file_size=len(data),

@@ -1,0 +1,130 @@
+"""A model in memory: the estimator's scorer with everything that stands round it, all of one version.
+
+A bundle is made in one order: library versions, then the manifest's own parts, then the artifact's bytes,
+then the golden self-test. Never reads a file. Called by `model_registry`, and by `training.publish` to prove
+what it is about to publish.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.ai.artifact_loading import load_estimator, verify_library_versions
+from app.ai.calibration import Calibrator, calibrate
+from app.ai.domain import FloatArray, InputColumn, ModelRef
+from app.ai.feature_safety import FeatureStatistics, check_features
+from app.ai.features import CellState, FeatureMatrix, FeatureSet
+from app.ai.inference import Scorer, build_scorer
+from app.ai.model_manifest import FeatureRow, ModelDescription, ModelManifest
+from app.errors import ArtifactError
+
+GOLDEN_TOLERANCE = 1e-12
+"""Largest difference from a golden output: room for the last bits of another processor's `exp`, no more."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelParts:
+    """What a description says about a model's inputs and outputs, as the objects that do the work."""
+
+    feature_set: FeatureSet
+    statistics: tuple[FeatureStatistics, ...]
+    calibrator: Calibrator
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelBundle:
+    """One verified model; a request holds on to the bundle it began with.
+
+    `scorer` takes safe feature values (n, k) and gives raw scores (n,); `calibrator` turns those into
+    probabilities.
+    """
+
+    ref: ModelRef
+    manifest: ModelManifest
+    feature_set: FeatureSet
+    statistics: tuple[FeatureStatistics, ...]
+    calibrator: Calibrator
+    scorer: Scorer
+
+    @property
+    def input_columns(self) -> tuple[InputColumn, ...]:
+        """The columns of the lead source the features read, distinct and ordered."""
+        return self.feature_set.input_columns
+
+
+def build_parts(description: ModelDescription) -> ModelParts:
+    """Builds feature set, statistics and calibrator of a description.
+
+    Raises:
+        ArtifactError: `manifest_invalid`, when one of them is not what it should be.
+    """
+    try:
+        return ModelParts(
+            FeatureSet.from_json(description.feature_set),
+            tuple(FeatureStatistics.from_json(entry) for entry in description.statistics),
+            Calibrator.from_json(description.calibrator),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise ArtifactError(
+            "manifest_invalid", "The manifest's features or calibrator are not valid."
+        ) from exc
+
+
+def load_bundle(manifest: ModelManifest, data: bytes) -> ModelBundle:
+    """Makes the bundle of a manifest and the verified bytes of its artifact.
+
+    Raises:
+        ArtifactError: `library_mismatch`, `manifest_invalid`, `not_a_classifier`, `golden_mismatch`, or see
+            `load_estimator`.
+    """
+    verify_library_versions(manifest.library_versions, manifest.format)
+    parts = build_parts(manifest)
+    if parts.feature_set.fingerprint != manifest.feature_fingerprint:
+        raise ArtifactError("manifest_invalid", "The feature set does not match its fingerprint.")
+    bundle = ModelBundle(
+        ref=ModelRef(manifest.model_id, manifest.version, manifest.sha256),
+        manifest=manifest,
+        feature_set=parts.feature_set,
+        statistics=parts.statistics,
+        calibrator=parts.calibrator,
+        scorer=_build_safe_scorer(load_estimator(data, manifest.format)),
+    )
+    self_test(bundle)
+    return bundle
+
+
+def self_test(bundle: ModelBundle) -> None:
+    """Scores the golden inputs again; readiness calls this too, it takes milliseconds.
+
+    Raises:
+        ArtifactError: `golden_mismatch`: the model does not answer as it did when it was published.
+    """
+    try:
+        parts = ModelParts(bundle.feature_set, bundle.statistics, bundle.calibrator)
+        outputs = score_rows(parts, bundle.scorer, bundle.manifest.golden_inputs)
+    except Exception as exc:
+        raise ArtifactError("golden_mismatch", "The model fails on its golden inputs.") from exc
+    if not np.allclose(outputs, bundle.manifest.golden_outputs, rtol=0.0, atol=GOLDEN_TOLERANCE):
+        raise ArtifactError("golden_mismatch", "The model does not answer its golden inputs as published.")
+
+
+def score_rows(parts: ModelParts, scorer: Scorer, rows: Sequence[FeatureRow]) -> FloatArray:
+    """Returns the calibrated probabilities (r,) of built feature rows, None where a value is missing.
+
+    Raises:
+        ValueError: feature safety rejects one of the rows.
+    """
+    values = np.array(rows, dtype=np.float64)
+    states = np.where(np.isnan(values), CellState.MISSING, CellState.PRESENT).astype(np.uint8)
+    checked = check_features(FeatureMatrix(values, states), parts.feature_set, parts.statistics)
+    if checked.rejected.any():
+        raise ValueError("a row is rejected by feature safety")
+    return calibrate(scorer(checked.values), parts.calibrator)
+
+
+def _build_safe_scorer(estimator: object) -> Scorer:
+    try:
+        return build_scorer(estimator)
+    except Exception as exc:
+        raise ArtifactError("not_a_classifier", "The artifact is not a sound binary classifier.") from exc

@@ -1,0 +1,167 @@
+"""The models directory as a catalogue: what lies there, and what is known of each artifact.
+
+One chain leads from a file to a model: manifest, its own digest, whether it can serve here, the artifact's
+size and SHA-256, and only then deserialising. A refusal is remembered until the files change, so a bad artifact
+is read once and not on every look. Never chooses which model serves. Used by `model_registry`, and by the
+commands that list and verify models.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from app.ai.artifact_files import (
+    FileIdentity,
+    FoundArtifact,
+    open_model_dir,
+    read_manifest_file,
+    read_model_dir,
+    read_verified_artifact,
+)
+from app.ai.artifact_loading import verify_library_versions
+from app.ai.model_bundle import ModelBundle, load_bundle
+from app.ai.model_manifest import ModelManifest, read_manifest
+from app.errors import ArtifactError
+
+ModelState = Literal["active", "verified", "refused", "incompatible", "unverified"]
+Incompatible = Callable[[ModelManifest], str | None]
+_Result = TypeVar("_Result")
+
+_PASSING = frozenset({"incompatible", "missing", "not_readable", "out_of_memory"})
+"""Reasons that may go away although the files stay as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class AvailableModel:
+    """One artifact in the models directory; `file` is relative to it.
+
+    `state`: `active` it serves; `verified` it could; `refused` it cannot be trusted or loaded; `incompatible`
+    it is sound but cannot serve this lead source; `unverified` there is nothing to verify it against. `reason`
+    is the word of `ArtifactError`, or for an incompatible model a sentence.
+    """
+
+    file: str
+    version: str
+    model_type: str
+    state: ModelState
+    reason: str | None
+
+
+class ModelCatalogue:
+    """The artifacts of one directory whose file names match a pattern.
+
+    `incompatible` tells why a sound model cannot serve here, None if it can. All methods read the disk and
+    block; they may be called from several threads.
+    """
+
+    def __init__(
+        self, model_dir: Path, pattern: str = "advanced_ml_*", incompatible: Incompatible = lambda _: None
+    ) -> None:
+        self._model_dir = model_dir
+        self._pattern = pattern
+        self._incompatible = incompatible
+        self._refusals: dict[FileIdentity, tuple[str, str]] = {}
+        self._verified: dict[FileIdentity, ModelManifest] = {}
+
+    def find(self) -> list[FoundArtifact]:
+        """Returns what lies in the directory, newest version first.
+
+        Raises:
+            ArtifactError: `no_directory` or `writable_by_others`.
+        """
+        with open_model_dir(self._model_dir) as descriptor:
+            found = read_model_dir(descriptor, self._pattern)
+        self._forget_all_but({artifact.identity for artifact in found})
+        return found
+
+    def load(self, artifact: FoundArtifact) -> ModelBundle:
+        """Verifies and loads one artifact; the bytes that are hashed are the bytes that are deserialised.
+
+        Raises:
+            ArtifactError: why not; `incompatible` has the sentence as its text.
+        """
+        return self._remembering(artifact, self._load)
+
+    def list_models(self, active: FileIdentity | None = None) -> list[AvailableModel]:
+        """Returns every artifact with its state, after verifying hashes; deserialises nothing."""
+        return self._describe_all(lambda artifact: self._remembering(artifact, self._verify), active)
+
+    def verify_models(self) -> list[AvailableModel]:
+        """Returns every artifact; `verified` means it was loaded and answered its golden inputs."""
+        return self._describe_all(lambda artifact: self._load(artifact).manifest, None)
+
+    def _describe_all(
+        self, verify: Callable[[FoundArtifact], ModelManifest], active: FileIdentity | None
+    ) -> list[AvailableModel]:
+        try:
+            found = self.find()
+        except ArtifactError:
+            return []
+        return [self._describe(artifact, verify, active) for artifact in found]
+
+    def _describe(
+        self,
+        artifact: FoundArtifact,
+        verify: Callable[[FoundArtifact], ModelManifest],
+        active: FileIdentity | None,
+    ) -> AvailableModel:
+        state: ModelState = "active" if artifact.identity == active else "verified"
+        reason = None
+        if artifact.manifest_name is None:
+            state, reason = "unverified", "no_manifest"
+        elif state == "verified":
+            try:
+                verify(artifact)
+            except ArtifactError as exc:
+                sound = exc.reason == "incompatible"
+                state, reason = ("incompatible", str(exc)) if sound else ("refused", exc.reason)
+        file = artifact.artifact_name or artifact.manifest_name or ""
+        return AvailableModel(file, artifact.version, artifact.model_type, state, reason)
+
+    def _remembering(self, artifact: FoundArtifact, act: Callable[[FoundArtifact], _Result]) -> _Result:
+        if known := self._refusals.get(artifact.identity):
+            raise ArtifactError(*known)
+        try:
+            return act(artifact)
+        except ArtifactError as exc:
+            if exc.reason not in _PASSING:
+                # Not the exception itself: its traceback would keep the artifact's bytes alive.
+                self._refusals[artifact.identity] = (exc.reason, str(exc))
+            raise
+
+    def _load(self, artifact: FoundArtifact) -> ModelBundle:
+        with open_model_dir(self._model_dir) as descriptor:
+            manifest = _read_manifest_of(descriptor, artifact)
+            self._refuse_incompatible(manifest)
+            data = read_verified_artifact(descriptor, manifest)
+        return load_bundle(manifest, data)
+
+    def _verify(self, artifact: FoundArtifact) -> ModelManifest:
+        manifest = self._verified.get(artifact.identity)
+        if manifest is None:
+            with open_model_dir(self._model_dir) as descriptor:
+                manifest = _read_manifest_of(descriptor, artifact)
+                verify_library_versions(manifest.library_versions, manifest.format)
+                read_verified_artifact(descriptor, manifest)
+            self._verified[artifact.identity] = manifest
+        self._refuse_incompatible(manifest)
+        return manifest
+
+    def _refuse_incompatible(self, manifest: ModelManifest) -> None:
+        why = self._incompatible(manifest)
+        if why is not None:
+            raise ArtifactError("incompatible", why)
+
+    def _forget_all_but(self, identities: set[FileIdentity]) -> None:
+        self._refusals = {key: value for key, value in self._refusals.items() if key in identities}
+        self._verified = {key: value for key, value in self._verified.items() if key in identities}
+
+
+def _read_manifest_of(descriptor: int, artifact: FoundArtifact) -> ModelManifest:
+    if artifact.manifest_name is None:
+        raise ArtifactError("no_manifest", "The artifact has no manifest.")
+    manifest = read_manifest(read_manifest_file(descriptor, artifact.manifest_name))
+    if (manifest.version, manifest.model_type) != (artifact.version, artifact.model_type):
+        raise ArtifactError("manifest_misnamed", "The manifest describes another model than its name says.")
+    return manifest

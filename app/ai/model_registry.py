@@ -1,0 +1,230 @@
+"""The registry: which model serves, loaded once however many requests wait for it.
+
+The newest version wins, unless one is pinned; a bad one is reported and the next older one is tried; what
+serves is replaced by one assignment, never by nothing. Looking at the disk happens on a thread of its own: a
+request waits for it only while there is no model at all. Never decides what a model answers. Made by `wiring`
+after the worker process has started, used by the predictor and the operations endpoints.
+"""
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import structlog
+
+from app.ai.artifact_files import FileIdentity, FoundArtifact
+from app.ai.model_bundle import ModelBundle
+from app.ai.model_catalogue import AvailableModel, Incompatible, ModelCatalogue
+from app.errors import ArtifactError, ModelNotReadyError
+
+__all__ = ["LoadReport", "ModelBundle", "ModelRegistry", "RegistryStatus"]
+
+CacheStatus = Literal["hit", "miss", "expired", "error"]
+
+_MAX_BACKOFF = 6
+"""Looks with nothing to serve are at most this many times `retry_seconds` apart."""
+
+_log = structlog.get_logger("app.model_registry")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """One artifact was loaded (`bundle`), or it was not (`reason`, the word of `ArtifactError`)."""
+
+    version: str
+    model_type: str
+    bundle: ModelBundle | None
+    reason: str | None
+    duration_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryStatus:
+    """What the registry holds, for the operations endpoints; it costs nothing to ask.
+
+    `cache_status`: `hit` a model within its TTL, `expired` a model past it, `miss` nothing was looked for
+    yet, `error` nothing could be loaded. `reason` is why the newest artifact does not serve, as of the last
+    look.
+    """
+
+    bundle: ModelBundle | None
+    loaded_at: datetime | None
+    loaded_since_seconds: float | None
+    cache_status: CacheStatus
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    bundle: ModelBundle
+    identity: FileIdentity
+    at: datetime
+    at_monotonic: float
+
+
+class ModelRegistry:
+    """Holds the active model of this process.
+
+    Seconds are those of `monotonic`. `incompatible` (see `ModelCatalogue`) and `on_load`, which is told of
+    every load and of every refusal that is news, are called on the registry's own thread.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        pattern: str = "advanced_ml_*",
+        pinned_version: str | None = None,
+        ttl_seconds: float = 3600.0,
+        retry_seconds: float = 5.0,
+        monotonic: Callable[[], float] = time.monotonic,
+        utc_now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        incompatible: Incompatible = lambda _: None,
+        on_load: Callable[[LoadReport], None] = lambda _: None,
+    ) -> None:
+        self._catalogue = ModelCatalogue(model_dir, pattern, incompatible)
+        self._pinned = pinned_version
+        self._ttl = ttl_seconds
+        self._retry = retry_seconds
+        self._monotonic = monotonic
+        self._utc_now = utc_now
+        self._on_load = on_load
+        self._loaded: _Loaded | None = None
+        self._reason: str | None = None
+        self._reported: dict[str | None, tuple[FileIdentity, str]] = {}
+        self._failures = 0
+        self._next_look = -math.inf
+        self._look: Future[None] | None = None
+        self._lock = threading.Lock()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-registry")
+
+    async def active(self) -> ModelBundle:
+        """Returns the model that serves, from memory whenever there is one.
+
+        Raises:
+            ModelNotReadyError: no verified model is loaded; says when the registry looks again.
+        """
+        loaded = self._loaded
+        if loaded is not None and self._monotonic() < self._next_look:
+            return loaded.bundle
+        look = self._begin_look_when_due()
+        if loaded is None and look is not None:
+            # Shielded: a caller that gives up must not take the others' load with it.
+            await asyncio.shield(asyncio.wrap_future(look))
+        return self._require()
+
+    def load(self) -> ModelBundle:
+        """Looks at the disk now and returns the model that serves after that; blocks, for start-up.
+
+        Raises:
+            ModelNotReadyError: nothing could be loaded.
+        """
+        with self._lock:
+            look = self._begin_look()
+        look.result()
+        return self._require()
+
+    def status(self) -> RegistryStatus:
+        """Tells what is loaded, and how the last look went."""
+        loaded, now = self._loaded, self._monotonic()
+        if loaded is None:
+            looked = self._next_look != -math.inf
+            return RegistryStatus(None, None, None, "error" if looked else "miss", self._reason)
+        fresh: CacheStatus = "hit" if now < self._next_look else "expired"
+        return RegistryStatus(loaded.bundle, loaded.at, now - loaded.at_monotonic, fresh, self._reason)
+
+    def available(self) -> list[AvailableModel]:
+        """Returns every artifact with its verification state, newest first; reads the disk, so it blocks."""
+        loaded = self._loaded
+        return self._catalogue.list_models(loaded.identity if loaded else None)
+
+    def close(self) -> None:
+        """Waits for a look that is under way and never looks again; what is loaded goes on serving."""
+        self._executor.shutdown()
+        self._next_look = math.inf
+
+    def _require(self) -> ModelBundle:
+        loaded = self._loaded
+        if loaded is None:
+            wait = self._next_look - self._monotonic()
+            raise ModelNotReadyError(
+                retry_after=math.ceil(min(max(wait, 1.0), self._retry * _MAX_BACKOFF + 1.0))
+            )
+        return loaded.bundle
+
+    def _begin_look_when_due(self) -> "Future[None] | None":
+        with self._lock:
+            # A look sets the time of the next one before it ends, so one that has just ended is not repeated.
+            if self._monotonic() >= self._next_look or (self._look and not self._look.done()):
+                return self._begin_look()
+        return None
+
+    def _begin_look(self) -> "Future[None]":
+        if self._look is None or self._look.done():
+            self._look = self._executor.submit(self._look_at_disk)
+        return self._look
+
+    def _look_at_disk(self) -> None:
+        try:
+            self._reason = self._choose()
+        except ArtifactError as exc:
+            self._reason = exc.reason
+        except Exception:  # noqa: BLE001  whatever happens here, what is loaded serves on and a next look comes
+            self._reason = "internal_error"
+            _log.exception("model_look_failed")
+        self._failures = 0 if self._loaded else min(self._failures + 1, 10)
+        pause = self._ttl if self._loaded else self._retry * min(2 ** (self._failures - 1), _MAX_BACKOFF)
+        self._next_look = self._monotonic() + pause
+
+    def _choose(self) -> str | None:
+        """Loads the newest artifact that can serve, and returns why the newest one does not."""
+        found = [artifact for artifact in self._catalogue.find() if artifact.manifest_name]
+        wanted = [artifact for artifact in found if self._pinned in {None, artifact.version}]
+        reason: str | None = None if wanted else "no_artifact"
+        for artifact in wanted:
+            loaded = self._loaded
+            if loaded and artifact.identity == loaded.identity:
+                break
+            refusal = self._try_to_load(artifact)
+            if refusal is None:
+                break
+            reason = reason or refusal
+            # The file of what serves went bad: better the copy in memory than an older model.
+            if loaded and artifact.version == loaded.bundle.ref.version:
+                break
+        return reason
+
+    def _try_to_load(self, artifact: FoundArtifact) -> str | None:
+        started = self._monotonic()
+        try:
+            bundle, refusal = self._catalogue.load(artifact), None
+        except ArtifactError as exc:
+            bundle, refusal = None, exc
+        elapsed = self._monotonic() - started
+        if bundle is not None:
+            self._loaded = _Loaded(bundle, artifact.identity, self._utc_now(), self._monotonic())
+        reason = refusal.reason if refusal else None
+        self._report(
+            artifact, LoadReport(artifact.version, artifact.model_type, bundle, reason, 1000 * elapsed)
+        )
+        return reason
+
+    def _report(self, artifact: FoundArtifact, report: LoadReport) -> None:
+        if report.reason is None:
+            _log.info("model_loaded", version=report.version, model_type=report.model_type)
+        elif self._reported.get(artifact.manifest_name) == (artifact.identity, report.reason):
+            return
+        else:
+            self._reported[artifact.manifest_name] = (artifact.identity, report.reason)
+            _log.warning("model_refused", version=report.version, reason=report.reason)
+        try:
+            self._on_load(report)
+        except Exception:  # noqa: BLE001  a listener that fails must not cost the service its model
+            _log.exception("model_report_failed")
