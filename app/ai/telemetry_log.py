@@ -9,20 +9,21 @@ for the network. A log belongs to one thread, the writer of `ml_telemetry`.
 import fcntl
 import os
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import structlog
 from uuid_utils import uuid7
 
 from app.ai.domain import StoredEvent
-from app.ai.events import decode_event
 from app.errors import TelemetryUnavailableError
 
 _T = TypeVar("_T")
+_Row = tuple[str, str, int]
 
 _PAGE_BYTES = 4096
 _LOCK_WAIT_SECONDS = 2.0
@@ -30,16 +31,21 @@ _SALVAGE_GROUP = 500
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 _SCHEMA = """
-    CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, body TEXT NOT NULL);
+    CREATE TABLE IF NOT EXISTS events (
+        seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, body TEXT NOT NULL, crc INTEGER NOT NULL
+    );
     CREATE TABLE IF NOT EXISTS probe (content BLOB);
 """
 # One statement, one step, whatever the number of events: the sqlite3 module gives up and takes back the
 # interpreter lock at every step, and under load each taking back may wait for the event loop.
 _INSERT = """
-    INSERT OR IGNORE INTO events (id, body) SELECT json_extract(value, '$.id'), value FROM json_each(?)
+    INSERT OR IGNORE INTO events (id, body, crc)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]')
+    FROM json_each(?)
 """
 _READ = """
-    SELECT json_group_array(json_array(id, body)) FROM (SELECT id, body FROM events ORDER BY seq LIMIT ?)
+    SELECT json_group_array(json_array(id, body, crc))
+    FROM (SELECT id, body, crc FROM events ORDER BY seq LIMIT ?)
 """
 _DELETE = "DELETE FROM events WHERE id IN (SELECT value FROM json_each(?))"
 
@@ -77,8 +83,8 @@ class TelemetryLog:
 
     def write(self, events: Sequence[StoredEvent]) -> None:
         """Adds the events; they are durable when this returns. An event already there is left as it is."""
-        text = msgspec.json.encode(events).decode()
-        self._run(lambda connection: connection.execute(_INSERT, (text,)))
+        rows = _encode_rows(events)
+        self._run(lambda connection: connection.execute(_INSERT, (rows,)))
 
     def read_batch(self, limit: int) -> list[StoredEvent]:
         """Returns the oldest events, at most `limit`."""
@@ -202,7 +208,7 @@ class TelemetryLog:
     def _salvage(self, damaged: Path, connection: sqlite3.Connection) -> None:
         saved = 0
         for events in _readable_events(damaged / self._file.name):
-            saved += connection.execute(_INSERT, (msgspec.json.encode(events).decode(),)).rowcount
+            saved += connection.execute(_INSERT, (_encode_rows(events),)).rowcount
         damaged.rename(damaged.with_name(damaged.name.replace("damaged-", "salvaged-")))
         _log.warning("telemetry_log_salvaged", directory=damaged.name, events=saved)
 
@@ -214,12 +220,10 @@ def _check_structure(connection: sqlite3.Connection) -> None:
 
 def _read_rows(connection: sqlite3.Connection, limit: int) -> list[StoredEvent]:
     (text,) = connection.execute(_READ, (limit,)).fetchone()
-    events: list[StoredEvent] = []
-    for event_id, body in msgspec.json.decode(text, type=list[tuple[str, str]]):
-        event = _decode_row(body)
-        if event is None or event.id != event_id:
-            raise _DamageError
-        events.append(event)
+    rows = msgspec.json.decode(text, type=list[_Row])
+    events = [event for row in rows if (event := _decode_row(row)) is not None]
+    if len(events) < len(rows):
+        raise _DamageError
     return events
 
 
@@ -233,26 +237,32 @@ def _readable_events(file: Path) -> Iterator[list[StoredEvent]]:
     # From both ends, because reading stops at the damage; an event met twice is one event.
     for order in ("ASC", "DESC"):
         with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as source:
-            rows = source.execute(f"SELECT body FROM events ORDER BY seq {order}")  # noqa: S608 - a constant
-            while bodies := _fetch_some(rows):
-                yield [event for body in bodies if (event := _decode_row(body)) is not None]
+            cursor = source.execute(f"SELECT id, body, crc FROM events ORDER BY seq {order}")  # noqa: S608 - a constant
+            while rows := _fetch_some(cursor):
+                yield [event for row in rows if (event := _decode_row(row)) is not None]
 
 
-def _fetch_some(rows: sqlite3.Cursor) -> list[Any]:
-    bodies: list[Any] = []
+def _fetch_some(cursor: sqlite3.Cursor) -> list[_Row]:
+    rows: list[_Row] = []
     with suppress(sqlite3.Error):  # what precedes the damage is kept
-        while len(bodies) < _SALVAGE_GROUP and (row := rows.fetchone()) is not None:
-            bodies.append(row[0])
-    return bodies
+        while len(rows) < _SALVAGE_GROUP and (row := cursor.fetchone()) is not None:
+            rows.append(row)
+    return rows
 
 
-def _decode_row(body: Any) -> StoredEvent | None:
-    try:
-        event: StoredEvent = msgspec.json.decode(body, type=StoredEvent)
-        decode_event(event.action, event.meta)
-    except (msgspec.MsgspecError, TypeError, KeyError, UnicodeError):
+def _encode_rows(events: Sequence[StoredEvent]) -> str:
+    bodies = [msgspec.json.encode(event) for event in events]
+    rows = [(event.id, body.decode(), zlib.crc32(body)) for event, body in zip(events, bodies, strict=True)]
+    return msgspec.json.encode(rows).decode()
+
+
+def _decode_row(row: _Row) -> StoredEvent | None:
+    # SQLite checks the structure of its pages and not what is in them, hence a checksum of our own.
+    event_id, body, crc = row
+    if not isinstance(body, str) or zlib.crc32(body.encode()) != crc:
         return None
-    return event
+    event = msgspec.json.decode(body, type=StoredEvent)
+    return event if event.id == event_id else None
 
 
 def _write_probe(connection: sqlite3.Connection) -> None:
