@@ -1,9 +1,9 @@
 """The models directory as a catalogue: what lies there, and what is known of each artifact.
 
 One chain leads from a file to a model: manifest, its own digest, whether it can serve here, the artifact's
-size and SHA-256, and only then deserialising. A refusal is remembered until the files change, so a bad artifact
-is read once and not on every look. Never chooses which model serves. Used by `model_registry`, and by the
-commands that list and verify models.
+size and SHA-256, and only then deserialising. A refusal is remembered until the files change, so a bad
+artifact is read once and not on every look. Never chooses which model serves. Used by `model_registry`, and
+by the commands that list and verify models.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ class AvailableModel:
     """One artifact in the models directory; `file` is relative to it.
 
     `state`: `active` it serves; `verified` it could; `refused` it cannot be trusted or loaded; `incompatible`
-    it is sound but cannot serve this lead source; `unverified` there is nothing to verify it against. `reason`
-    is the word of `ArtifactError`, or for an incompatible model a sentence.
+    it is sound but cannot serve this lead source; `unverified` there is nothing to verify it against.
+    `reason` is the word of `ArtifactError`, or for an incompatible model a sentence.
     """
 
     file: str
