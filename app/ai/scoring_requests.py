@@ -16,13 +16,34 @@ from starlette.requests import Request
 
 from app.errors import (
     BatchSizeExceededError,
+    BodyTooLargeError,
+    DatabaseUnavailableError,
     EmptyBatchError,
     ErrorPosition,
     InvalidLeadIdError,
     InvalidParameterError,
     InvalidPayloadError,
+    LeadScoringError,
+    ModelNotReadyError,
+    PredictionFailedError,
+    TelemetryUnavailableError,
     UnsupportedMediaTypeError,
 )
+
+SCORING_ERRORS: tuple[type[LeadScoringError], ...] = (
+    BatchSizeExceededError,
+    BodyTooLargeError,
+    UnsupportedMediaTypeError,
+    InvalidPayloadError,
+    EmptyBatchError,
+    InvalidLeadIdError,
+    InvalidParameterError,
+    PredictionFailedError,
+    ModelNotReadyError,
+    DatabaseUnavailableError,
+    TelemetryUnavailableError,
+)
+"""Whatever a scoring route may answer with, for OpenAPI."""
 
 MAX_LEAD_ID_LENGTH = 64
 MAX_POSITIONS = 20

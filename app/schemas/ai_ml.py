@@ -75,8 +75,8 @@ class CalibrationMetadata(_Message):
     calibration_method: Literal["sigmoid", "spread", "isotonic", "none"]
     raw_probabilities_count: Count
     calibrated_probabilities_count: Count
-    avg_feature_coverage: Share | None
-    """Mean `features_present_ratio`; null when no position is answered."""
+    avg_feature_coverage: Share
+    """Mean `features_present_ratio`; 0 when no position is answered."""
     confidence_method: Literal["max_probability", "margin", "entropy", "interval"]
     bounds: Annotated[list[Share], Field(min_length=2, max_length=2)]
 
@@ -169,9 +169,9 @@ class BreakerHealth(_Message):
 class DriftHealth(_Message):
     """How recent leads compare with those the model was trained on."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    status: str
+    status: Literal["unknown", "stable", "moderate", "drifting"]
+    """`unknown` while too few leads were scored to say."""
+    rows: Count
 
 
 class HealthResponse(_Message):
@@ -197,10 +197,13 @@ class HealthResponse(_Message):
 class AvailableModel(_Message):
     """One artifact found, and whether it can be trusted."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    version: Version | None
-    state: str
+    file: str
+    """Relative to the models directory."""
+    version: Version
+    model_type: str
+    state: Literal["active", "verified", "refused", "incompatible", "unverified"]
+    reason: str | None
+    """Why it does not serve, if there is a reason."""
 
 
 class ModelsResponse(_Message):
@@ -210,7 +213,6 @@ class ModelsResponse(_Message):
     version: Version | None
     model_type: str | None
     path: str | None
-    """Relative to the models directory."""
     sha256: Digest | None
     loaded_at: str | None
     loaded_since_seconds: float | None
@@ -218,3 +220,15 @@ class ModelsResponse(_Message):
     performance: dict[str, float] | None
     available: list[AvailableModel]
     request_id: RequestId
+
+
+class Liveness(_Message):
+    """The process runs."""
+
+    status: Literal["alive"]
+
+
+class Readiness(_Message):
+    """The worker may receive traffic."""
+
+    status: Literal["ready"]

@@ -1,0 +1,106 @@
+"""The hardened edge: lead IDs in, the full answer out. Reads, calls the predictor, maps; decides nothing."""
+
+import time
+from collections.abc import Callable
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from app.ai.dependencies import CurrentRecord, LeadPredictor
+from app.ai.domain import VERDICTS, Predictions, RequestContext
+from app.ai.scoring_requests import SCORING_ERRORS, read_lead_ids
+from app.schemas.ai_ml import PredictBatchResponse
+from app.schemas.openapi import describe_answers, describe_scoring_body
+
+PREFIX = "/ai/advanced-ml"
+
+
+def build_router(max_batch_size: int, clock: Callable[[], float] = time.perf_counter) -> APIRouter:
+    """Returns the routes; `clock` is the one `RequestRecord.started` was taken from."""
+    router = APIRouter(prefix=PREFIX, tags=["Advanced ML (hardened)"])
+
+    @router.post(
+        "/predict-batch",
+        summary="Score leads",
+        responses=describe_answers("One outcome for each ID asked.", PredictBatchResponse, SCORING_ERRORS),
+        openapi_extra=describe_scoring_body(max_batch_size),
+    )
+    async def predict_batch(request: Request, record: CurrentRecord, predictor: LeadPredictor) -> Response:
+        """Answers each lead ID with a calibrated probability, or with the reason why there is none."""
+        lead_ids = await read_lead_ids(request, max_batch_size)
+        record.asked = len(lead_ids)
+        context = RequestContext(record.request_id, record.as_of)
+        record.predictions = await predictor.predict(lead_ids, context)
+        elapsed_ms = (clock() - record.started) * 1000
+        body = encode_answer(record.predictions, record.request_id, elapsed_ms)
+        return Response(body, media_type="application/json")
+
+    return router
+
+
+class _Prediction(msgspec.Struct):
+    lead_id: str
+    probability: float
+    confidence: float
+    calibrated_probability: float
+    features_present_ratio: float
+    prediction: bool
+    verdict: str
+
+
+class _Error(msgspec.Struct):
+    lead_id: str
+    position: int
+    error_code: str
+    message: str
+
+
+def encode_answer(predictions: Predictions, request_id: str, elapsed_ms: float) -> bytes:
+    """Returns the body of a 200, as `PredictBatchResponse` describes it; numbers keep all their digits."""
+    answered = len(predictions.lead_ids)
+    return msgspec.json.encode(
+        {
+            "predictions": _build_predictions(predictions),
+            "errors": [
+                _Error(declined.lead_id, declined.position, declined.code, declined.message)
+                for declined in predictions.rejections
+            ],
+            "model_version": predictions.model.version,
+            "model_id": predictions.model.model_id,
+            "model_sha256": predictions.model.sha256,
+            "total_processed": predictions.asked,
+            "successful_predictions": answered,
+            "failed_predictions": len(predictions.rejections),
+            "processing_time_ms": round(elapsed_ms, 3),
+            "cache_hit": 0 < answered == predictions.cache_hits,
+            "cache_hits": predictions.cache_hits,
+            "schema_version": "v1",
+            "contract_version": 1,
+            "calibration_metadata": {
+                "calibration_method": predictions.calibration_method,
+                "raw_probabilities_count": answered,
+                "calibrated_probabilities_count": answered,
+                "avg_feature_coverage": float(predictions.coverage.mean()) if answered else 0.0,
+                "confidence_method": predictions.confidence_method,
+                "bounds": predictions.bounds,
+            },
+            "request_id": request_id,
+        }
+    )
+
+
+def _build_predictions(predictions: Predictions) -> list[_Prediction]:
+    probability = predictions.probability.tolist()
+    verdict = [VERDICTS[code] for code in predictions.verdict.tolist()]
+    return list(
+        map(
+            _Prediction,
+            predictions.lead_ids,
+            probability,
+            predictions.confidence.tolist(),
+            probability,
+            predictions.coverage.tolist(),
+            predictions.prediction.tolist(),
+            verdict,
+        )
+    )

@@ -1,0 +1,97 @@
+"""What OpenAPI says that FastAPI cannot derive: the two body shapes, and every error a route may answer with.
+
+Routes decode their bodies and answer their errors themselves, so both are described here, from the pydantic
+contract and the error tree. Pure. Called by the routers, `health` and `main`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from app.errors import (
+    InternalError,
+    LeadScoringError,
+    MalformedRequestError,
+    MethodNotAllowedError,
+)
+from app.schemas.ai_ml import LeadIdArray, LeadIdObject, Problem
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+_REFERENCES = "#/components/schemas/{model}"
+_REQUEST_ID = {"schema": {"type": "string"}, "description": "The request's ID; also in every error body."}
+_HEADERS: dict[int, dict[str, Any]] = {
+    405: {"Allow": {"schema": {"type": "string"}, "description": "The methods this path answers to."}},
+    503: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait before a retry."}},
+}
+_EVERYWHERE = (MalformedRequestError, MethodNotAllowedError, InternalError)
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def describe_answers(
+    description: str, model: type | None, errors: Sequence[type[LeadScoringError]] = ()
+) -> Responses:
+    """Returns the `responses` of a route: its 200, its `errors`, and what may happen anywhere."""
+    answers: Responses = {200: {"description": description, "headers": {"X-Request-ID": _REQUEST_ID}}}
+    if model is not None:
+        answers[200]["model"] = model
+    by_status: dict[int, list[type[LeadScoringError]]] = {}
+    for error in dict.fromkeys((*_EVERYWHERE, *errors)):
+        by_status.setdefault(error.status, []).append(error)
+    for status, kinds in sorted(by_status.items()):
+        answers[status] = _describe_problem(status, kinds)
+    return answers
+
+
+def describe_scoring_body(max_batch_size: int) -> dict[str, Any]:
+    """Returns the `openapi_extra` of a scoring route: either shape of body, with its limits."""
+    array, wrapped = (
+        {"$ref": _REFERENCES.format(model=model.__name__)} for model in (LeadIdArray, LeadIdObject)
+    )
+    examples = {
+        "raw array": {"value": ["lead_1", "lead_2"]},
+        "wrapped object": {"value": {"lead_ids": ["lead_1", "lead_2"]}},
+    }
+    description = f"1 to {max_batch_size} lead IDs; order and duplicates are kept."
+    content = {"application/json": {"schema": {"anyOf": [array, wrapped]}, "examples": examples}}
+    return {"requestBody": {"required": True, "description": description, "content": content}}
+
+
+def complete_document(document: dict[str, Any], max_batch_size: int) -> dict[str, Any]:
+    """Adds the schemas that routes only refer to; returns the same document."""
+    models = [(model, "validation") for model in (LeadIdArray, LeadIdObject, Problem)]
+    _, definitions = models_json_schema(models, ref_template=_REFERENCES)  # type: ignore[arg-type]
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    schemas.update(definitions["$defs"])
+    schemas["LeadIdArray"]["maxItems"] = max_batch_size
+    schemas["LeadIdObject"]["properties"]["lead_ids"]["maxItems"] = max_batch_size
+    return document
+
+
+def _describe_problem(status: int, kinds: Sequence[type[LeadScoringError]]) -> dict[str, Any]:
+    return {
+        "description": " or ".join(f"`{kind.code}`" for kind in kinds),
+        "headers": {"X-Request-ID": _REQUEST_ID, **_HEADERS.get(status, {})},
+        "content": {
+            PROBLEM_MEDIA_TYPE: {
+                "schema": {"$ref": _REFERENCES.format(model="Problem")},
+                "examples": {kind.code: {"value": _example(kind)} for kind in kinds},
+            }
+        },
+    }
+
+
+def _example(kind: type[LeadScoringError]) -> dict[str, Any]:
+    return {
+        "type": f"urn:lead-scoring:problem:{kind.code}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": kind.default_detail,
+        "instance": "/ai/advanced-ml/predict-batch",
+        "error_code": kind.code,
+        "request_id": "0193572e-7d2c-7c4e-9d3a-2f1b8c5a6e70",
+        "timestamp": "2026-01-01T12:00:00Z",
+        "errors": [],
+    }
