@@ -277,9 +277,9 @@ class MlTelemetry:
         if not await self._on_writer(log.own_shipping):
             return
         try:
-            while events := await self._on_writer(lambda: log.read_batch(self._group_size)):
-                await self._sink.write_events(events)
-                await self._on_writer(functools.partial(log.delete, [event.id for event in events]))
+            while (batch := await self._on_writer(lambda: log.read_batch(self._group_size))).events:
+                await self._sink.write_events(batch.events)
+                await self._on_writer(functools.partial(log.delete, batch))
         finally:
             self._jobs.put(log.release_shipping)
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import structlog
@@ -28,32 +28,58 @@ _Row = tuple[str, str, int]
 _PAGE_BYTES = 4096
 _LOCK_WAIT_SECONDS = 2.0
 _SALVAGE_GROUP = 500
-_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_PASSING = (
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+)
+"""Failures of the disk or of the moment; any other failure of these fixed statements means a damaged file."""
 
 _SCHEMA = """
     CREATE TABLE IF NOT EXISTS events (
-        seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, body TEXT NOT NULL, crc INTEGER NOT NULL
+        seq INTEGER PRIMARY KEY, id TEXT NOT NULL, body TEXT NOT NULL, crc INTEGER NOT NULL
     );
     CREATE TABLE IF NOT EXISTS probe (content BLOB);
 """
 # One statement, one step, whatever the number of events: the sqlite3 module gives up and takes back the
 # interpreter lock at every step, and under load each taking back may wait for the event loop.
 _INSERT = """
-    INSERT OR IGNORE INTO events (id, body, crc)
+    INSERT INTO events (id, body, crc)
     SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]')
     FROM json_each(?)
 """
 _READ = """
-    SELECT json_group_array(json_array(id, body, crc))
-    FROM (SELECT id, body, crc FROM events ORDER BY seq LIMIT ?)
+    SELECT min(seq), max(seq), json_group_array(json_array(id, body, crc))
+    FROM (SELECT seq, id, body, crc FROM events ORDER BY seq LIMIT ?)
 """
-_DELETE = "DELETE FROM events WHERE id IN (SELECT value FROM json_each(?))"
-
-_log = structlog.get_logger("app.telemetry_log")
+# The ID as well, because another worker may have begun a new file, and new numbers, since the batch was read.
+_DELETE = "DELETE FROM events WHERE seq BETWEEN ? AND ? AND id IN (SELECT value FROM json_each(?))"
+# Events are added without gaps and deleted from the oldest end, so the two ends tell their number.
+_COUNT = "SELECT coalesce(max(seq) - min(seq) + 1, 0) FROM events"
 
 
 class _DamageError(Exception):
     """The file is a database, but not one that holds what was written to it."""
+
+
+# Text that does not decode is how the library reports a flipped bit.
+_DAMAGE = (sqlite3.Error, _DamageError, msgspec.MsgspecError, UnicodeError)
+
+_log = structlog.get_logger("app.telemetry_log")
+
+
+class Batch(NamedTuple):
+    """Events read from the log, and where they lie in it."""
+
+    first: int
+    last: int
+    events: list[StoredEvent]
 
 
 class TelemetryLog:
@@ -82,23 +108,21 @@ class TelemetryLog:
         self._shipping_lock: int | None = None
 
     def write(self, events: Sequence[StoredEvent]) -> None:
-        """Adds the events; they are durable when this returns. An event already there is left as it is."""
+        """Adds the events; they are durable when this returns."""
         rows = _encode_rows(events)
         self._run(lambda connection: connection.execute(_INSERT, (rows,)))
 
-    def read_batch(self, limit: int) -> list[StoredEvent]:
+    def read_batch(self, limit: int) -> Batch:
         """Returns the oldest events, at most `limit`."""
         return self._run(lambda connection: _read_rows(connection, limit))
 
-    def delete(self, event_ids: Sequence[str]) -> None:
+    def delete(self, batch: Batch) -> None:
         """Forgets events that are safe elsewhere."""
-        self._run(lambda connection: _delete_rows(connection, event_ids))
+        self._run(lambda connection: _delete_rows(connection, batch))
 
     def count(self) -> int:
         """Tells how many events are in the log."""
-        return int(
-            self._run(lambda connection: connection.execute("SELECT count(*) FROM events").fetchone()[0])
-        )
+        return self._run(lambda connection: int(connection.execute(_COUNT).fetchone()[0]))
 
     def check_writable(self) -> None:
         """Writes and takes back a page, as an event would."""
@@ -132,13 +156,13 @@ class TelemetryLog:
             with self._exclusive():
                 try:
                     return work(self._connect())
-                except (sqlite3.DatabaseError, _DamageError) as exc:
-                    if not _is_damage(exc):
+                except _DAMAGE as exc:
+                    if isinstance(exc, sqlite3.Error) and _is_passing(exc):
                         raise
                     _log.error("telemetry_log_damaged", error=type(exc).__name__)
                 self._set_aside()
                 return work(self._connect())
-        except (sqlite3.Error, OSError, _DamageError) as exc:
+        except (*_DAMAGE, OSError) as exc:
             raise TelemetryUnavailableError from exc
 
     @contextmanager
@@ -218,28 +242,30 @@ def _check_structure(connection: sqlite3.Connection) -> None:
         raise _DamageError
 
 
-def _read_rows(connection: sqlite3.Connection, limit: int) -> list[StoredEvent]:
-    (text,) = connection.execute(_READ, (limit,)).fetchone()
+def _read_rows(connection: sqlite3.Connection, limit: int) -> Batch:
+    first, last, text = connection.execute(_READ, (limit,)).fetchone()
     rows = msgspec.json.decode(text, type=list[_Row])
     events = [event for row in rows if (event := _decode_row(row)) is not None]
     if len(events) < len(rows):
         raise _DamageError
-    return events
+    return Batch(first or 0, last or 0, events)
 
 
-def _delete_rows(connection: sqlite3.Connection, event_ids: Sequence[str]) -> None:
-    deleted = connection.execute(_DELETE, (msgspec.json.encode(event_ids).decode(),)).rowcount
-    if deleted == 0 and event_ids:
-        raise _DamageError  # they were read a moment ago: the index no longer finds them
+def _delete_rows(connection: sqlite3.Connection, batch: Batch) -> None:
+    event_ids = msgspec.json.encode([event.id for event in batch.events]).decode()
+    connection.execute(_DELETE, (batch.first, batch.last, event_ids))
 
 
 def _readable_events(file: Path) -> Iterator[list[StoredEvent]]:
-    # From both ends, because reading stops at the damage; an event met twice is one event.
+    seen: set[str] = set()
+    # From both ends, because reading stops at the damage.
     for order in ("ASC", "DESC"):
         with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as source:
-            cursor = source.execute(f"SELECT id, body, crc FROM events ORDER BY seq {order}")  # noqa: S608 - a constant
+            cursor = source.execute(f"SELECT id, body, crc FROM events ORDER BY seq {order}")  # noqa: S608 - ours
             while rows := _fetch_some(cursor):
-                yield [event for row in rows if (event := _decode_row(row)) is not None]
+                events = [_decode_row(row) for row in rows if row[0] not in seen]
+                yield [event for event in events if event is not None]
+                seen.update(row[0] for row in rows)
 
 
 def _fetch_some(cursor: sqlite3.Cursor) -> list[_Row]:
@@ -276,9 +302,8 @@ def _write_probe(connection: sqlite3.Connection) -> None:
         raise
 
 
-def _is_damage(error: Exception) -> bool:
-    code = getattr(error, "sqlite_errorcode", None)
-    return isinstance(error, _DamageError) or (code is not None and code & 0xFF in _DAMAGE)
+def _is_passing(error: sqlite3.Error) -> bool:
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _PASSING
 
 
 def _sync_directory(directory: Path) -> None:
