@@ -22,8 +22,8 @@ from app.ai.events import (
 
 CANARY = "Zoë Quicksilver <zoe@example.org>"
 ERROR = PredictionError(
-    route="/ai/advanced-ml/predict-batch", status=422, trace_id=None, latency_ms=1.5, error_code="EMPTY_BATCH",
-    asked=None,
+    route="/ai/advanced-ml/predict-batch", status=422, trace_id=None, latency_ms=1.5,
+    error_code="EMPTY_BATCH", asked=None,
 )  # fmt: skip
 
 

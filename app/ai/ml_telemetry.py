@@ -297,14 +297,14 @@ class MlTelemetry:
 
     def _note_log(self, *, usable: bool, cause: BaseException | None = None) -> None:
         if usable != self._log_usable:
-            _log.warning("telemetry_log_state", usable=usable, error=type(cause).__name__ if cause else None)
+            note = _log.info if usable else _log.warning
+            note("telemetry_log_state", usable=usable, error=type(cause).__name__ if cause else None)
         self._log_usable = usable
 
     def _note_shipping(self, *, works: bool, cause: BaseException | None = None) -> None:
         if works != self._shipping:
-            _log.warning(
-                "telemetry_shipping_state", works=works, error=type(cause).__name__ if cause else None
-            )
+            note = _log.info if works else _log.warning
+            note("telemetry_shipping_state", works=works, error=type(cause).__name__ if cause else None)
         self._shipping = works
 
 

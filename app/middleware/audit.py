@@ -54,8 +54,8 @@ class AuditMiddleware:
             return
         answer = _Answer(self, scope, receive, send)
         try:
-            await self._app(scope, receive, answer.send)
-            if not answer.started:
+            await self._app(scope, answer.receive, answer.send)
+            if not answer.client_gone:
                 await answer.fail(InternalError())
         except Exception:  # noqa: BLE001 - logged, and answered as an internal error
             _log.exception("unhandled_exception")
@@ -107,8 +107,15 @@ class _Answer:
         self.started = False
         self._audit, self._scope, self._receive, self._send = audit, scope, receive, send
         self._record: RequestRecord = scope["state"]["record"]
+        self.client_gone = False
         self._handed_over = False
         self._withheld = False
+
+    async def receive(self) -> Message:
+        """Hands the application what the client sends, and notices when the client is gone."""
+        message = await self._receive()
+        self.client_gone = self.client_gone or message["type"] == "http.disconnect"
+        return message
 
     async def send(self, message: Message) -> None:
         """Forwards what the application sends, once the event is durable."""
