@@ -1,0 +1,90 @@
+"""A circuit breaker: after repeated failures of the service it refuses at once, then lets one probe find out.
+
+States: closed (calls pass), open (calls are refused), half-open (exactly one probe passes, the rest are refused).
+Errors of the caller say nothing about the service and never count; neither does a call that was cancelled. Time is
+monotonic. Single-threaded by design: every step runs on the event loop without waiting, so no lock is needed.
+Called by the legacy router.
+"""
+
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Literal
+
+from app.errors import CallerError, CircuitOpenError
+
+BreakerState = Literal["closed", "open", "half_open"]
+
+
+class CircuitBreaker:
+    """Opens after `failures` service failures in a row, for `open_seconds`; then one probe decides."""
+
+    def __init__(self, failures: int, open_seconds: float, monotonic: Callable[[], float]) -> None:
+        self._limit = failures
+        self._open_seconds = open_seconds
+        self._monotonic = monotonic
+        self._failures = 0
+        self._opened_at: float | None = None
+        self._probing = False
+
+    @property
+    def state(self) -> BreakerState:
+        """The state a call would meet now."""
+        if self._opened_at is None:
+            return "closed"
+        return "half_open" if self._remaining(self._opened_at) <= 0 else "open"
+
+    @asynccontextmanager
+    async def guard(self) -> AsyncIterator[None]:
+        """Lets the body run if the circuit allows it, and learns from how it ends.
+
+        Raises:
+            CircuitOpenError: the circuit is open, or another call is the probe; `retry_after` in whole seconds.
+        """
+        is_probe = self._admit()
+        try:
+            yield
+        except CallerError:
+            # The service worked well enough to find the caller's mistake, but a probe must see a real success.
+            self._release(is_probe)
+            raise
+        except Exception:
+            self._count_failure(is_probe)
+            raise
+        except BaseException:
+            self._release(is_probe)
+            raise
+        else:
+            self._count_success(is_probe)
+
+    def _admit(self) -> bool:
+        if self._opened_at is None:
+            return False
+        remaining = self._remaining(self._opened_at)
+        if remaining > 0 or self._probing:
+            raise CircuitOpenError(retry_after=max(1, math.ceil(remaining)))
+        self._probing = True
+        return True
+
+    def _count_failure(self, is_probe: bool) -> None:
+        self._failures += 1
+        if is_probe:
+            self._probing = False
+            self._opened_at = self._monotonic()
+        elif self._opened_at is None and self._failures >= self._limit:
+            self._opened_at = self._monotonic()
+
+    def _count_success(self, is_probe: bool) -> None:
+        # A call that began before the circuit opened is old news: only the probe may close it.
+        if is_probe:
+            self._probing = False
+            self._opened_at = None
+        if self._opened_at is None:
+            self._failures = 0
+
+    def _release(self, is_probe: bool) -> None:
+        if is_probe:
+            self._probing = False
+
+    def _remaining(self, opened_at: float) -> float:
+        return opened_at + self._open_seconds - self._monotonic()
