@@ -55,5 +55,8 @@ def _spec(
     name: str, transform: str, columns: tuple[str, ...], description: str, leads: LeadColumns, outcome: IntArray
 ) -> FeatureSpec:
     params: dict[str, Any] = learn_levels(leads.columns[columns[0]], outcome) if transform == "level" else {}
+    if transform == "ratio":
+        # A share of no contacts at all: nothing came from the lead.
+        params = {"zero_over_zero": 0.0}
     inputs = tuple(InputColumn(column, _KINDS[column]) for column in columns)
     return FeatureSpec(name=name, transform=transform, inputs=inputs, params=params, description=description)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.ai.domain import BoolArray, Column, FloatArray, InputColumn, IntArray, LeadColumns
+from app.ai.domain import Column, FloatArray, InputColumn, IntArray, LeadColumns
 from app.ai.features import FeatureSet, FeatureSpec
 from app.training.levels import MIN_LEVEL_ROWS, learn_levels
 
@@ -126,12 +126,3 @@ def _heavy_tailed(numbers: FloatArray) -> bool:
     if len(numbers) == 0 or numbers.min() < 0 or numbers.std() == 0:
         return False
     return bool((((numbers - numbers.mean()) / numbers.std()) ** 3).mean() > _HEAVY_TAIL)
-
-
-def take_rows(leads: LeadColumns, rows: BoolArray | IntArray) -> LeadColumns:
-    """Returns these rows of every column, by mask or by index."""
-    columns = {
-        name: Column(column.kind, column.values[rows], column.present[rows]) for name, column in leads.columns.items()
-    }
-    n = int(rows.sum()) if rows.dtype == np.bool_ else len(rows)
-    return LeadColumns(n=n, columns=columns)

@@ -8,6 +8,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from app.ai.calibration import calibration_statistics
 from app.ai.domain import FloatArray, IntArray
+from app.ai.features import FeatureMatrix
+from app.training.fit import FittedModel
+
+_IMPORTANCE_ROWS = 2000
 
 
 def choose_threshold(probability: FloatArray, outcome: IntArray) -> float:
@@ -46,6 +50,34 @@ def evaluate(probability: FloatArray, outcome: IntArray, threshold: float) -> di
         "lift_at_10_percent": _lift(probability, outcome, 0.1),
         **{name: float(value) for name, value in calibration_statistics(probability, outcome).items()},
     }
+
+
+def build_reliability(probability: FloatArray, outcome: IntArray, bins: int = 10) -> list[list[float]]:
+    """Returns [mean predicted, share that happened, rows] for bins of equal size, lowest first."""
+    order = np.argsort(probability, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    return [
+        [round(float(probability[part].mean()), 6), round(float(outcome[part].mean()), 6), len(part)]
+        for part in parts
+    ]
+
+
+def measure_importance(fitted: FittedModel, matrix: FeatureMatrix, outcome: IntArray, seed: int) -> dict[str, float]:
+    """Returns the ROC AUC each feature is worth: what is lost when it is shuffled among at most 2,000 rows.
+
+    Features that say the same share their worth, so each of them looks less important than it is.
+    """
+    random = np.random.default_rng(seed)
+    rows = np.sort(random.permutation(len(outcome))[:_IMPORTANCE_ROWS])
+    values, states, happened = matrix.values[rows], matrix.states[rows], outcome[rows]
+    full = roc_auc_score(happened, fitted.raw_scores(FeatureMatrix(values, states)))
+    losses = {}
+    for column, name in enumerate(fitted.feature_set.names):
+        order = random.permutation(len(rows))
+        shuffled, told = values.copy(), states.copy()
+        shuffled[:, column], told[:, column] = values[order, column], states[order, column]
+        losses[name] = round(float(full - roc_auc_score(happened, fitted.raw_scores(FeatureMatrix(shuffled, told)))), 6)
+    return losses
 
 
 def _auc_standard_error(auc: float, positives: int, negatives: int) -> float:

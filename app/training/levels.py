@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from app.ai.domain import Column, IntArray
+from app.ai.features import normalise_text
 
 MIN_LEVEL_ROWS = 10
 """A level with fewer training rows is pooled with the other rare ones, and not named in the manifest: a value that
@@ -31,7 +32,7 @@ def learn_levels(column: Column, outcome: IntArray) -> dict[str, Any]:
     rate, unseen and rare levels that of all rare rows together.
     """
     keys: list[str | None] = [
-        str(value).strip().casefold() if there else None
+        (normalise_text(value) or None) if there else None
         for value, there in zip(column.values, column.present, strict=True)
     ]
     rows: Counter[Hashable] = Counter(keys)

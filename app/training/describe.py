@@ -1,0 +1,94 @@
+"""Describes a fitted model for its manifest: held-out metrics, golden inputs, and what people want to know.
+
+Pure. This is the only place the test part is scored. Called by `app.training.train`.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+
+from app.ai.calibration import Calibrator, calibrate
+from app.ai.domain import IntArray, JsonObject
+from app.ai.features import CellState, FeatureMatrix
+from app.ai.model_manifest import FeatureRow, ModelDescription, TrainingFacts
+from app.training.evaluate import build_reliability, evaluate, measure_importance
+from app.training.fit import FittedModel
+from app.training.options import TrainingOptions
+from app.training.rows import TrainingRows
+
+GOLDEN_ROWS = 32
+"""Rows a published model must answer the same for ever; the last one has nothing in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What was noticed on the way: columns left out and why, warnings, and leads whose outcome is still open."""
+
+    dropped: dict[str, str]
+    warnings: tuple[str, ...]
+    undecided: int
+
+
+def describe_model(
+    options: TrainingOptions, train_part: TrainingRows, test_part: TrainingRows, fitted: FittedModel,
+    calibrator: Calibrator, threshold: float, notes: Notes,
+) -> ModelDescription:  # fmt: skip
+    """Returns everything the manifest says but the facts of the file."""
+    matrix = fitted.build_matrix(test_part)
+    moments = np.concatenate([train_part.as_of, test_part.as_of])
+    positives = int(train_part.outcome.sum() + test_part.outcome.sum())
+    return ModelDescription(
+        model_type=options.model,
+        version=options.model_version,
+        feature_set=fitted.feature_set.to_json(),
+        statistics=[entry.to_json() for entry in fitted.statistics],
+        calibrator=calibrator.to_json(),
+        threshold=threshold,
+        base_rate=float(train_part.outcome.mean()),
+        horizon_days=None if options.label else options.horizon_days,
+        source=options.source,
+        label=options.label or options.outcome,
+        training=TrainingFacts(
+            as_of_from=_moment(moments.min()),
+            as_of_to=_moment(moments.max()),
+            train_rows=train_part.leads.n,
+            calibrate_rows=train_part.leads.n,
+            test_rows=test_part.leads.n,
+            positives=positives,
+            seed=options.seed,
+        ),
+        metrics=evaluate(calibrate(fitted.raw_scores(matrix), calibrator), test_part.outcome, threshold),
+        golden_inputs=_golden_inputs(matrix, options.seed),
+        created_at=_moment(options.now.timestamp()),
+        report=_report(options, fitted, calibrator, matrix, test_part.outcome, notes),
+    )
+
+
+def _report(
+    options: TrainingOptions, fitted: FittedModel, calibrator: Calibrator, matrix: FeatureMatrix, outcome: IntArray,
+    notes: Notes,
+) -> JsonObject:  # fmt: skip
+    return {
+        "dropped": notes.dropped,
+        "excluded": sorted(options.exclude),
+        "warnings": list(notes.warnings),
+        "undecided": notes.undecided,
+        "reliability": build_reliability(calibrate(fitted.raw_scores(matrix), calibrator), outcome),
+        "importance": measure_importance(fitted, matrix, outcome, options.seed),
+    }
+
+
+def _golden_inputs(matrix: FeatureMatrix, seed: int) -> list[FeatureRow]:
+    """Draws rows of built features, half of them from those with a gap, and adds one that is all gaps."""
+    random = np.random.default_rng(seed)
+    usable = np.flatnonzero((matrix.states != CellState.INVALID).all(axis=1))
+    gaps = np.isnan(matrix.values[usable]).any(axis=1)
+    with_gaps = random.permutation(usable[gaps])[: (GOLDEN_ROWS - 1) // 2]
+    without = random.permutation(usable[~gaps])[: GOLDEN_ROWS - 1 - len(with_gaps)]
+    rows = matrix.values[np.concatenate([without, with_gaps])].tolist() + [[float("nan")] * matrix.values.shape[1]]
+    return [[value if np.isfinite(value) else None for value in row] for row in rows]
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(float(seconds), UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,57 @@
+"""What a training is asked for. Holds no rule; made by the `leadscore train` command and by tests."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from app.ai.model_manifest import ArtifactFormat
+
+ModelType = Literal["random_forest", "logistic_regression", "hist_gradient_boosting"]
+DEFAULT_SOURCE = "lead_training"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """One training.
+
+    Without `label` the source must have `as_of` and the column `outcome` (a time or NULL): a lead is positive when
+    its outcome comes within `horizon_days` after its as-of time. With `label` that 0/1 column is the outcome.
+
+    `as_of` is the moment up to which anything is known (default: `now`); `features` defaults to the declared set
+    for the default source without a label and to derived features otherwise. `exclude` never feeds the model;
+    `allow_leaky` names columns the leakage guard lets pass. `version` (`YYYYMMDD_HHMMSS`) defaults to `now`.
+    """
+
+    url: str
+    model_dir: Path
+    source: str = DEFAULT_SOURCE
+    label: str | None = None
+    outcome: str = "outcome_at"
+    horizon_days: int = 90
+    as_of: datetime | None = None
+    exclude: tuple[str, ...] = ()
+    allow_leaky: tuple[str, ...] = ()
+    features: Literal["auto", "declared"] | None = None
+    model: ModelType = "random_forest"
+    seed: int = 0
+    fmt: ArtifactFormat = "skops"
+    version: str | None = None
+    now: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def known_until(self) -> float:
+        """The moment up to which anything is known, in seconds UTC."""
+        return (self.as_of or self.now).timestamp()
+
+    @property
+    def model_version(self) -> str:
+        """The version to publish under."""
+        return self.version or self.now.astimezone(UTC).strftime("%Y%m%d_%H%M%S")
+
+    @property
+    def declared(self) -> bool:
+        """Whether the declared feature set is used rather than a derived one."""
+        if self.features is None:
+            return self.source == DEFAULT_SOURCE and self.label is None
+        return self.features == "declared"

@@ -1,0 +1,83 @@
+"""What a training says about itself: the report in memory, and the table a person reads.
+
+The figures live in the manifest; this only words them. Never computes a metric. Called by `app.training.train`, and
+by the `leadscore train` command to print.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from app.ai.model_manifest import ModelManifest, manifest_fingerprint
+
+HEADLINES: tuple[tuple[str, str], ...] = (
+    ("roc_auc", "ROC AUC"), ("pr_auc", "PR AUC"), ("lift_at_10_percent", "lift in the top tenth"),
+    ("brier", "Brier score"), ("log_loss", "log-loss"), ("ece", "calibration error (ECE)"),
+    ("ece_floor", "ECE of a perfect model this size"), ("accuracy", "accuracy"), ("precision", "precision"),
+    ("recall", "recall"), ("f1_score", "F1"),
+)  # fmt: skip
+"""The held-out metrics people ask for, in the order they are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingReport:
+    """The outcome of a training; everything else is in the manifest, `manifest.report` included."""
+
+    manifest: ModelManifest
+    manifest_path: Path
+    card_path: Path
+    seconds: float
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the outcome as one JSON-ready object."""
+        manifest = self.manifest
+        return {
+            "version": manifest.version, "model_id": manifest.model_id, "model_type": manifest.model_type,
+            "manifest": str(self.manifest_path), "card": str(self.card_path), "sha256": manifest.sha256,
+            "fingerprint": manifest_fingerprint(manifest), "file_size": manifest.file_size,
+            "features": len(manifest.feature_set), "calibration": manifest.calibrator["method"],
+            "threshold": manifest.threshold, "base_rate": manifest.base_rate, "metrics": manifest.metrics,
+            "train_rows": manifest.training.train_rows, "test_rows": manifest.training.test_rows,
+            "report": manifest.report, "seconds": round(self.seconds, 1),
+        }  # fmt: skip
+
+
+def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
+    """Returns what the model was made from as pairs of heading and text."""
+    training = manifest.training
+    rows = [
+        ("source", manifest.source),
+        ("outcome", manifest.label),
+        ("leads", f"{training.train_rows:,} to fit and calibrate, {training.test_rows:,} to test"),
+        ("outcome rate", f"{manifest.base_rate:.1%}"),
+        ("features", str(len(manifest.feature_set))),
+        ("calibration", str(manifest.calibrator["method"])),
+        ("decision threshold", f"{manifest.threshold:.3f}"),
+        ("artifact", f"{manifest.file_size / 1e6:.1f} MB, sha256 {manifest.sha256}"),
+    ]
+    if training.as_of_from:
+        rows.insert(2, ("as-of times", f"{training.as_of_from} to {training.as_of_to}"))
+    if manifest.report["undecided"]:
+        rows.insert(3, ("left out as undecided", f"{manifest.report['undecided']:,} leads"))
+    return rows
+
+
+def print_report(report: TrainingReport, console: Console) -> None:
+    """Prints the outcome as tables: the data, the held-out metrics, what was left out and what looks odd."""
+    manifest = report.manifest
+    table = Table(title=f"{manifest.model_id} ({manifest.model_type})", show_header=False, title_justify="left")
+    for heading, text in describe_data(manifest):
+        table.add_row(heading, escape(text))
+    table.add_section()
+    for name, heading in HEADLINES:
+        table.add_row(f"held-out {heading}", f"{manifest.metrics[name]:.4f}")
+    console.print(table)
+    for column, reason in manifest.report["dropped"].items():
+        console.print(escape(f"left out: {column} ({reason})"))
+    for warning in manifest.report["warnings"]:
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
+    console.print(escape(f"published {report.manifest_path} in {report.seconds:.1f} s; card: {report.card_path}"))

@@ -1,0 +1,175 @@
+"""The rows a training learns from: which columns may feed it, which leads are decided, who is set aside.
+
+Reads through the chunks of `app.db.leads`, which use the same expressions as serving, so a training row equals the
+serving row of the same lead bit for bit. Called by `app.training.train`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from app.ai.domain import BoolArray, Column, ColumnKind, FloatArray, InputColumn, IntArray, LeadColumns
+from app.db.leads import fetch_all_chunks, fetch_columns
+from app.errors import TrainingError
+from app.training.declared import DECLARED_COLUMNS
+from app.training.leakage import is_denied
+from app.training.options import TrainingOptions
+
+Progress = Callable[[str, int, int], None]
+"""Told the stage, how much of it is done, and how much there is (0 while that is unknown)."""
+
+MIN_ROWS, MIN_OF_EACH_CLASS = 50, 10
+TEST_SHARE = 0.2
+_AS_OF, _EXTERNAL_REF = "as_of", "external_ref"
+_SECONDS_PER_DAY = 86_400.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingRows:
+    """`n` decided leads: their columns, the outcome (n,) as 0 or 1, and the as-of time (n,) in seconds UTC."""
+
+    leads: LeadColumns
+    outcome: IntArray
+    as_of: FloatArray
+
+    def take(self, rows: BoolArray | IntArray) -> "TrainingRows":
+        """Returns these rows, by mask or by index."""
+        columns = {
+            name: Column(column.kind, column.values[rows], column.present[rows])
+            for name, column in self.leads.columns.items()
+        }
+        outcome = self.outcome[rows]
+        return TrainingRows(LeadColumns(len(outcome), columns), outcome, self.as_of[rows])
+
+
+def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], dict[str, str]]:
+    """Returns the columns that may feed features, and a reason for each that the deny-list keeps out.
+
+    Identity, as-of time and outcome never feed a feature.
+
+    Raises:
+        TrainingError: a column the options name is not there, or the declared set needs one that is excluded.
+    """
+    kinds = fetch_columns(options.url, options.source)
+    known = {*kinds, "lead_id"}
+    _require_columns(options.source, known, [*options.exclude, *options.allow_leaky])
+    if options.declared:
+        needed = [column.name for column in DECLARED_COLUMNS]
+        _require_columns(options.source, known, needed)
+        excluded = sorted(set(options.exclude) & set(needed))
+        if excluded:
+            raise TrainingError(f"the declared features read {', '.join(excluded)}; exclude it with derived features.")
+        return DECLARED_COLUMNS, {}
+    reserved = {_EXTERNAL_REF, _AS_OF, options.label or options.outcome, *options.exclude}
+    free = [name for name in kinds if name not in reserved]
+    denied = {name: "on the deny-list: it knows the outcome" for name in free if is_denied(name)}
+    columns = tuple(InputColumn(name, kinds[name]) for name in free if name not in denied)
+    if not columns:
+        raise TrainingError(f"{options.source} has no column left to learn from.")
+    return columns, denied
+
+
+def fetch_rows(
+    options: TrainingOptions, columns: Sequence[InputColumn], progress: Progress
+) -> tuple[TrainingRows, int]:
+    """Reads the decided leads in the order of their IDs, and counts those that are left out as undecided.
+
+    With a label, a lead without one is undecided. Otherwise it is decided once its whole horizon has passed, also
+    when its outcome came early: taking young leads that applied, and not those that may yet, would make
+    applications look more frequent than they are.
+
+    Raises:
+        TrainingError: there are too few decided leads, or hardly any of one class, or a label is not 0 or 1.
+        DatabaseUnavailableError: the database does not answer.
+    """
+    extra = _extra_columns(options, fetch_columns(options.url, options.source))
+    leads = _read_all(options, [*columns, *(column for column in extra if column not in columns)], progress)
+    as_of = _as_of(options, leads)
+    outcome, decided = _labels(options, leads) if options.label else _outcomes(options, leads, as_of)
+    features = LeadColumns(leads.n, {column.name: leads.columns[column.name] for column in columns})
+    rows = TrainingRows(features, outcome, as_of).take(decided)
+    _require_enough(rows.outcome)
+    return rows, int((~decided).sum())
+
+
+def split_rows(rows: TrainingRows, seed: int) -> tuple[TrainingRows, TrainingRows]:
+    """Returns the part to fit and calibrate on, and the part to test on, with both classes spread evenly."""
+    index = np.arange(rows.leads.n)
+    train, test = train_test_split(index, test_size=TEST_SHARE, stratify=rows.outcome, random_state=seed)
+    return rows.take(np.sort(train)), rows.take(np.sort(test))
+
+
+def _extra_columns(options: TrainingOptions, kinds: Mapping[str, ColumnKind]) -> list[InputColumn]:
+    """Returns the columns that are read beside the features: the label or the outcome, and the as-of time."""
+    wanted: dict[str, tuple[ColumnKind, ...]] = (
+        {options.label: ("number", "boolean")} if options.label
+        else {options.outcome: ("timestamp",), _AS_OF: ("timestamp",)}
+    )  # fmt: skip
+    _require_columns(options.source, kinds, wanted)
+    if kinds.get(_AS_OF) == "timestamp":
+        wanted[_AS_OF] = ("timestamp",)
+    for name, allowed in wanted.items():
+        if kinds[name] not in allowed:
+            raise TrainingError(f"{name} is a {kinds[name]}; expected a {' or '.join(allowed)}.")
+    return [InputColumn(name, kinds[name]) for name in wanted]
+
+
+def _read_all(options: TrainingOptions, columns: Sequence[InputColumn], progress: Progress) -> LeadColumns:
+    pages: list[LeadColumns] = []
+    for chunk in fetch_all_chunks(options.url, options.source, columns):
+        pages.append(chunk.leads)
+        progress("read", sum(page.n for page in pages), 0)
+    if not pages:
+        raise TrainingError(f"{options.source} has no leads.")
+    return LeadColumns(sum(page.n for page in pages), {
+        column.name: Column(
+            column.kind,
+            np.concatenate([page.columns[column.name].values for page in pages]),
+            np.concatenate([page.columns[column.name].present for page in pages]),
+        ) for column in columns
+    })  # fmt: skip
+
+
+def _as_of(options: TrainingOptions, leads: LeadColumns) -> FloatArray:
+    if _AS_OF not in leads.columns:
+        return np.full(leads.n, options.known_until)
+    moments = leads.columns[_AS_OF]
+    if not moments.present.all():
+        raise TrainingError(f"{_AS_OF} is empty for some leads; every row needs the moment it is true for.")
+    return np.asarray(moments.values, dtype=np.float64)
+
+
+def _labels(options: TrainingOptions, leads: LeadColumns) -> tuple[IntArray, BoolArray]:
+    label = leads.columns[str(options.label)]
+    values = np.asarray(label.values, dtype=np.float64)
+    if not np.isin(values[label.present], (0.0, 1.0)).all():
+        raise TrainingError(f"the label {options.label} has values other than 0 and 1.")
+    return (label.present & (values == 1)).astype(np.int64), label.present
+
+
+def _outcomes(options: TrainingOptions, leads: LeadColumns, as_of: FloatArray) -> tuple[IntArray, BoolArray]:
+    column = leads.columns[options.outcome]
+    end = as_of + options.horizon_days * _SECONDS_PER_DAY
+    happened = np.where(column.present, np.asarray(column.values, dtype=np.float64), np.inf)
+    return ((happened > as_of) & (happened <= end)).astype(np.int64), end <= options.known_until
+
+
+def _require_columns(source: str, known: Iterable[str], wanted: Iterable[str]) -> None:
+    for name in wanted:
+        if name not in known:
+            close = get_close_matches(name, list(known), 1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise TrainingError(f"{source} has no column {name} that can be read{hint}")
+
+
+def _require_enough(outcome: IntArray) -> None:
+    positives = int(outcome.sum())
+    negatives = len(outcome) - positives
+    if len(outcome) < MIN_ROWS or min(positives, negatives) < MIN_OF_EACH_CLASS:
+        raise TrainingError(
+            f"too few decided leads: {positives} with the outcome and {negatives} without; "
+            f"at least {MIN_ROWS} are needed, {MIN_OF_EACH_CLASS} of each."
+        )
