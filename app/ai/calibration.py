@@ -1,0 +1,283 @@
+"""Calibration: raw scores to probabilities a person may act on, what is said about them, and how good they are.
+
+Pure and vectorised. Element i of a result depends on element i of the input alone, to the last bit: only
+element-by-element operations on contiguous arrays, no BLAS. Any float goes in (NaN, infinities, subnormals);
+what comes out is finite, within the calibrator's bounds, and never ranks a higher score below a lower one.
+Never fits on its own accord: training fits, on scores of rows the model has not seen, and the predictor applies.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from app.ai.domain import ConfidenceMethod, FloatArray, IntArray, JsonObject
+
+CalibrationMethod = Literal["sigmoid", "spread", "isotonic", "none"]
+
+_PARAMS: Mapping[str, frozenset[str]] = {
+    "sigmoid": frozenset({"slope", "intercept"}),
+    "spread": frozenset({"steepness", "centre"}),
+    "isotonic": frozenset({"scores", "probabilities"}),
+    "none": frozenset(),
+}
+_HUGE = 1e300
+"""Scores beyond it are taken for it, so that the difference of two is finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrator:
+    """How raw scores become probabilities, and the bounds they are kept in.
+
+    - `sigmoid`: 1 / (1 + exp(-(slope * score + intercept))), fitted by `fit_sigmoid`; slope >= 0.
+    - `spread`: 1 / (1 + exp(-steepness * (score - centre))): a fixed logistic spreading of scores that huddle
+      round `centre`; steepness > 0. It makes numbers easier to tell apart, not truer.
+    - `isotonic`: linear between the points (`scores`, `probabilities`), both ascending, level beyond the ends;
+      fitted by `fit_isotonic`.
+    - `none`: the score itself.
+
+    Raises:
+        ValueError: unknown method, missing, superfluous or unusable parameters, or bounds outside [0, 1].
+    """
+
+    method: CalibrationMethod
+    params: Mapping[str, Any]
+    lower: float = 0.0
+    upper: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(CalibrationMethod):
+            raise ValueError(f"there is no calibration method {self.method!r}")
+        if set(self.params) != _PARAMS[self.method]:
+            raise ValueError(f"{self.method} has the parameters {sorted(_PARAMS[self.method])}")
+        if not 0 <= self.lower <= self.upper <= 1:
+            raise ValueError("the bounds of a probability are 0 <= lower <= upper <= 1")
+        _check_params(self.method, self.params)
+
+    def to_json(self) -> JsonObject:
+        """Returns the calibrator as JSON values; `from_json` gives an equal one."""
+        return {"method": self.method, "params": dict(self.params), "lower": self.lower, "upper": self.upper}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Calibrator":
+        """Reads a calibrator back.
+
+        Raises:
+            ValueError: a field is missing or unknown, or see the class.
+        """
+        if set(data) != {"method", "params", "lower", "upper"}:
+            raise ValueError("a calibrator has the fields lower, method, params and upper")
+        return cls(**data)
+
+
+def calibrate(raw: FloatArray, calibrator: Calibrator) -> FloatArray:
+    """Returns the probabilities (n,) of raw scores (n,), within the calibrator's bounds.
+
+    A NaN says nothing, so it must not put a lead above any other: it is taken for the lowest score there is.
+    """
+    scores = np.fmin(np.fmax(np.ascontiguousarray(raw, dtype=np.float64), -_HUGE), _HUGE)
+    params = calibrator.params
+    if calibrator.method == "sigmoid":
+        scores = _logistic(params["slope"] * scores + params["intercept"])
+    elif calibrator.method == "spread":
+        scores = _logistic(params["steepness"] * (scores - params["centre"]))
+    elif calibrator.method == "isotonic":
+        scores = _interpolate(scores, params["scores"], params["probabilities"])
+    # Adding zero turns -0.0 into 0.0: which of the two a maximum returns is not defined.
+    return np.minimum(np.maximum(scores, calibrator.lower), calibrator.upper) + 0.0
+
+
+def confidence(p: FloatArray, method: ConfidenceMethod) -> FloatArray:
+    """Returns how sure each probability (n,) is of its side, in [0, 1].
+
+    - `max_probability`: max(p, 1 - p), never under a half.
+    - `margin`: |2 p - 1|, twice the distance from a half.
+    - `entropy`: one less the binary entropy in bits (Shannon 1948).
+    """
+    safe = np.where(np.isnan(p), 0.5, np.minimum(np.maximum(p, 0.0), 1.0))
+    likelier = np.maximum(safe, 1.0 - safe)
+    if method == "max_probability":
+        return likelier
+    if method == "margin":
+        return 2.0 * likelier - 1.0
+    other = 1.0 - likelier
+    bits = likelier * np.log2(likelier) + other * np.log2(np.where(other > 0, other, 1.0))
+    return np.minimum(np.maximum(1.0 + bits, 0.0), 1.0)
+
+
+def fit_sigmoid(raw: FloatArray, outcome: IntArray) -> dict[str, float]:
+    """Fits slope and intercept of the sigmoid to raw scores (n,) and 0/1 outcomes (n,).
+
+    Maximum likelihood on Platt's smoothed targets (Platt, Probabilistic Outputs for Support Vector Machines,
+    1999), by Newton's method with backtracking on scores brought to mean 0 and deviation 1 (Lin, Lin and Weng,
+    A Note on Platt's Probabilistic Outputs, Machine Learning 68, 2007). If the scores rank the outcomes the
+    wrong way round, the best slope that reverses no ranking is 0: every lead gets the (smoothed) base rate.
+
+    Raises:
+        ValueError: no rows, unequal lengths, a score that is not finite, or an outcome other than 0 and 1.
+    """
+    scores, happened = _check_sample(raw, outcome)
+    positives = float(happened.sum())
+    negatives = len(happened) - positives
+    target = np.where(happened == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+    centre, scale = float(scores.mean()), float(scores.std())
+    slope, intercept = 0.0, 0.0
+    if scale > 0:
+        slope, intercept = _newton((scores - centre) / scale, target)
+    if slope <= 0:
+        share = float(target.mean())
+        return {"slope": 0.0, "intercept": float(np.log(share / (1 - share)))}
+    return {"slope": slope / scale, "intercept": intercept - slope * centre / scale}
+
+
+def fit_isotonic(raw: FloatArray, outcome: IntArray) -> dict[str, list[float]]:
+    """Fits a rising curve to raw scores (n,) and 0/1 outcomes (n,).
+
+    The pool-adjacent-violators algorithm (Ayer et al. 1955; Zadrozny and Elkan, KDD 2002), then one point for
+    each pooled block at its mean score, joined by straight lines (centred isotonic regression; Oron and
+    Flournoy, Statistics in Biopharmaceutical Research 9, 2017). Unlike steps, the lines keep apart scores that
+    the model keeps apart; only beyond the first and the last point are there ties.
+
+    Raises:
+        ValueError: see `fit_sigmoid`.
+    """
+    scores, happened = _check_sample(raw, outcome)
+    distinct, group, weights = np.unique(scores, return_inverse=True, return_counts=True)
+    hits = np.bincount(group, weights=happened)
+    blocks: list[tuple[float, float, float]] = []
+    for score, weight, hit in zip(distinct.tolist(), weights.tolist(), hits.tolist(), strict=True):
+        total, rows, positives = score * weight, float(weight), hit
+        # A block whose rate does not exceed the one before is pooled with it; cross-multiplied, it is exact.
+        while blocks and blocks[-1][2] * rows >= positives * blocks[-1][1]:
+            before = blocks.pop()
+            total, rows, positives = total + before[0], rows + before[1], positives + before[2]
+        blocks.append((total, rows, positives))
+    return {
+        "scores": [total / rows for total, rows, _ in blocks],
+        "probabilities": [positives / rows for _, rows, positives in blocks],
+    }
+
+
+def calibration_statistics(p: FloatArray, outcome: IntArray, bins: int = 15) -> dict[str, float]:
+    """Measures probabilities (n,) against 0/1 outcomes (n,).
+
+    - `brier`: mean squared error (Brier 1950). `log_loss`: mean negative log-likelihood, in nats.
+    - `ece`: expected calibration error over bins of equal mass (Nguyen and O'Connor, EMNLP 2015): the mean
+      distance between predicted and observed share. Equal probabilities share their outcomes evenly among
+      the bins they fall in, so the order of the rows does not matter.
+    - `ece_floor`: what `ece` would be on average if every probability were exactly true: the distance in a bin
+      is then nearly half-normal, with mean sqrt(2 / pi) times the standard deviation of the observed share
+      (the consistency idea of Broecker and Smith, Weather and Forecasting 22, 2007, in closed form).
+    - `mean_predicted`, `mean_observed`.
+
+    Raises:
+        ValueError: see `fit_sigmoid`; or a probability outside [0, 1].
+    """
+    predicted, happened = _check_sample(p, outcome)
+    if predicted.min() < 0 or predicted.max() > 1:
+        raise ValueError("a probability lies outside [0, 1]")
+    ece, floor = _calibration_error(predicted, happened, bins)
+    given = np.where(happened == 1, predicted, 1 - predicted)
+    return {
+        "brier": float(((predicted - happened) ** 2).mean()),
+        "log_loss": float(-np.log(np.maximum(given, np.finfo(np.float64).eps)).mean()),
+        "ece": ece,
+        "ece_floor": floor,
+        "mean_predicted": float(predicted.mean()),
+        "mean_observed": float(happened.mean()),
+    }
+
+
+def _logistic(z: FloatArray) -> FloatArray:
+    # Both branches take the exponential of a number <= 0, which cannot overflow.
+    shrunk = np.exp(-np.abs(z))
+    probability: FloatArray = np.where(z >= 0, 1.0, shrunk) / (1.0 + shrunk)
+    return probability
+
+
+def _interpolate(scores: FloatArray, points: Sequence[float], probabilities: Sequence[float]) -> FloatArray:
+    """Interpolates linearly; each result lies between its two points, so rounding cannot reverse a ranking."""
+    x, y = np.array(points), np.array(probabilities)
+    inside = np.minimum(np.maximum(scores, x[0]), x[-1])
+    right = np.minimum(np.searchsorted(x, inside, side="right"), len(x) - 1)
+    left = np.maximum(right - 1, 0)
+    width = x[right] - x[left]
+    share = (inside - x[left]) / np.where(width > 0, width, 1.0)
+    return np.minimum(y[left] + share * (y[right] - y[left]), y[right])
+
+
+def _newton(scores: FloatArray, target: FloatArray) -> tuple[float, float]:
+    """Minimises the cross-entropy of a sigmoid against `target`; scores have mean 0 and deviation 1."""
+    share = float(target.mean())
+    slope, intercept = 0.0, float(np.log(share / (1 - share)))
+    loss = _cross_entropy(slope * scores + intercept, target)
+    for _ in range(100):
+        predicted = _logistic(slope * scores + intercept)
+        error, weight = predicted - target, predicted * (1 - predicted)
+        gradient = float((error * scores).sum()), float(error.sum())
+        if max(abs(gradient[0]), abs(gradient[1])) < 1e-9 * len(scores):
+            break
+        h11, h12 = float((weight * scores * scores).sum()) + 1e-12, float((weight * scores).sum())
+        h22 = float(weight.sum()) + 1e-12
+        determinant = h11 * h22 - h12 * h12
+        step = (
+            -(h22 * gradient[0] - h12 * gradient[1]) / determinant,
+            -(h11 * gradient[1] - h12 * gradient[0]) / determinant,
+        )
+        descent = gradient[0] * step[0] + gradient[1] * step[1]
+        size = 1.0
+        while size >= 1e-10:
+            tried = slope + size * step[0], intercept + size * step[1]
+            new = _cross_entropy(tried[0] * scores + tried[1], target)
+            if new < loss + 1e-4 * size * descent:
+                (slope, intercept), loss = tried, new
+                break
+            size /= 2
+        else:
+            break
+    return slope, intercept
+
+
+def _cross_entropy(z: FloatArray, target: FloatArray) -> float:
+    return float((np.maximum(z, 0) - z * target + np.log1p(np.exp(-np.abs(z)))).sum())
+
+
+def _calibration_error(p: FloatArray, happened: FloatArray, bins: int) -> tuple[float, float]:
+    _, group, rows = np.unique(p, return_inverse=True, return_counts=True)
+    shared = (np.bincount(group, weights=happened) / rows)[group]
+    order = np.argsort(p, kind="stable")
+    error = floor = 0.0
+    for part in np.array_split(order, min(bins, len(order))):
+        error += abs(float((p[part] - shared[part]).sum()))
+        floor += float(np.sqrt(2 / np.pi * (p[part] * (1 - p[part])).sum()))
+    return error / len(p), floor / len(p)
+
+
+def _check_sample(raw: npt.ArrayLike, outcome: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+    scores, happened = np.asarray(raw, dtype=np.float64), np.asarray(outcome, dtype=np.float64)
+    if scores.ndim != 1 or scores.shape != happened.shape or scores.size == 0:
+        raise ValueError("needs as many outcomes as scores, and at least one")
+    if not np.all(np.abs(scores) <= _HUGE) or not np.all((happened == 0) | (happened == 1)):
+        raise ValueError("needs finite scores, and outcomes that are 0 or 1")
+    return scores, happened
+
+
+def _check_params(method: CalibrationMethod, params: Mapping[str, Any]) -> None:
+    numbers = [float(number) for entry in params.values() for number in np.atleast_1d(entry)]
+    if not all(abs(number) <= _HUGE for number in numbers):
+        raise ValueError(f"a parameter of {method} is not a finite number")
+    if method == "sigmoid" and params["slope"] < 0:
+        raise ValueError("a negative slope would reverse the ranking")
+    if method == "spread" and params["steepness"] <= 0:
+        raise ValueError("the steepness must be above 0")
+    if method == "isotonic":
+        _check_curve(np.array(params["scores"]), np.array(params["probabilities"]))
+
+
+def _check_curve(x: FloatArray, y: FloatArray) -> None:
+    if x.ndim != 1 or x.shape != y.shape or x.size == 0:
+        raise ValueError("isotonic needs as many probabilities as scores, and at least one")
+    if np.any(np.diff(x) <= 0) or np.any(np.diff(y) < 0) or y[0] < 0 or y[-1] > 1:
+        raise ValueError("isotonic needs ascending scores, and probabilities that do not fall")

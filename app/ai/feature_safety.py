@@ -1,0 +1,278 @@
+"""Feature safety: makes built features fit for a model, and says how much of them rests on data.
+
+Training learns each feature's statistics; serving fills gaps and bounds values by them, counts what is really
+there, rejects the leads the feature specs say cannot be made safe, and measures drift against the training
+sample. Pure and vectorised over leads; a lead's result depends on that lead alone, to the last bit. Never
+imputes with anything but training statistics. Called by the predictor, training and the drift window.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from app.ai.domain import VERDICTS, BoolArray, CodeArray, FloatArray, IntArray, JsonObject
+from app.ai.features import CellState, FeatureMatrix, FeatureSet, FeatureSpec
+
+DriftState = Literal["stable", "moderate", "drifting"]
+
+MODERATE_PSI, DRIFTING_PSI = 0.1, 0.25
+"""Customary thresholds of the population stability index (Lewis, An Introduction to Credit Scoring, 1992;
+Siddiqi, Credit Risk Scorecards, 2006): below 0.1 no change worth acting on, from 0.25 a major one."""
+
+_TAIL = 0.001
+_OK, _CAUTION, _ABSTAIN = (VERDICTS.index(verdict) for verdict in ("ok", "caution", "abstain"))
+_ONE_IN_A_THOUSAND = 3.0902
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureStatistics:
+    """What training knows of one feature's distribution.
+
+    `impute` is the lower median, a value that really occurred; `lower` and `upper` bound the training range.
+    `edges` are ascending bin edges and `counts` the training cells in each bin: up to the first edge, between
+    neighbours, above the last, and last of all the cells without a number.
+
+    Raises:
+        ValueError: the numbers do not fit together.
+    """
+
+    impute: float
+    lower: float
+    upper: float
+    mean: float
+    std: float
+    present_share: float
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        numbers = (self.impute, self.lower, self.upper, self.mean, self.std, self.present_share, *self.edges)
+        if not np.all(np.isfinite(numbers)) or not self.lower <= self.impute <= self.upper or self.std < 0:
+            raise ValueError("feature statistics need finite numbers, and the median inside the range")
+        if any(left >= right for left, right in zip(self.edges, self.edges[1:], strict=False)):
+            raise ValueError("the edges of feature statistics must ascend")
+        if len(self.counts) != len(self.edges) + 2 or min(self.counts) < 0:
+            raise ValueError("feature statistics need a count of 0 or more for every bin")
+
+    def to_json(self) -> JsonObject:
+        """Returns the statistics as JSON values; `from_json` gives equal ones."""
+        return {**asdict(self), "edges": list(self.edges), "counts": list(self.counts)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "FeatureStatistics":
+        """Reads statistics back.
+
+        Raises:
+            ValueError: a field is missing or unknown, or see the class.
+        """
+        names = {entry.name for entry in fields(cls)}
+        if set(data) != names:
+            raise ValueError(f"feature statistics have exactly the fields {sorted(names)}")
+        return cls(**{**data, "edges": tuple(data["edges"]), "counts": tuple(data["counts"])})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckedFeatures:
+    """Features of `n` leads as the model gets them.
+
+    `values` (n, k) is finite except where a spec says `keep`. `coverage` (n,) is the share of features that
+    rest on data. `rejected_feature` (n,) is the first feature that rejects the lead, -1 for none; a rejected
+    lead's values mean nothing. `out_of_range` (n,) counts values far outside the training range.
+    """
+
+    values: FloatArray
+    coverage: FloatArray
+    rejected: BoolArray
+    rejected_feature: IntArray
+    out_of_range: IntArray
+
+
+class FeatureDrift(NamedTuple):
+    """How far one feature moved.
+
+    `psi` is the population stability index, `noise` what it stays under by chance when nothing changed, `shift`
+    the largest difference between the cumulative shares of both samples.
+    """
+
+    psi: float
+    noise: float
+    shift: float
+    state: DriftState
+
+
+@dataclass(frozen=True, slots=True)
+class DriftStatistics:
+    """Drift of `rows` leads against the training sample: feature by feature, and the worst state of all."""
+
+    rows: int
+    features: tuple[FeatureDrift, ...]
+    state: DriftState
+
+
+def build_statistics(matrix: FeatureMatrix) -> tuple[FeatureStatistics, ...]:
+    """Learns the statistics of each feature from the training rows (n, k), n > 0.
+
+    The range is that of the rows, except that an extreme farther from the central 99.8 % than these are wide
+    is taken for a mistake and left outside (a fence after Tukey, Exploratory Data Analysis, 1977).
+    """
+    present = (matrix.states == CellState.PRESENT).mean(axis=0)
+    return tuple(_describe(matrix.values[:, column], float(share)) for column, share in enumerate(present))
+
+
+def check_features(
+    matrix: FeatureMatrix, feature_set: FeatureSet, statistics: Sequence[FeatureStatistics]
+) -> CheckedFeatures:
+    """Applies each feature's strategies to `n` leads.
+
+    A number beyond the training range is bounded, replaced, kept or rejected first; then every gap is filled.
+    "Far outside" is farther from the range than the range is wide.
+    """
+    rules = _Rules.of(feature_set.specs, statistics)
+    features = np.arange(len(feature_set.specs))
+    states, numbers = matrix.states, matrix.values
+    gap = np.isnan(numbers)
+    outside = (numbers < rules.lower) | (numbers > rules.upper)
+    far = (numbers < rules.far_below) | (numbers > rules.far_above)
+    bounded = np.minimum(np.maximum(numbers, rules.clip_below), rules.clip_above)
+    bounded = np.where(outside & rules.impute_outside, rules.impute, bounded)
+    values = np.where(gap, rules.fill[states, features], bounded)
+    reasons = (gap & rules.reject_gap[states, features]) | (outside & rules.reject_outside)
+    rejected: BoolArray = np.any(reasons, axis=1)
+    return CheckedFeatures(
+        values=values,
+        coverage=_count_really_there(matrix, rules.indicator) / len(features),
+        rejected=rejected,
+        rejected_feature=np.where(rejected, reasons.argmax(axis=1), -1),
+        out_of_range=far.sum(axis=1),
+    )
+
+
+def build_verdicts(coverage: FloatArray, out_of_range: IntArray, min_coverage: float) -> CodeArray:
+    """Returns the verdict of each lead (n,) as an index into `VERDICTS`.
+
+    `abstain` where nothing is there, or less than a quarter of `min_coverage`: there is nothing to go on.
+    `caution` where coverage is under `min_coverage`, or a value lies far outside what the model was trained on.
+    """
+    abstain = (coverage == 0) | (coverage < min_coverage / 4)
+    caution = (coverage < min_coverage) | (out_of_range > 0)
+    return np.where(abstain, _ABSTAIN, np.where(caution, _CAUTION, _OK)).astype(np.uint8)
+
+
+def drift_statistics(statistics: Sequence[FeatureStatistics], values: FloatArray) -> DriftStatistics:
+    """Compares `r` rows of built features (r, k), before feature safety, with the training sample.
+
+    Per feature the population stability index over the training bins, a gap being a bin of its own, with half a
+    cell added to each so that an empty one stays finite; and the largest difference between the cumulative
+    shares (Kolmogorov and Smirnov's, at the bin edges). Without any change the index times r n / (r + n) follows
+    a chi-squared distribution with one degree of freedom less than there are bins (Yurdakul, Statistical
+    Properties of Population Stability Index, 2018): an index that chance exceeds once in a thousand is stable.
+    """
+    rows = len(values)
+    features = (
+        tuple(_drift(entry, values[:, column]) for column, entry in enumerate(statistics)) if rows else ()
+    )
+    states = {feature.state for feature in features}
+    worst: DriftState = (
+        "drifting" if "drifting" in states else "moderate" if "moderate" in states else "stable"
+    )
+    return DriftStatistics(rows, features, worst)
+
+
+class _Rules(NamedTuple):
+    """The strategies and statistics of k features as arrays (k,); `fill` and `reject_gap` are (4, k) by state."""
+
+    lower: FloatArray
+    upper: FloatArray
+    far_below: FloatArray
+    far_above: FloatArray
+    clip_below: FloatArray
+    clip_above: FloatArray
+    impute: FloatArray
+    impute_outside: BoolArray
+    reject_outside: BoolArray
+    fill: FloatArray
+    reject_gap: BoolArray
+    indicator: BoolArray
+
+    @classmethod
+    def of(cls, specs: Sequence[FeatureSpec], statistics: Sequence[FeatureStatistics]) -> "_Rules":
+        lower, upper, impute = np.array([(s.lower, s.upper, s.impute) for s in statistics]).T
+        outside = np.array([spec.out_of_range for spec in specs])
+        gaps = np.array([("impute", spec.missing, spec.invalid, spec.unseen) for spec in specs]).T
+        clip = outside == "clip"
+        return cls(
+            lower=lower,
+            upper=upper,
+            far_below=lower - (upper - lower),
+            far_above=upper + (upper - lower),
+            clip_below=np.where(clip, lower, -np.inf),
+            clip_above=np.where(clip, upper, np.inf),
+            impute=impute,
+            impute_outside=outside == "impute",
+            reject_outside=outside == "reject",
+            fill=np.where(gaps == "keep", np.nan, np.where(gaps == "zero", 0.0, impute)),
+            reject_gap=gaps == "reject",
+            indicator=np.array([spec.transform == "is_present" for spec in specs]),
+        )
+
+
+def _count_really_there(matrix: FeatureMatrix, indicator: BoolArray) -> IntArray:
+    """Counts the cells (n,) that rest on data: an indicator of something absent does not, a rare text does."""
+    there = (matrix.states == CellState.PRESENT) & ~(indicator & (matrix.values == 0))
+    pooled = (matrix.states == CellState.UNSEEN) & ~np.isnan(matrix.values)
+    count: IntArray = (there | pooled).sum(axis=1)
+    return count
+
+
+def _describe(values: FloatArray, present_share: float) -> FeatureStatistics:
+    numbers = np.sort(values[~np.isnan(values)])
+    if numbers.size == 0:
+        return FeatureStatistics(0.0, 0.0, 0.0, 0.0, 0.0, present_share, (), (0, len(values)))
+    low, median, high = np.quantile(numbers, (_TAIL, 0.5, 1 - _TAIL), method="inverted_cdf")
+    fence = high - low if high > low else np.inf
+    # Below the smallest value lies an empty bin, so that a sample that leaves the range downwards is seen.
+    floor = np.nextafter(numbers[0], -np.inf)
+    deciles = np.quantile(numbers, np.arange(1, 10) / 10, method="inverted_cdf")
+    edges = np.unique(np.concatenate([[floor], deciles, [numbers[-1]]]))
+    return FeatureStatistics(
+        impute=float(median),
+        lower=float(max(numbers[0], low - fence)),
+        upper=float(min(numbers[-1], high + fence)),
+        mean=float(numbers.mean()),
+        std=float(numbers.std()),
+        present_share=present_share,
+        edges=tuple(edges.tolist()),
+        counts=tuple(_histogram(values, edges).tolist()),
+    )
+
+
+def _histogram(values: FloatArray, edges: FloatArray) -> IntArray:
+    gap = np.isnan(values)
+    bins = np.where(gap, len(edges) + 1, np.searchsorted(edges, values, side="left"))
+    return np.bincount(bins, minlength=len(edges) + 2)
+
+
+def _drift(reference: FeatureStatistics, values: FloatArray) -> FeatureDrift:
+    before = np.array(reference.counts)
+    after = _histogram(values, np.array(reference.edges))
+    expected = (before + 0.5) / (before + 0.5).sum()
+    observed = (after + 0.5) / (after + 0.5).sum()
+    psi = float(((observed - expected) * np.log(observed / expected)).sum())
+    noise = _psi_noise(len(before), int(before.sum()), len(values))
+    shift = np.abs(np.cumsum(after) / max(after.sum(), 1) - np.cumsum(before) / max(before.sum(), 1)).max()
+    if psi < MODERATE_PSI or psi <= noise:
+        return FeatureDrift(psi, noise, float(shift), "stable")
+    return FeatureDrift(psi, noise, float(shift), "moderate" if psi < DRIFTING_PSI else "drifting")
+
+
+def _psi_noise(bins: int, reference_rows: int, rows: int) -> float:
+    """Returns the index that chance exceeds once in a thousand samples.
+
+    The chi-squared quantile is Wilson and Hilferty's approximation (PNAS 17, 1931).
+    """
+    freedom = bins - 1
+    spread = 2 / (9 * freedom)
+    quantile = freedom * (1 - spread + _ONE_IN_A_THOUSAND * spread**0.5) ** 3
+    return float(quantile * (1 / max(reference_rows, 1) + 1 / rows))
