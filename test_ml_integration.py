@@ -107,8 +107,13 @@ def two_thousand_leads_are_one_request_and_one_more_is_too_many(client: httpx.Cl
 
 @check
 def nonsense_gets_a_problem_document_that_echoes_nothing(client: httpx.Client) -> None:
-    for body, code in ((b"[NaN]", "INVALID_PAYLOAD_FORMAT"), (b"[]", "EMPTY_BATCH"), (b'["Robert\'); DROP"]', "INVALID_LEAD_ID"),
-                       (b'{"lead_ids":["a"],"x":1}', "INVALID_PAYLOAD_FORMAT"), (b'["\\ud800"]', "INVALID_PAYLOAD_FORMAT")):
+    for body, code in (
+        (b"[NaN]", "INVALID_PAYLOAD_FORMAT"),
+        (b"[]", "EMPTY_BATCH"),
+        (b'["Robert\'); DROP"]', "INVALID_LEAD_ID"),
+        (b'{"lead_ids":["a"],"x":1}', "INVALID_PAYLOAD_FORMAT"),
+        (b'["\\ud800"]', "INVALID_PAYLOAD_FORMAT"),
+    ):
         response = client.post(PREDICT, content=body, headers={"content-type": "application/json"})
         assert response.status_code == 422, (body, response.text)
         assert response.headers["content-type"] == "application/problem+json"
@@ -121,7 +126,9 @@ def a_request_id_is_accepted_echoed_and_made_when_it_is_unfit(client: httpx.Clie
     mine = f"check-{uuid.uuid4()}"
     kept = client.post(PREDICT, json=["lead_1"], headers={"x-request-id": mine})
     assert kept.headers["x-request-id"] == mine == kept.json()["request_id"]
-    made = client.post(PREDICT, json=["lead_1"], headers={"x-request-id": "spaces are unfit"}).headers["x-request-id"]
+    made = client.post(PREDICT, json=["lead_1"], headers={"x-request-id": "spaces are unfit"}).headers[
+        "x-request-id"
+    ]
     assert uuid.UUID(made).version == 7
 
 
@@ -160,10 +167,14 @@ def report(base_url: str) -> int:
 
 
 def start_server(var_dir: Path, **environment: str) -> tuple[subprocess.Popen[str], str]:
-    """Starts `leadscore serve` on a free port and returns the process and its address once it says it listens."""
+    """Starts `leadscore serve` on a free port; returns the process, and its address once it listens."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "app.cli", "serve"], cwd=Path(__file__).parent, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, env={**os.environ, "PORT": "0", "VAR_DIR": str(var_dir), **environment},
+        [sys.executable, "-m", "app.cli", "serve"],
+        cwd=Path(__file__).parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PORT": "0", "VAR_DIR": str(var_dir), **environment},
     )
     assert process.stdout is not None
     for line in process.stdout:

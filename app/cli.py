@@ -9,22 +9,33 @@ decided here. Heavy imports live inside the commands, so that `--help` and a wro
 import dataclasses
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
 from app import __version__
-from app.errors import ArtifactError, CommandError, LeadScoringError, SettingsError
+from app.errors import ArtifactError, LeadScoringError
 from app.settings import Settings, load_settings
 
-Progress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from app.ai.model_catalogue import AvailableModel, ModelCatalogue
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+Progress = Callable[[str, int, int], None]
+ModelType = Literal["random_forest", "logistic_regression", "hist_gradient_boosting"]
+ArtifactFormat = Literal["skops", "joblib"]
+
+
+def _names(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
+)
 _moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%z"])
 
 
@@ -48,11 +59,11 @@ def cli() -> None:
 def serve() -> None:
     """Serve over HTTP until Ctrl-C or SIGTERM.
 
-    Listens on HOST:PORT with WORKERS processes. With DATABASE_URL unset it starts its own PostgreSQL under VAR_DIR,
-    migrates it and fills it with a demo CRM the first time.
+    Listens on HOST:PORT with WORKERS processes. With DATABASE_URL unset it starts its own PostgreSQL under
+    VAR_DIR, migrates it and fills it with a demo CRM the first time.
     """
     settings = load_settings()
-    # Numeric thread pools cost more than they give at these batch sizes; they read this when they are imported.
+    # Numeric thread pools cost more than they give at these batch sizes; they read this at import.
     for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(pool, "1")
     from app.serve import serve as run
@@ -76,8 +87,12 @@ def db_upgrade() -> None:
 
 
 @cli.command()
-@click.option("--people", type=click.IntRange(1, 5_000_000), default=10_000, show_default=True, help="How many leads.")
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="The same seed gives the same CRM.")
+@click.option(
+    "--people", type=click.IntRange(1, 5_000_000), default=10_000, show_default=True, help="How many leads."
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=1, show_default=True, help="The same seed gives the same CRM."
+)
 @click.option("--until", type=_moment, help="The last moment of the CRM's history (UTC); by default now.")
 @_json_option
 def demo(people: int, seed: int, until: datetime | None, as_json: bool) -> None:
@@ -98,7 +113,13 @@ def demo(people: int, seed: int, until: datetime | None, as_json: bool) -> None:
 @click.option("--replace", is_flag=True, help="Replace the table if it exists.")
 @_json_option
 def import_file(
-    file: Path, table: str, id_column: str, label_column: str | None, missing: tuple[str, ...], replace: bool,
+    *,
+    file: Path,
+    table: str,
+    id_column: str,
+    label_column: str | None,
+    missing: tuple[str, ...],
+    replace: bool,
     as_json: bool,
 ) -> None:
     """Load leads from a CSV file, typed, all or nothing."""
@@ -106,15 +127,126 @@ def import_file(
 
     with _database(load_settings()) as url, _progress() as progress:
         summary = import_csv(
-            url, file, table=table, id_column=id_column, label_column=label_column, missing=missing, replace=replace,
+            url,
+            file,
+            table=table,
+            id_column=id_column,
+            label_column=label_column,
+            missing=missing,
+            replace=replace,
             progress=progress,
         )
     _print_facts(dataclasses.asdict(summary), as_json)
 
 
+@cli.command()
+@click.option(
+    "--source", default="lead_training", show_default=True, metavar="RELATION", help="Table or view to read."
+)
+@click.option(
+    "--label", metavar="COLUMN", help="0/1 outcome; by default: outcome_at within the horizon after as_of."
+)
+@click.option(
+    "--horizon-days", type=click.IntRange(1, 3650), default=90, show_default=True, help="Outcome horizon."
+)
+@click.option("--exclude", metavar="A,B", default="", callback=_names, help="Columns the model must not see.")
+@click.option(
+    "--allow-leaky", metavar="A,B", default="", callback=_names, help="Columns the leakage guard lets pass."
+)
+@click.option(
+    "--model",
+    type=click.Choice(get_args(ModelType)),
+    default="random_forest",
+    show_default=True,
+    help="Model type.",
+)
+@click.option("--format", "fmt", type=click.Choice(["skops", "joblib"]), default="skops", show_default=True)
+@click.option("--as-of", type=_moment, help="Train as if it were this moment (UTC); by default now.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed and data, same model."
+)
+@_json_option
+def train(
+    *,
+    source: str,
+    label: str | None,
+    horizon_days: int,
+    exclude: tuple[str, ...],
+    allow_leaky: tuple[str, ...],
+    model: ModelType,
+    fmt: ArtifactFormat,
+    as_of: datetime | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Train, calibrate, evaluate on leads nothing has seen, and publish to ML_MODEL_DIR."""
+    from rich.console import Console
+
+    from app.training.options import TrainingOptions
+    from app.training.report import print_report
+    from app.training.train import train as run
+
+    settings = load_settings()
+    with _database(settings) as url, _progress() as progress:
+        options = TrainingOptions(
+            url=url,
+            model_dir=settings.ml_model_dir,
+            source=source,
+            label=label,
+            horizon_days=horizon_days,
+            exclude=exclude,
+            allow_leaky=allow_leaky,
+            model=model,
+            fmt=fmt,
+            as_of=_utc(as_of) if as_of else None,
+            seed=seed,
+        )
+        report = run(options, progress)
+    if as_json:
+        click.echo(json.dumps(report.facts()))
+    else:
+        print_report(report, Console())
+
+
 @cli.group()
 def models() -> None:
     """Look at what is in the registry, and whether it can be trusted."""
+
+
+@models.command("list")
+@_json_option
+def models_list(as_json: bool) -> None:
+    """List every artifact found; hashes are verified, nothing is loaded."""
+    _print_models(_catalogue().list_models(), as_json)
+
+
+@models.command("verify")
+@_json_option
+def models_verify(as_json: bool) -> None:
+    """Load every artifact through the full gate; exit status 1 if any cannot be trusted, or none is found."""
+    found = _catalogue().verify_models()
+    _print_models(found, as_json)
+    bad = [model.file for model in found if model.state != "verified"]
+    if bad or not found:
+        raise ArtifactError(
+            "refused", f"not verified: {', '.join(bad)}" if bad else "there is no model to verify"
+        )
+
+
+def _catalogue() -> "ModelCatalogue":
+    from app.ai.model_catalogue import ModelCatalogue
+
+    settings = load_settings()
+    return ModelCatalogue(settings.ml_model_dir, settings.ml_model_pattern)
+
+
+def _print_models(found: "Sequence[AvailableModel]", as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(model) for model in found]))
+        return
+    for model in found:
+        reason = f"  ({model.reason})" if model.reason else ""
+        click.echo(f"{model.version}  {model.model_type:<24} {model.state:<12} {model.file}{reason}")
 
 
 def _utc(moment: datetime | None) -> datetime:
@@ -135,11 +267,18 @@ def _database(settings: Settings) -> Iterator[str]:
 def _progress() -> Iterator[Progress]:
     """Yields `progress(stage, done, total)`, drawn on standard error when a person is watching."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
-    bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-              console=console, disable=not console.is_terminal)
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
     tasks: dict[str, Any] = {}
 
     def report(stage: str, done: int, total: int) -> None:

@@ -53,7 +53,11 @@ class LeadScoringError(Exception):
     default_detail: ClassVar[str] = "Something went wrong on our side. Quote the request ID to report it."
 
     def __init__(
-        self, detail: str | None = None, *, positions: tuple[ErrorPosition, ...] = (), retry_after: int | None = None
+        self,
+        detail: str | None = None,
+        *,
+        positions: tuple[ErrorPosition, ...] = (),
+        retry_after: int | None = None,
     ) -> None:
         self.detail = detail or self.default_detail
         self.positions = positions

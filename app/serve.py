@@ -1,7 +1,7 @@
 """What `leadscore serve` does: a database, a listening socket, the workers, and an orderly end.
 
-The parent process owns the embedded PostgreSQL and outlives every worker; a worker only ever sees `DATABASE_URL`.
-Nothing here knows what a request is. Called by `app.cli` alone.
+The parent process owns the embedded PostgreSQL and outlives every worker; a worker only ever sees
+`DATABASE_URL`. Nothing here knows what a request is. Called by `app.cli` alone.
 """
 
 import os
@@ -84,7 +84,7 @@ def _prepare_workers(settings: Settings, url: str) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    # Bound but not yet listening: the port is ours from now on, and callers are refused, not kept waiting.
+    # Bound, not yet listening: the port is ours, and callers are refused rather than kept waiting.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -101,8 +101,15 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _run(settings: Settings, listener: socket.socket) -> None:
     config = uvicorn.Config(
-        "app.main:create_app", factory=True, workers=settings.workers, http="httptools", log_config=None,
-        access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=10,
+        "app.main:create_app",
+        factory=True,
+        workers=settings.workers,
+        http="httptools",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=10,
     )
     host, port = listener.getsockname()[:2]
 
@@ -134,7 +141,9 @@ class _Server(uvicorn.Server):
 class _Supervisor(Multiprocess):
     """Several workers, which says when all of them are ready."""
 
-    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], announce: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, sockets: list[socket.socket], announce: Callable[[], None]
+    ) -> None:
         super().__init__(config, sockets)
         self._announce = announce
 
@@ -150,7 +159,7 @@ def _announce(base: str) -> None:
         f"\nLead Scoring listens on {base}   (API: {base}/docs, stop: Ctrl-C)\n\n"
         f"  curl -s {base}/ai/advanced-ml/health\n"
         f"  curl -s {base}/ai/advanced-ml/models\n"
-        f"  {post} -d '[\"lead_1\", \"lead_2\", \"nobody\"]'\n"
+        f'  {post} -d \'["lead_1", "lead_2", "nobody"]\'\n'
     )
 
 

@@ -22,7 +22,11 @@ class Settings(BaseSettings):
     """The service's settings. Field names are the environment variables in lower case."""
 
     model_config = SettingsConfigDict(
-        frozen=True, env_file=".env", env_ignore_empty=True, extra="ignore", use_attribute_docstrings=True,
+        frozen=True,
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        use_attribute_docstrings=True,
         protected_namespaces=(),
     )
 
@@ -42,7 +46,7 @@ class Settings(BaseSettings):
     """Comma-separated origins a browser may call from."""
 
     database_url: str | None = None
-    """The CRM's PostgreSQL (`postgresql://user@host/name`); unset: the embedded PostgreSQL under `VAR_DIR`."""
+    """The CRM's PostgreSQL (`postgresql://user@host/name`); unset: an embedded one under `VAR_DIR`."""
     database_deadline_seconds: float = Field(1.0, gt=0, le=60)
     """Longest any caller waits for the database, connecting included."""
     database_pool_size: int = Field(8, ge=1, le=200)
@@ -85,7 +89,11 @@ class Settings(BaseSettings):
     @field_validator("cors_origins", mode="before")
     @classmethod
     def _split_origins(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
 
     @field_validator("cors_origins")
     @classmethod
@@ -106,9 +114,13 @@ class Settings(BaseSettings):
     def _refuse_conveniences_in_production(self) -> Self:
         if self.app_env == "production":
             if self.database_url is None:
-                raise ValueError("DATABASE_URL must be set when APP_ENV=production: the embedded database is for development")
+                raise ValueError(
+                    "DATABASE_URL must be set when APP_ENV=production: the embedded one is for development"
+                )
             if self.cors_origins == _DEVELOPMENT_ORIGINS:
-                raise ValueError("CORS_ORIGINS must be set when APP_ENV=production: the default allows localhost only")
+                raise ValueError(
+                    "CORS_ORIGINS must be set when APP_ENV=production: the default allows localhost only"
+                )
         return self
 
 

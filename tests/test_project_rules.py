@@ -69,9 +69,9 @@ def test_every_metric_is_documented() -> None:
 def test_local_links_in_the_documents_lead_somewhere() -> None:
     broken = []
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "app/ai/REPORT_ML_AUDIT.md"]:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
-            if not (document.parent / target).exists():
-                broken.append(f"{document.relative_to(ROOT)} -> {target}")
+        targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8"))
+        gone = [target for target in targets if not (document.parent / target).exists()]
+        broken += [f"{document.relative_to(ROOT)} -> {target}" for target in gone]
     assert not broken
 
 
@@ -79,7 +79,9 @@ def test_nothing_is_patched_in_tests_and_no_http_exception_is_raised_below_the_e
     offenders = []
     for path in PYTHON:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            )
             module = getattr(node, "module", None) or ""
             if "unittest.mock" in (module, *names) or (module == "unittest" and "mock" in names):
                 offenders.append(f"{path.name} imports unittest.mock")
