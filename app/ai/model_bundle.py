@@ -65,7 +65,7 @@ def build_parts(description: ModelDescription) -> ModelParts:
             tuple(FeatureStatistics.from_json(entry) for entry in description.statistics),
             Calibrator.from_json(description.calibrator),
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+    except Exception as exc:
         raise ArtifactError(
             "manifest_invalid", "The manifest's features or calibrator are not valid."
         ) from exc

@@ -1,0 +1,440 @@
+"""Hostile artifacts with a correct digest: the allow-list alone must refuse them, and nothing may run.
+
+Every payload would create a file when it runs; each harness proves with the ordinary loader that it does.
+"""
+
+import io
+import json
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+import skops.io
+from sklearn.ensemble import ExtraTreesClassifier, HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+from app.ai.artifact_loading import (
+    JOBLIB_GLOBALS,
+    SKOPS_NODES,
+    SKOPS_TRUSTED,
+    _find_nodes,
+    dump_estimator,
+    load_estimator,
+)
+from app.errors import ArtifactError
+
+ROWS = np.random.default_rng(3).normal(size=(300, 4))
+LABELS = (ROWS[:, 0] > 0).astype(int)
+WITH_NAN = np.where(np.random.default_rng(4).random(ROWS.shape) < 0.2, np.nan, ROWS)
+
+ESTIMATORS = {
+    "forest": RandomForestClassifier(5, class_weight="balanced", random_state=1).fit(ROWS, LABELS),
+    "forest with weights": RandomForestClassifier(5, class_weight={0: 1.0, 1: 3.0}, n_jobs=1).fit(
+        WITH_NAN, LABELS
+    ),
+    "boosting": HistGradientBoostingClassifier(max_iter=5, random_state=1).fit(ROWS, LABELS),
+    "boosting with stop": HistGradientBoostingClassifier(
+        max_iter=9, early_stopping=True, class_weight="balanced"
+    ).fit(WITH_NAN, LABELS),
+    "logistic": LogisticRegression(class_weight="balanced").fit(ROWS, LABELS),
+    "scaled logistic": make_pipeline(StandardScaler(), LogisticRegression(C=0.5)).fit(ROWS, LABELS),
+    "scaled forest": make_pipeline(StandardScaler(), RandomForestClassifier(3)).fit(ROWS, LABELS),
+}
+
+_TARGETS = """
+        builtins:__import__ builtins:compile builtins:eval builtins:exec builtins:getattr builtins:open
+        code:interact codecs:open copyreg:_reconstructor ctypes:CDLL functools:partial functools:reduce
+        importlib:import_module io:FileIO joblib:load joblib.numpy_pickle:NDArrayWrapper
+        joblib.numpy_pickle:load joblib.numpy_pickle_compat:ZNDArrayWrapper marshal:loads
+        multiprocessing.util:spawnv_passfds numpy:load numpy:memmap numpy:ndarray.tofile numpy:save
+        numpy._core.multiarray:_reconstruct numpy.testing._private.utils:runstring operator:attrgetter
+        operator:methodcaller os:system pathlib:Path pathlib:Path.touch pickle:loads pkgutil:resolve_name
+        planted_module:Planted posix:system pty:spawn runpy:run_path shutil:rmtree
+        sklearn.datasets:load_files sklearn.linear_model:LogisticRegression
+        sklearn.linear_model._logistic:LogisticRegression.__init__
+        sklearn.tree._tree:_build_pruned_tree_py sklearn.utils._bunch:Bunch socket:socket
+        subprocess:Popen subprocess:check_output tests.planted_module:Planted timeit:timeit
+        types:FunctionType webbrowser:open
+"""
+CALLABLES = [target.split(":") for target in _TARGETS.split()]
+"""What a hostile file would like to call, as module and name."""
+
+
+class Leaves:
+    """Pickles as a call of `os.system` that creates a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.fixture
+def mark(tmp_path):
+    return tmp_path / "mark"
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch, mark):
+    """A module whose import leaves a mark; nothing may import it."""
+    (tmp_path / "planted_module.py").write_text(
+        f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Planted: pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "planted_module", raising=False)
+    yield "planted_module"
+    sys.modules.pop("planted_module", None)
+
+
+def refusal(data, fmt):
+    with pytest.raises(ArtifactError) as caught:
+        load_estimator(data, fmt)
+    return caught.value.reason
+
+
+def pickled(value):
+    buffer = io.BytesIO()
+    joblib.dump(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("fmt", ["skops", "joblib"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_honest_artifact_loads_and_scores_the_same(name, fmt):
+    estimator = ESTIMATORS[name]
+    loaded = load_estimator(dump_estimator(estimator, fmt), fmt)
+    np.testing.assert_array_equal(loaded.predict_proba(ROWS), estimator.predict_proba(ROWS))
+
+
+def test_the_skops_list_holds_what_honest_artifacts_need_and_nothing_else():
+    needed, untrusted = set(), set()
+    for estimator in ESTIMATORS.values():
+        data = dump_estimator(estimator, "skops")
+        needed |= _find_nodes(json.loads(zipfile.ZipFile(io.BytesIO(data)).read("schema.json")))
+        untrusted |= set(skops.io.get_untrusted_types(data=data))
+    assert needed == SKOPS_NODES
+    assert untrusted == set(SKOPS_TRUSTED)
+
+
+def test_the_joblib_list_holds_what_honest_artifacts_need_and_nothing_else(audited):
+    for estimator in ESTIMATORS.values():
+        load_estimator(dump_estimator(estimator, "joblib"), "joblib")
+    assert {event[1] for event in audited if event[0] == "pickle.find_class"} == JOBLIB_GLOBALS
+
+
+@pytest.fixture
+def audited():
+    """What Python reports of itself during a test: globals that unpicklers find, and programs started."""
+    events = []
+    _listeners.append(events)
+    yield events
+    _listeners.remove(events)
+
+
+_listeners = []
+_WATCHED = (
+    "pickle.find_class",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "subprocess.Popen",
+    "ctypes.dlopen",
+)
+
+
+def _listen(event, args):
+    if _listeners and event in _WATCHED:
+        for events in _listeners:
+            events.append((event, tuple(args) if event == "pickle.find_class" else None))
+
+
+sys.addaudithook(_listen)  # an audit hook cannot be removed: without a listener it does nothing
+
+
+def hostile_pickles(module, name, argument):
+    """Yields every way a pickle has of calling a global, as a joblib file of protocol 2 or later."""
+    old = f"c{module}\n{name}\n".encode()
+    new = (
+        b"\x8c"
+        + bytes([len(module)])
+        + module.encode()
+        + b"\x8c"
+        + bytes([len(name)])
+        + name.encode()
+        + b"\x93"
+    )
+    text = b"X" + len(argument).to_bytes(4, "little") + argument.encode()
+    estimator = b"csklearn.linear_model._logistic\nLogisticRegression\n)\x81"
+    yield "reduce", b"\x80\x02" + old + text + b"\x85R."
+    yield "stack global", b"\x80\x04" + new + text + b"\x85R."
+    yield "inst", b"\x80\x02(" + text + f"i{module}\n{name}\n.".encode()
+    yield "obj", b"\x80\x02(" + old + text + b"o."
+    yield "newobj", b"\x80\x02" + old + text + b"\x85\x81."
+    yield "newobj_ex", b"\x80\x04" + new + text + b"\x85}\x92."
+    yield "in an estimator", b"\x80\x02" + estimator + b"}X\x01\x00\x00\x00C" + old + text + b"\x85Rsb."
+    yield "in a list", b"\x80\x02]" + old + text + b"\x85Ra."
+    yield "memoised", b"\x80\x02" + old + b"q\x000h\x00" + text + b"\x85R."
+
+
+@pytest.mark.parametrize(("module", "name"), CALLABLES)
+def test_a_pickle_that_names_anything_outside_the_list_runs_nothing(module, name, mark, planted, audited):
+    for way, data in hostile_pickles(module, name, f"touch {mark}"):
+        assert refusal(data, "joblib") == "not_allowed", way
+    found = {event[1] for event in audited if event[0] == "pickle.find_class"}
+    assert found <= JOBLIB_GLOBALS
+    assert {event[0] for event in audited} <= {"pickle.find_class"}
+    assert not mark.exists()
+    assert planted not in sys.modules
+
+
+def test_the_hostile_corpus_is_large():
+    assert sum(len(list(hostile_pickles(*target, ""))) for target in CALLABLES) >= 400
+
+
+@pytest.mark.parametrize("way", ["reduce", "stack global", "inst", "obj", "in a list", "memoised"])
+def test_the_hostile_pickles_do_run_under_an_ordinary_loader(way, mark):
+    data = dict(hostile_pickles("posix", "system", f"touch {mark}"))[way]
+    joblib.load(io.BytesIO(data))
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "place", ["alone", "parameter", "fitted attribute", "dict key", "object array", "step"]
+)
+def test_an_estimator_with_a_hostile_part_is_refused(place, protocol, mark, audited):
+    hostile = Leaves(mark)
+    estimator = LogisticRegression().fit(ROWS, LABELS)
+    if place == "parameter":
+        estimator.C = hostile
+    elif place == "fitted attribute":
+        estimator.coef_ = hostile
+    elif place == "dict key":
+        estimator.class_weight = {hostile: 1.0}
+    elif place == "object array":
+        estimator.classes_ = np.array([hostile, 1], dtype=object)
+    elif place == "step":
+        estimator = make_pipeline(StandardScaler(), estimator)
+        estimator.steps.append(("last", hostile))
+    else:
+        estimator = hostile
+    buffer = io.BytesIO()
+    joblib.dump(estimator, buffer, protocol=protocol)
+    assert refusal(buffer.getvalue(), "joblib") == "not_allowed"
+    assert not mark.exists()
+    assert "os.system" not in {event[0] for event in audited}
+    joblib.load(io.BytesIO(buffer.getvalue()))
+    assert mark.exists()
+
+
+def test_an_object_array_is_refused_even_when_its_content_is_harmless():
+    estimator = LogisticRegression().fit(ROWS, LABELS)
+    estimator.classes_ = np.array(["no", "yes"], dtype=object)
+    assert refusal(pickled(estimator), "joblib") == "not_allowed"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"read": LogisticRegression},
+        {"subclass": np.matrix},
+        {"dtype": np.dtype(object)},
+        {"dtype": "O"},
+        {"dtype": np.dtype([("a", object)])},
+        {"extra": 1},
+    ],
+)
+def test_an_array_wrapper_cannot_be_turned_into_something_else(state, audited):
+    wrapper = joblib.numpy_pickle.NumpyArrayWrapper(np.ndarray, (1,), "C", np.dtype("f8"))
+    wrapper.__dict__.update(state)
+    data = pickle.dumps(wrapper, protocol=4)
+    assert refusal(data, "joblib") == "not_allowed"
+    assert {event[1] for event in audited if event[0] == "pickle.find_class"} <= JOBLIB_GLOBALS
+
+
+@pytest.mark.parametrize("method", ["zlib", "gzip", "bz2", "lzma", "xz"])
+def test_a_compressed_file_is_refused_unread(method, mark, audited):
+    buffer = io.BytesIO()
+    joblib.dump(Leaves(mark), buffer, compress=(method, 3))
+    assert refusal(buffer.getvalue(), "joblib") == "compressed"
+    assert audited == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x80", b"\x80\x04", b"\x80\x04.", b"\x80\xff.", b"(dp0\n.", b"PK\x03\x04", b"\x80\x02\x82\x01."],
+)
+def test_what_is_no_artifact_is_refused(data):
+    assert refusal(data, "joblib") in {"not_loadable", "compressed"}
+    assert refusal(data, "skops") == "not_loadable"
+
+
+def test_bytes_after_the_end_are_refused():
+    data = dump_estimator(ESTIMATORS["logistic"], "joblib")
+    assert refusal(data + b"\x80\x04N.", "joblib") == "not_loadable"
+
+
+def test_no_mutated_joblib_file_reaches_beyond_the_list(audited, mark):
+    honest = dump_estimator(ESTIMATORS["scaled logistic"], "joblib")
+    rng = np.random.default_rng(5)
+    for _ in range(1500):
+        data = bytearray(honest)
+        for position in rng.integers(0, len(data), size=rng.integers(1, 4)):
+            data[position] = rng.integers(0, 256)
+        try:
+            load_estimator(bytes(data), "joblib")
+        except ArtifactError:
+            continue
+    assert {event[1] for event in audited if event[0] == "pickle.find_class"} <= JOBLIB_GLOBALS
+    assert {event[0] for event in audited} == {"pickle.find_class"}
+
+
+def rewritten(data, change, compression=zipfile.ZIP_STORED):
+    """Returns a `.skops` file with its schema changed."""
+    source = zipfile.ZipFile(io.BytesIO(data))
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", compression=compression) as archive:
+        for member in source.namelist():
+            content = source.read(member)
+            if member == "schema.json":
+                content = json.dumps(change(json.loads(content)))
+            archive.writestr(member, content)
+    return target.getvalue()
+
+
+def node(loader, module, name, **content):
+    return {"__loader__": loader, "__module__": module, "__class__": name, "__id__": 424242, **content}
+
+
+TEXT = node("JsonNode", "builtins", "str", content='"touch x"', is_json=True)
+NOTHING = node("TupleNode", "builtins", "tuple", content=[])
+EMPTY = node(
+    "DictNode", "builtins", "dict", content={}, key_types=node("ListNode", "builtins", "list", content=[])
+)
+
+HOSTILE_NODES = {
+    "a planted class": node("ObjectNode", "planted_module", "Planted"),
+    "a planted type": node("TypeNode", "planted_module", "Planted"),
+    "a planted function": node("FunctionNode", "planted_module", "Planted"),
+    "a planted dict": node("DictNode", "planted_module", "Planted", content={}, key_types=EMPTY),
+    "a planted array scalar": node("NdArrayNode", "planted_module", "Planted", type="numpy", file="x"),
+    "os.system": node("FunctionNode", "os", "system"),
+    "a NumPy function skops trusts": node("FunctionNode", "numpy", "add"),
+    "a call of a class": node("ConstructorFromReduceNode", "planted_module", "Planted", content=NOTHING),
+    "a path": node("ConstructorFromReduceNode", "pathlib", "Path", content=NOTHING),
+    "a partial": node("PartialNode", "functools", "partial", content={
+        "func": node("FunctionNode", "posix", "system"), "args": NOTHING, "kwds": EMPTY, "namespace": EMPTY}),
+    "an operator": node("OperatorFuncNode", "operator", "methodcaller", attrs=NOTHING),
+    "a method": node("MethodNode", "sklearn.linear_model._logistic", "LogisticRegression", content={
+        "func": "fit", "obj": node("ObjectNode", "sklearn.linear_model._logistic", "LogisticRegression")}),
+    "another estimator skops trusts": node(
+        "ObjectNode", "sklearn.preprocessing._function_transformer", "FunctionTransformer"),
+    "a loss of another kind": node(
+        "LossNode", "planted_module", "Planted", content=EMPTY, __reduce__={"args": NOTHING}),
+    "a trusted class by another loader": node(
+        "TypeNode", "sklearn.linear_model._logistic", "LogisticRegression"),
+    "bytes": node("BytesNode", "builtins", "bytes", file="x"),
+    "a cached node": node("CachedNode", None, None),
+    "a random state": node("RandomStateNode", "numpy.random.mtrand", "RandomState", content=EMPTY),
+    "a loader without a class": {"__loader__": "FunctionNode", "__id__": 1},
+    "an old function node": node("FunctionNode", "builtins", "function", content={
+        "module_path": "planted_module", "function": "Planted"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2])
+@pytest.mark.parametrize("hostile", HOSTILE_NODES)
+def test_a_skops_file_that_names_anything_outside_the_list_builds_nothing(
+    hostile, protocol, planted, mark, audited
+):
+    def plant_everywhere(schema):
+        yield {**HOSTILE_NODES[hostile], "protocol": protocol, "_skops_version": schema["_skops_version"]}
+        for key in ("C", "coef_", "classes_"):
+            changed = json.loads(json.dumps(schema))
+            changed["content"]["content"][key] = HOSTILE_NODES[hostile]
+            yield {**changed, "protocol": protocol}
+
+    honest = dump_estimator(ESTIMATORS["logistic"], "skops")
+    schema = json.loads(zipfile.ZipFile(io.BytesIO(honest)).read("schema.json"))
+    for changed in plant_everywhere(schema):
+        assert refusal(rewritten(honest, lambda _, changed=changed: changed), "skops") == "not_allowed"
+    assert planted not in sys.modules
+    assert not mark.exists()
+    assert audited == []
+
+
+def test_the_hostile_skops_file_does_import_under_a_loader_that_trusts_it(planted, mark):
+    data = rewritten(dump_estimator(ESTIMATORS["logistic"], "skops"), lambda schema: {
+        **HOSTILE_NODES["a planted class"], "protocol": schema["protocol"]})  # fmt: skip
+    skops.io.loads(data, trusted=["planted_module.Planted"])
+    assert mark.exists()
+
+
+def test_a_bit_generator_that_is_none_is_refused():
+    def change(schema):
+        text = json.dumps(schema)
+        assert '"\\"PCG64\\""' in text
+        return json.loads(text.replace('"\\"PCG64\\""', '"\\"seed\\""'))
+
+    data = rewritten(dump_estimator(ESTIMATORS["boosting"], "skops"), change)
+    assert refusal(data, "skops") in {"not_allowed", "not_loadable"}
+
+
+def test_a_compressed_skops_file_is_refused_unread():
+    data = rewritten(dump_estimator(ESTIMATORS["logistic"], "skops"), lambda s: s, zipfile.ZIP_DEFLATED)
+    assert refusal(data, "skops") == "compressed"
+
+
+def test_an_object_array_pickled_inside_a_skops_file_runs_nothing(mark):
+    array = io.BytesIO()
+    np.save(array, np.array([Leaves(mark)], dtype=object), allow_pickle=True)
+    source = zipfile.ZipFile(io.BytesIO(dump_estimator(ESTIMATORS["logistic"], "skops")))
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        for member in source.namelist():
+            archive.writestr(member, array.getvalue() if member.endswith(".npy") else source.read(member))
+    assert refusal(target.getvalue(), "skops") == "not_loadable"
+    assert not mark.exists()
+    np.load(io.BytesIO(array.getvalue()), allow_pickle=True)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("fmt", ["skops", "joblib"])
+@pytest.mark.parametrize(
+    "estimator",
+    [ExtraTreesClassifier(2), make_pipeline(FunctionTransformer(np.log1p), LogisticRegression())],
+    ids=["another forest", "a function in the pipeline"],
+)
+def test_a_sound_model_of_a_kind_that_is_not_listed_is_refused(estimator, fmt):
+    data = dump_estimator(estimator.fit(np.abs(ROWS), LABELS), fmt)
+    assert refusal(data, fmt) == "not_allowed"
+
+
+@pytest.mark.parametrize("fmt", ["skops", "joblib"])
+def test_an_artifact_of_another_scikit_learn_is_refused(fmt):
+    import sklearn
+
+    data = dump_estimator(ESTIMATORS["logistic"], fmt)
+    if fmt == "skops":
+        changed = rewritten(data, lambda s: json.loads(json.dumps(s).replace(sklearn.__version__, "1.0.1")))
+    else:
+        changed = data.replace(sklearn.__version__.encode(), b"1.0.1")
+    assert changed != data
+    assert refusal(changed, fmt) == "not_loadable"
+
+
+def test_no_source_file_loads_an_artifact_by_its_path():
+    for source in Path(__file__).parent.parent.joinpath("app").rglob("*.py"):
+        text = source.read_text(encoding="utf-8")
+        assert "joblib.load(" not in text, source
+        assert "pickle.load" not in text, source
+        assert "skops.io.load(" not in text, source
