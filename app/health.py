@@ -18,6 +18,7 @@ from app.ai.circuit_breaker import CircuitBreaker
 from app.ai.dependencies import CurrentRecord
 from app.ai.drift_window import DriftWindow
 from app.ai.ml_telemetry import Telemetry
+from app.ai.model_bundle import ModelBundle
 from app.ai.model_registry import ModelRegistry
 from app.errors import DatabaseUnavailableError, ModelNotReadyError, TelemetryUnavailableError
 from app.metrics import render_metrics
@@ -30,8 +31,8 @@ JsonObject = dict[str, Any]
 class DatabaseProbe:
     """Remembers for a second whether the database answers, so that probing cannot become a load.
 
-    `ping` has a deadline of its own and raises `DatabaseUnavailableError`. Callers that come while one look is
-    under way share it.
+    `ping` has a deadline of its own and raises `DatabaseUnavailableError`. Callers that come while one look
+    is under way share it.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class DatabaseProbe:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operations:
-    """Builds the operations answers of one worker; `breaker` is None when the legacy router is not mounted."""
+    """Builds the operations answers of one worker; `breaker` is None without the legacy router."""
 
     registry: ModelRegistry
     telemetry: Telemetry
@@ -107,11 +108,16 @@ class Operations:
             "database": await self.database.look(),
             "telemetry": {"status": self.telemetry.state(), "backlog": self.telemetry.backlog()},
             "breaker": {"state": self.breaker.state} if self.breaker else None,
-            "drift": self.drift.statistics(bundle.statistics) if bundle else {"status": "unknown", "rows": 0},
+            "drift": self._describe_drift(bundle),
             "uptime_seconds": round(self.clock() - self.started, 3),
             "service_version": __version__,
             "request_id": request_id,
         }
+
+    def _describe_drift(self, bundle: ModelBundle | None) -> JsonObject:
+        if bundle is None:
+            return {"status": "unknown", "rows": 0}
+        return self.drift.statistics(bundle.statistics, bundle.feature_set.fingerprint)._asdict()
 
     async def build_models(self, request_id: str) -> JsonObject:
         """Returns the body of the models answer, see `ModelsResponse`."""
