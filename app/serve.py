@@ -84,7 +84,7 @@ def _prepare_workers(settings: Settings, url: str) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    # Bound, not yet listening: the port is ours, and callers are refused rather than kept waiting.
+    # Bound but not yet listening: the port is ours, and callers are refused, not kept waiting.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -92,9 +92,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as exc:
         listener.close()
-        raise SettingsError(
-            f"HOST, PORT: cannot listen on {host}:{port} ({os.strerror(exc.errno or 0)}); set PORT to a free one"
-        ) from exc
+        reason = os.strerror(exc.errno or 0).lower()
+        raise SettingsError(f"PORT: cannot listen on {host}:{port} ({reason}); set a free one") from exc
     listener.set_inheritable(True)
     return listener
 
