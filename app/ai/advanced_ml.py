@@ -11,6 +11,7 @@ from app.ai.dependencies import CurrentRecord, LeadPredictor, LegacyBreaker
 from app.ai.domain import Predictions, RequestContext
 from app.ai.scoring_requests import SCORING_ERRORS, read_lead_ids
 from app.errors import CircuitOpenError
+from app.metrics import observe_breaker
 from app.schemas.ai_ml import LegacyPredictBatchResponse
 from app.schemas.openapi import describe_answers, describe_scoring_body
 
@@ -35,8 +36,11 @@ def build_router(max_batch_size: int) -> APIRouter:
         lead_ids = await read_lead_ids(request, max_batch_size)
         record.asked = len(lead_ids)
         context = RequestContext(record.request_id, record.as_of)
-        async with breaker.guard():
-            record.predictions = await predictor.predict(lead_ids, context)
+        try:
+            async with breaker.guard():
+                record.predictions = await predictor.predict(lead_ids, context)
+        finally:
+            observe_breaker(breaker.state)
         return Response(encode_answer(record.predictions, record.request_id), media_type="application/json")
 
     return router

@@ -1,8 +1,8 @@
 """The story of one prediction, top to bottom: lead IDs in, calibrated numbers a person may act on out.
 
 Both routers call the one `Predictor`. It knows no HTTP and no SQL, holds no database connection while it
-computes, and leaves the event loop once at most. `score_leads` is the pure part, from columns to answers; bulk
-scoring calls it too, so a score in a table and a score over HTTP come from the same lines.
+computes, and leaves the event loop once at most. `score_leads` is the pure part, from columns to answers;
+bulk scoring calls it too, so a score in a table and a score over HTTP come from the same lines.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import structlog
@@ -36,7 +36,7 @@ from app.ai.domain import (
 from app.ai.drift_window import DriftWindow
 from app.ai.feature_safety import build_verdicts, check_features
 from app.ai.features import build_features
-from app.ai.model_registry import ModelBundle, ModelRegistry
+from app.ai.model_bundle import ModelBundle
 from app.ai.prediction_cache import AnswerCache
 from app.errors import LeadScoringError, PredictionFailedError
 
@@ -66,7 +66,7 @@ class ScoringPolicy:
 
 
 class ScoredLeads(NamedTuple):
-    """`n` leads, scored: `answers` (n,), undefined where `rejected` (n,), and the `features` (n, k) as built."""
+    """`n` leads, scored: `answers` (n,), undefined where `rejected` (n,), and `features` (n, k) as built."""
 
     answers: AnswerArray
     rejected: BoolArray
@@ -96,6 +96,14 @@ class Stopwatch:
         self._last = now
 
 
+class Models(Protocol):
+    """Where the model that serves comes from."""
+
+    async def active(self) -> ModelBundle:
+        """Returns it, or raises `ModelNotReadyError`."""
+        ...
+
+
 class Predictor:
     """Answers batches of lead IDs; one for each worker process, on its event loop.
 
@@ -104,7 +112,7 @@ class Predictor:
 
     def __init__(
         self,
-        registry: ModelRegistry,
+        models: Models,
         lead_source: LeadSource,
         cache: AnswerCache,
         drift: DriftWindow,
@@ -113,7 +121,7 @@ class Predictor:
         policy: ScoringPolicy,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._registry = registry
+        self._models = models
         self._lead_source = lead_source
         self._cache = cache
         self._drift = drift
@@ -139,7 +147,7 @@ class Predictor:
 
     async def _predict(self, lead_ids: Sequence[str], context: RequestContext) -> Predictions:
         watch = Stopwatch(self._clock)
-        bundle = await self._registry.active()
+        bundle = await self._models.active()
         watch.lap("model")
         canonical = [canonical_lead_id(lead_id) for lead_id in lead_ids]
         place = {lead_id: index for index, lead_id in enumerate(dict.fromkeys(canonical))}
@@ -149,7 +157,7 @@ class Predictor:
         fate = np.full(len(distinct), _ANSWERED)
         missing = np.flatnonzero(~hit)
         if missing.size:
-            asked = [distinct[index] for index in missing]
+            asked = [distinct[index] for index in missing.tolist()]
             answers[missing], fate[missing] = await self._answer(bundle, asked, context.as_of, watch)
         positions = np.fromiter((place[lead_id] for lead_id in canonical), np.int64, len(canonical))
         outcome = _Outcome(answers[positions], fate[positions], hit[positions])
@@ -173,7 +181,7 @@ class Predictor:
             rows = fetched.row_of[found]
             answers[found] = scored.answers[rows]
             fate[found] = np.where(scored.rejected[rows], _FEATURES_REJECTED, _ANSWERED)
-        answered = np.flatnonzero(fate == _ANSWERED)
+        answered = np.flatnonzero(fate == _ANSWERED).tolist()
         self._cache.remember(bundle.ref, as_of, [lead_ids[index] for index in answered], answers[answered])
         return answers, fate
 

@@ -38,10 +38,11 @@ def describe_answers(
     if model is not None:
         answers[200]["model"] = model
     by_status: dict[int, list[type[LeadScoringError]]] = {}
-    for error in dict.fromkeys((*_EVERYWHERE, *errors)):
+    kinds: tuple[type[LeadScoringError], ...] = (*_EVERYWHERE, *errors)
+    for error in dict.fromkeys(kinds):
         by_status.setdefault(error.status, []).append(error)
-    for status, kinds in sorted(by_status.items()):
-        answers[status] = _describe_problem(status, kinds)
+    for status, named in sorted(by_status.items()):
+        answers[status] = _describe_problem(status, named)
     return answers
 
 

@@ -1,0 +1,125 @@
+"""Assembles the application: routes, middleware, error answers, lifespan. No logic.
+
+Importing this module does no I/O; `create_app` only builds the object, and whatever opens something happens
+in the lifespan, inside the worker that serves. Called by uvicorn (`app.main:create_app`) and by the tests.
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
+from starlette.exceptions import HTTPException
+
+from app import __version__
+from app.ai import advanced_ml, advanced_ml_hardened
+from app.error_handlers import ErrorBoundary, Problems
+from app.health import DatabaseProbe, Operations, build_router
+from app.log_setup import configure_logging
+from app.middleware.audit import AuditMiddleware
+from app.middleware.body_limit import BodyLimit
+from app.middleware.cors import ProblemCors
+from app.middleware.deprecation import Deprecation
+from app.middleware.request_id import RequestIdMiddleware
+from app.schemas.openapi import complete_document
+from app.settings import Settings, load_settings
+from app.wiring import open_services
+
+LEGACY_DEPRECATED_SINCE = datetime(2026, 1, 1, tzinfo=UTC)
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Returns the application; without settings it reads them from the environment.
+
+    Raises:
+        SettingsError: an environment variable is wrong.
+    """
+    settings = settings or load_settings()
+    configure_logging(settings.log_level)
+    app = FastAPI(
+        title="Lead Scoring",
+        version=__version__,
+        description="How likely is this enquirer to apply? Calibrated, audited answers.",
+        lifespan=_build_lifespan(settings),
+        redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
+    app.include_router(advanced_ml_hardened.build_router(settings.ml_max_batch_size))
+    if settings.ai_enable_legacy_advanced_ml:
+        app.include_router(advanced_ml.build_router(settings.ml_max_batch_size))
+    app.include_router(build_router())
+    _document(app, settings.ml_max_batch_size)
+    _wrap(app, settings)
+    return app
+
+
+def _build_lifespan(settings: Settings) -> Lifespan:
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
+        async with open_services(settings) as services:
+            yield {
+                "predictor": services.predictor,
+                "breaker": services.breaker,
+                "telemetry": services.telemetry,
+                "operations": Operations(
+                    registry=services.registry,
+                    telemetry=services.telemetry,
+                    database=DatabaseProbe(services.ping_database, time.monotonic),
+                    drift=services.drift,
+                    breaker=services.breaker if settings.ai_enable_legacy_advanced_ml else None,
+                    clock=time.monotonic,
+                    started=time.monotonic(),
+                ),
+            }
+
+    return lifespan
+
+
+def _document(app: FastAPI, max_batch_size: int) -> None:
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        return complete_document(generate(), max_batch_size)
+
+    app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI documents
+
+
+def _wrap(app: FastAPI, settings: Settings) -> None:
+    methods = _methods_by_path(app)
+    problems = Problems(methods)
+    for kind in (HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, problems.answer_framework_error)
+    # Each call wraps what is there already: the last one is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=settings.ai_max_body_bytes)
+    app.add_middleware(ErrorBoundary, problems=problems)
+    app.add_middleware(ProblemCors, origins=settings.cors_origins, problem=problems)
+    if settings.ai_enable_legacy_advanced_ml:
+        app.add_middleware(
+            Deprecation,
+            prefix=advanced_ml.PREFIX,
+            since=LEGACY_DEPRECATED_SINCE,
+            sunset=settings.ai_legacy_sunset,
+            successor=f"{advanced_ml_hardened.PREFIX}/predict-batch",
+        )
+    app.add_middleware(
+        AuditMiddleware,
+        telemetry=lambda scope: scope["state"]["telemetry"],
+        problem=problems,
+        static_routes=frozenset(methods),
+    )
+    app.add_middleware(RequestIdMiddleware)
+
+
+def _methods_by_path(app: FastAPI) -> Mapping[str, frozenset[str]]:
+    methods: dict[str, frozenset[str]] = {}
+    for route in iter_route_contexts(app.routes):
+        path = route.path or ""
+        methods[path] = methods.get(path, frozenset()) | frozenset(route.methods or ())
+    return methods

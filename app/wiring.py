@@ -1,0 +1,160 @@
+"""Builds every long-lived object of a worker, one line each, and closes them in reverse.
+
+Nothing else builds one. Runs inside the lifespan, so after any fork: threads, sockets and locks belong to the
+worker that uses them. Called by `main`.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from app.ai.circuit_breaker import CircuitBreaker
+from app.ai.domain import ColumnKind
+from app.ai.drift_window import DriftWindow
+from app.ai.events import ModelLoaded, ModelLoadFailed
+from app.ai.features import FeatureSet
+from app.ai.ml_telemetry import MlTelemetry, NullTelemetry, Telemetry
+from app.ai.model_manifest import ModelManifest
+from app.ai.model_registry import LoadReport, ModelRegistry
+from app.ai.prediction_cache import AnswerCache, NullCache, PredictionCache
+from app.ai.predictor import Predictor, ScoringPolicy
+from app.ai.telemetry_log import TelemetryLog
+from app.db.ai_events import PostgresEventSink
+from app.db.engine import Connection, Database
+from app.db.leads import PostgresLeadSource
+from app.errors import DatabaseUnavailableError, ModelNotReadyError, PredictionFailedError, SettingsError
+from app.metrics import observe_model_load
+from app.settings import Settings
+
+PROBE_DEADLINE_SECONDS = 0.25
+DRIFT_WINDOW_ROWS = 5000
+TELEMETRY_DEADLINE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The long-lived objects the edge needs."""
+
+    predictor: Predictor
+    registry: ModelRegistry
+    telemetry: Telemetry
+    breaker: CircuitBreaker
+    drift: DriftWindow
+    ping_database: Callable[[], Awaitable[None]]
+
+
+@asynccontextmanager
+async def open_services(settings: Settings) -> AsyncIterator[Services]:
+    """Yields the services, ready to serve; a model or a database that is missing is looked for again later.
+
+    Raises:
+        SettingsError: DATABASE_URL is not set (`leadscore serve` sets it to the embedded database's).
+        TelemetryUnavailableError: the telemetry log cannot be opened.
+    """
+    url = settings.database_url
+    if url is None:
+        raise SettingsError("DATABASE_URL: not set; start the service with `leadscore serve`")
+    async with AsyncExitStack() as stack:
+        leads = _open_database(stack, url, settings.database_pool_size, settings.database_deadline_seconds)
+        probe = _open_database(stack, url, 1, PROBE_DEADLINE_SECONDS)
+        telemetry = await _open_telemetry(stack, url, settings)
+        lead_source = PostgresLeadSource(leads, settings.lead_source)
+        registry = _open_registry(stack, settings, lead_source, telemetry)
+        cache = _build_cache(settings)
+        drift = DriftWindow(DRIFT_WINDOW_ROWS)
+        executor = stack.enter_context(ThreadPoolExecutor(1, "scoring"))
+        policy = ScoringPolicy(settings.ml_min_feature_coverage, settings.ml_confidence_method)
+        predictor = Predictor(registry, lead_source, cache, drift, executor=executor, policy=policy)
+        breaker = CircuitBreaker(
+            settings.ai_breaker_failures, settings.ai_breaker_open_seconds, time.monotonic
+        )
+        await _warm_up(lead_source, registry)
+        yield Services(predictor, registry, telemetry, breaker, drift, lambda: _ping(probe))
+
+
+def find_incompatibility(manifest: ModelManifest, source: Mapping[str, ColumnKind]) -> str | None:
+    """Returns why the model cannot read a source with these columns; None if it can, or none are known."""
+    if not source:
+        return None
+    for column in FeatureSet.from_json(manifest.feature_set).input_columns:
+        if column.name not in source:
+            return f"The lead source has no column {column.name}."
+        if column.kind != source[column.name]:
+            return f"The lead source's column {column.name} is not a {column.kind}."
+    return None
+
+
+async def _ping(database: Database) -> None:
+    async def select(connection: Connection) -> None:
+        await connection.execute("SELECT 1")
+
+    await database.run(select)
+
+
+async def _warm_up(lead_source: PostgresLeadSource, registry: ModelRegistry) -> None:
+    with suppress(DatabaseUnavailableError, PredictionFailedError):
+        await lead_source.fetch_schema()
+    with suppress(ModelNotReadyError):
+        await asyncio.to_thread(registry.load)
+
+
+def _open_database(stack: AsyncExitStack, url: str, pool_size: int, deadline_seconds: float) -> Database:
+    database = Database(url, pool_size=pool_size, deadline_seconds=deadline_seconds)
+    stack.push_async_callback(database.close)
+    return database
+
+
+async def _open_telemetry(stack: AsyncExitStack, url: str, settings: Settings) -> Telemetry:
+    if not settings.ai_telemetry_enabled:
+        return NullTelemetry()
+    sink = PostgresEventSink(_open_database(stack, url, 1, TELEMETRY_DEADLINE_SECONDS))
+    telemetry = MlTelemetry(TelemetryLog(settings.var_dir / "telemetry"), sink)
+    await telemetry.open()
+    stack.push_async_callback(telemetry.close)
+    return telemetry
+
+
+def _open_registry(
+    stack: AsyncExitStack, settings: Settings, lead_source: PostgresLeadSource, telemetry: Telemetry
+) -> ModelRegistry:
+    registry = ModelRegistry(
+        settings.ml_model_dir,
+        pattern=settings.ml_model_pattern,
+        pinned_version=settings.ml_model_version,
+        ttl_seconds=settings.ml_cache_ttl_seconds,
+        incompatible=lambda manifest: find_incompatibility(manifest, lead_source.source_columns()),
+        on_load=lambda report: _report_load(report, registry, telemetry),
+    )
+    stack.callback(registry.close)
+    return registry
+
+
+def _report_load(report: LoadReport, registry: ModelRegistry, telemetry: Telemetry) -> None:
+    ready = registry.status().bundle is not None
+    observe_model_load("loaded" if report.bundle else "refused", ready=ready)
+    telemetry.submit(_build_load_event(report))
+
+
+def _build_load_event(report: LoadReport) -> ModelLoaded | ModelLoadFailed:
+    if report.bundle is None:
+        return ModelLoadFailed(
+            reason=report.reason or "unknown", duration_ms=report.duration_ms, model_version=report.version
+        )
+    return ModelLoaded(
+        model_id=report.bundle.ref.model_id,
+        model_version=report.bundle.ref.version,
+        model_sha256=report.bundle.ref.sha256,
+        feature_count=len(report.bundle.feature_set.names),
+        duration_ms=report.duration_ms,
+    )
+
+
+def _build_cache(settings: Settings) -> AnswerCache:
+    if settings.ml_prediction_cache_ttl_seconds == 0:
+        return NullCache()
+    return PredictionCache(
+        settings.ml_prediction_cache_size, settings.ml_prediction_cache_ttl_seconds, time.monotonic
+    )
