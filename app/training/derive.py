@@ -1,17 +1,18 @@
 """Derives a feature set for whatever columns a relation has.
 
-Each column gets at most two features: its value, and whether it is there when that varies. Decisions rest on the
-training rows alone and every column left out is named with its reason; nothing is tuned to a particular relation.
-Never reads the database. Called by `app.training.train`.
+Each column gets at most two features: its value, and whether it is there when that varies. Decisions rest on
+the training rows alone and every column left out is named with its reason; nothing is tuned to a particular
+relation. Never reads the database. Called by `app.training.train`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from app.ai.domain import Column, FloatArray, InputColumn, IntArray, LeadColumns
-from app.ai.features import FeatureSet, FeatureSpec
+from app.ai.features import FeatureSet, FeatureSpec, normalise_text
 from app.training.levels import MIN_LEVEL_ROWS, learn_levels
 
 _IDENTIFIER_SHARE = 0.5
@@ -104,9 +105,9 @@ def _transform(column: InputColumn, cells: Column, as_of: FloatArray) -> tuple[s
 def _distinct_codes(cells: Column) -> IntArray:
     """Numbers the distinct cells of a column (n,); all missing cells are 0."""
     codes = np.zeros(len(cells.present), dtype=np.int64)
-    values = cells.values[cells.present]
+    values: Any = cells.values[cells.present]
     if cells.kind == "text":
-        values = np.array([str(value).strip().casefold() for value in values], dtype=np.str_)
+        values = np.array([normalise_text(text) for text in values], dtype=np.str_)
     codes[cells.present] = np.unique(values, return_inverse=True)[1] + 1
     return codes
 

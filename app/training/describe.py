@@ -8,12 +8,11 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from app.ai.calibration import Calibrator, calibrate
 from app.ai.domain import IntArray, JsonObject
 from app.ai.features import CellState, FeatureMatrix
 from app.ai.model_manifest import FeatureRow, ModelDescription, TrainingFacts
 from app.training.evaluate import build_reliability, evaluate, measure_importance
-from app.training.fit import FittedModel
+from app.training.fit import CalibratedModel
 from app.training.options import TrainingOptions
 from app.training.rows import TrainingRows
 
@@ -23,7 +22,7 @@ GOLDEN_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """What was noticed on the way: columns left out and why, warnings, and leads whose outcome is still open."""
+    """What was noticed on the way: columns left out and why, warnings, leads whose outcome is still open."""
 
     dropped: dict[str, str]
     warnings: tuple[str, ...]
@@ -31,10 +30,14 @@ class Notes:
 
 
 def describe_model(
-    options: TrainingOptions, train_part: TrainingRows, test_part: TrainingRows, fitted: FittedModel,
-    calibrator: Calibrator, threshold: float, notes: Notes,
-) -> ModelDescription:  # fmt: skip
+    options: TrainingOptions,
+    train_part: TrainingRows,
+    test_part: TrainingRows,
+    model: CalibratedModel,
+    notes: Notes,
+) -> ModelDescription:
     """Returns everything the manifest says but the facts of the file."""
+    fitted = model.fitted
     matrix = fitted.build_matrix(test_part)
     moments = np.concatenate([train_part.as_of, test_part.as_of])
     positives = int(train_part.outcome.sum() + test_part.outcome.sum())
@@ -43,8 +46,8 @@ def describe_model(
         version=options.model_version,
         feature_set=fitted.feature_set.to_json(),
         statistics=[entry.to_json() for entry in fitted.statistics],
-        calibrator=calibrator.to_json(),
-        threshold=threshold,
+        calibrator=model.calibrator.to_json(),
+        threshold=model.threshold,
         base_rate=float(train_part.outcome.mean()),
         horizon_days=None if options.label else options.horizon_days,
         source=options.source,
@@ -58,24 +61,23 @@ def describe_model(
             positives=positives,
             seed=options.seed,
         ),
-        metrics=evaluate(calibrate(fitted.raw_scores(matrix), calibrator), test_part.outcome, threshold),
+        metrics=evaluate(model.probabilities(matrix), test_part.outcome, model.threshold),
         golden_inputs=_golden_inputs(matrix, options.seed),
         created_at=_moment(options.now.timestamp()),
-        report=_report(options, fitted, calibrator, matrix, test_part.outcome, notes),
+        report=_report(options, model, matrix, test_part.outcome, notes),
     )
 
 
 def _report(
-    options: TrainingOptions, fitted: FittedModel, calibrator: Calibrator, matrix: FeatureMatrix, outcome: IntArray,
-    notes: Notes,
-) -> JsonObject:  # fmt: skip
+    options: TrainingOptions, model: CalibratedModel, matrix: FeatureMatrix, outcome: IntArray, notes: Notes
+) -> JsonObject:
     return {
         "dropped": notes.dropped,
         "excluded": sorted(options.exclude),
         "warnings": list(notes.warnings),
         "undecided": notes.undecided,
-        "reliability": build_reliability(calibrate(fitted.raw_scores(matrix), calibrator), outcome),
-        "importance": measure_importance(fitted, matrix, outcome, options.seed),
+        "reliability": build_reliability(model.probabilities(matrix), outcome),
+        "importance": measure_importance(model.fitted, matrix, outcome, options.seed),
     }
 
 
@@ -86,7 +88,8 @@ def _golden_inputs(matrix: FeatureMatrix, seed: int) -> list[FeatureRow]:
     gaps = np.isnan(matrix.values[usable]).any(axis=1)
     with_gaps = random.permutation(usable[gaps])[: (GOLDEN_ROWS - 1) // 2]
     without = random.permutation(usable[~gaps])[: GOLDEN_ROWS - 1 - len(with_gaps)]
-    rows = matrix.values[np.concatenate([without, with_gaps])].tolist() + [[float("nan")] * matrix.values.shape[1]]
+    drawn = matrix.values[np.concatenate([without, with_gaps])]
+    rows = np.vstack([drawn, np.full(matrix.values.shape[1], np.nan)]).tolist()
     return [[value if np.isfinite(value) else None for value in row] for row in rows]
 
 

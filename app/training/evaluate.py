@@ -1,4 +1,4 @@
-"""What a model is worth on leads it has not seen: the metrics of the manifest, and the decision threshold.
+"""What a model is worth on leads it has not seen: the metrics of the manifest.
 
 Pure; never fits and never sees a training row. Called by `app.training.train`.
 """
@@ -14,26 +14,12 @@ from app.training.fit import FittedModel
 _IMPORTANCE_ROWS = 2000
 
 
-def choose_threshold(probability: FloatArray, outcome: IntArray) -> float:
-    """Returns the probability from which on a lead counts as positive: the one with the highest F1 score.
-
-    Choose it on calibrated out-of-fold probabilities (n,), so that the test part stays untouched. Of equal scores the
-    lowest threshold wins, which finds more of the leads that apply.
-    """
-    order = np.argsort(-probability, kind="stable")
-    ranked, hits = probability[order], np.cumsum(outcome[order])
-    f1 = 2 * hits / (np.arange(1, len(ranked) + 1) + outcome.sum())
-    last_of_ties = np.append(np.diff(ranked) != 0, [True])
-    candidates = np.flatnonzero(last_of_ties)
-    best = candidates[f1[candidates] >= f1[candidates].max() - 1e-12]
-    return float(ranked[best[-1]])
-
-
 def evaluate(probability: FloatArray, outcome: IntArray, threshold: float) -> dict[str, float]:
     """Returns the metrics of calibrated probabilities (n,) against 0/1 outcomes in which both classes occur.
 
-    `lift_at_10_percent` is the outcome rate of the top tenth over that of all. The standard error of the ROC AUC is
-    Hanley and McNeil's (Radiology 143, 1982). Brier, log-loss and calibration error come from `app.ai.calibration`.
+    `lift_at_10_percent` is the outcome rate of the top tenth over that of all. The standard error of the ROC
+    AUC is Hanley and McNeil's (Radiology 143, 1982). Brier, log-loss and calibration error come from
+    `app.ai.calibration`.
     """
     chosen = probability >= threshold
     hits = int((chosen & (outcome == 1)).sum())
@@ -62,7 +48,9 @@ def build_reliability(probability: FloatArray, outcome: IntArray, bins: int = 10
     ]
 
 
-def measure_importance(fitted: FittedModel, matrix: FeatureMatrix, outcome: IntArray, seed: int) -> dict[str, float]:
+def measure_importance(
+    fitted: FittedModel, matrix: FeatureMatrix, outcome: IntArray, seed: int
+) -> dict[str, float]:
     """Returns the ROC AUC each feature is worth: what is lost when it is shuffled among at most 2,000 rows.
 
     Features that say the same share their worth, so each of them looks less important than it is.
@@ -76,7 +64,9 @@ def measure_importance(fitted: FittedModel, matrix: FeatureMatrix, outcome: IntA
         order = random.permutation(len(rows))
         shuffled, told = values.copy(), states.copy()
         shuffled[:, column], told[:, column] = values[order, column], states[order, column]
-        losses[name] = round(float(full - roc_auc_score(happened, fitted.raw_scores(FeatureMatrix(shuffled, told)))), 6)
+        losses[name] = round(
+            float(full - roc_auc_score(happened, fitted.raw_scores(FeatureMatrix(shuffled, told)))), 6
+        )
     return losses
 
 

@@ -1,10 +1,11 @@
 """Fits estimators and their calibrators, each on rows the other has not seen.
 
-Everything learnt from outcomes (the numbers behind levels included) is learnt inside each fold, so out-of-fold scores
-are what the model would say of strangers. Pure: no I/O, and the seed is a parameter. Called by `app.training.train`.
+Everything learnt from outcomes (the numbers behind levels included) is learnt inside each fold, so
+out-of-fold scores are what the model would say of strangers. Pure: no I/O, and the seed is a parameter.
+Called by `app.training.train`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from app.ai.calibration import Calibrator, calibrate, fit_isotonic, fit_sigmoid
+from app.ai.calibration import CalibrationMethod, Calibrator, calibrate, fit_isotonic, fit_sigmoid
 from app.ai.domain import FloatArray, IntArray
 from app.ai.feature_safety import FeatureStatistics, build_statistics, check_features
 from app.ai.features import FeatureMatrix, FeatureSet, build_features
@@ -25,10 +26,10 @@ from app.training.options import ModelType
 from app.training.rows import TrainingRows
 
 FeatureBuilder = Callable[[TrainingRows], FeatureSet]
-FoldProgress = Callable[[int, int], None]
+FitProgress = Callable[[int, int], None]
 
 FOLDS = 5
-_METHODS = (("sigmoid", fit_sigmoid), ("isotonic", fit_isotonic))
+_METHODS: Mapping[CalibrationMethod, Callable[..., Any]] = {"sigmoid": fit_sigmoid, "isotonic": fit_isotonic}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,14 +53,18 @@ class FittedModel:
 def build_estimator(model: ModelType, seed: int) -> Any:
     """Returns an unfitted estimator.
 
-    The limits of the forest keep it small enough to ship and to verify, and cost no accuracy in cross-validation:
-    deeper trees or smaller leaves moved the ROC AUC by less than 0.001.
+    The limits of the forest keep it small enough to ship and to verify, and cost no accuracy in
+    cross-validation: deeper trees or smaller leaves moved the ROC AUC by less than 0.001.
     """
     if model == "logistic_regression":
         return make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
     if model == "hist_gradient_boosting":
         return HistGradientBoostingClassifier(
-            learning_rate=0.06, max_leaf_nodes=15, min_samples_leaf=20, early_stopping=False, random_state=seed
+            learning_rate=0.06,
+            max_leaf_nodes=15,
+            min_samples_leaf=20,
+            early_stopping=False,
+            random_state=seed,
         )
     return RandomForestClassifier(
         100, max_depth=10, min_samples_leaf=5, class_weight="balanced", n_jobs=-1, random_state=seed
@@ -78,7 +83,63 @@ def fit_model(rows: TrainingRows, build: FeatureBuilder, model: ModelType, seed:
     return FittedModel(estimator, feature_set, statistics, build_scorer(estimator))
 
 
-def build_folds(outcome: IntArray, seed: int) -> IntArray:
+@dataclass(frozen=True, slots=True, eq=False)
+class CalibratedModel:
+    """A fitted model, the calibrator of its scores, and the probability from which on a lead is positive."""
+
+    fitted: FittedModel
+    calibrator: Calibrator
+    threshold: float
+
+    def probabilities(self, matrix: FeatureMatrix) -> FloatArray:
+        """Returns the calibrated probabilities (n,) of built features."""
+        return calibrate(self.fitted.raw_scores(matrix), self.calibrator)
+
+
+def fit_calibrated(
+    rows: TrainingRows, build: FeatureBuilder, model: ModelType, seed: int, progress: FitProgress
+) -> CalibratedModel:
+    """Fits the model on all rows, its calibrator and threshold on what models without a row say of it."""
+    fold, raw = _folds(rows.outcome, seed), np.empty(rows.leads.n)
+    for number in range(FOLDS):
+        progress(number, FOLDS + 1)
+        held_out = fold == number
+        without = fit_model(rows.take(~held_out), build, model, seed)
+        raw[held_out] = without.raw_scores(without.build_matrix(rows.take(held_out)))
+    calibrator, probability = fit_calibrator(raw, rows.outcome, fold)
+    progress(FOLDS, FOLDS + 1)
+    fitted = fit_model(rows, build, model, seed)
+    progress(FOLDS + 1, FOLDS + 1)
+    return CalibratedModel(fitted, calibrator, choose_threshold(probability, rows.outcome))
+
+
+def fit_calibrator(raw: FloatArray, outcome: IntArray, fold: IntArray) -> tuple[Calibrator, FloatArray]:
+    """Chooses sigmoid or isotonic by log-loss across folds and fits it on all out-of-fold scores (n,).
+
+    Returns it with the cross-fitted probabilities (n,): those of a fold come from a calibrator fitted on the
+    others, so a threshold may be chosen on them. The bounds are those of the rule of succession: `n` rows
+    cannot support more certainty than (n + 1) / (n + 2).
+    """
+    candidates = {method: _cross_fit(method, raw, outcome, fold) for method in _METHODS}
+    best = min(candidates, key=lambda method: float(log_loss(outcome, candidates[method])))
+    return _fit(best, raw, outcome), candidates[best]
+
+
+def choose_threshold(probability: FloatArray, outcome: IntArray) -> float:
+    """Returns the probability from which on a lead counts as positive: the one with the highest F1 score.
+
+    Choose it on calibrated out-of-fold probabilities (n,), so that the test part stays untouched. Of equal
+    scores the lowest threshold wins, which finds more of the leads that apply.
+    """
+    order = np.argsort(-probability, kind="stable")
+    ranked, hits = probability[order], np.cumsum(outcome[order])
+    f1 = 2 * hits / (np.arange(1, len(ranked) + 1) + outcome.sum())
+    candidates = np.flatnonzero(np.append(np.diff(ranked) != 0, [True]))
+    best = candidates[f1[candidates] >= f1[candidates].max() - 1e-12]
+    return float(ranked[best[-1]])
+
+
+def _folds(outcome: IntArray, seed: int) -> IntArray:
     """Returns the fold (0 to `FOLDS` - 1) of each row, both classes spread evenly."""
     fold = np.empty(len(outcome), dtype=np.int64)
     splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
@@ -87,40 +148,14 @@ def build_folds(outcome: IntArray, seed: int) -> IntArray:
     return fold
 
 
-def score_out_of_fold(
-    rows: TrainingRows, fold: IntArray, build: FeatureBuilder, model: ModelType, seed: int, progress: FoldProgress
-) -> FloatArray:
-    """Returns the raw score of each row from a model that was fitted without its fold."""
-    raw = np.empty(rows.leads.n)
+def _cross_fit(method: CalibrationMethod, raw: FloatArray, outcome: IntArray, fold: IntArray) -> FloatArray:
+    probability = np.empty(len(raw))
     for number in range(FOLDS):
-        held_out = fold == number
-        fitted = fit_model(rows.take(~held_out), build, model, seed)
-        raw[held_out] = fitted.raw_scores(fitted.build_matrix(rows.take(held_out)))
-        progress(number + 1, FOLDS)
-    return raw
+        rest = fold != number
+        probability[~rest] = calibrate(raw[~rest], _fit(method, raw[rest], outcome[rest]))
+    return probability
 
 
-def fit_calibrator(raw: FloatArray, outcome: IntArray, fold: IntArray) -> tuple[Calibrator, FloatArray]:
-    """Chooses sigmoid or isotonic by log-loss across folds and fits it on all out-of-fold scores (n,).
-
-    Returns it with the cross-fitted probabilities (n,): those of a fold come from a calibrator fitted on the others,
-    fit to choose a threshold on. The bounds are those of the rule of succession: `n` rows cannot support more
-    certainty than (n + 1) / (n + 2).
-    """
-    best: tuple[float, Calibrator, FloatArray] | None = None
-    for method, fit in _METHODS:
-        probability = np.empty(len(raw))
-        for number in range(FOLDS):
-            rest = fold != number
-            held_out = _calibrator(method, fit, raw[rest], outcome[rest])
-            probability[~rest] = calibrate(raw[~rest], held_out)
-        loss = float(log_loss(outcome, probability, labels=[0, 1]))
-        if best is None or loss < best[0]:
-            best = (loss, _calibrator(method, fit, raw, outcome), probability)
-    assert best is not None  # noqa: S101
-    return best[1], best[2]
-
-
-def _calibrator(method: str, fit: Callable[..., Any], raw: FloatArray, outcome: IntArray) -> Calibrator:
+def _fit(method: CalibrationMethod, raw: FloatArray, outcome: IntArray) -> Calibrator:
     edge = 1 / (len(raw) + 2)
-    return Calibrator(method=method, params=fit(raw, outcome), lower=edge, upper=1 - edge)
+    return Calibrator(method=method, params=_METHODS[method](raw, outcome), lower=edge, upper=1 - edge)

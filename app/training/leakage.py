@@ -1,8 +1,8 @@
 """Keeps columns that know the outcome out of a model: a deny-list by name, and a guard by measurement.
 
-The guard looks at each column by itself. A column that alone tells the classes apart almost perfectly is nearly
-always written after the outcome (a sales note, a closing state), so training stops and names it. It never repairs
-anything and never drops a column in silence. Called by `app.training.train`.
+The guard looks at each column by itself. A column that alone tells the classes apart almost perfectly is
+nearly always written after the outcome (a sales note, a closing state), so training stops and names it. It
+never repairs anything and never drops a column in silence. Called by `app.training.train`.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,20 +12,52 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from app.ai.domain import Column, FloatArray, InputColumn, IntArray, LeadColumns
+from app.ai.features import normalise_text
 from app.errors import TrainingError
 
 REFUSED_AUC, FLAGGED_AUC = 0.90, 0.75
 """Separation by a single column beyond which training stops, and beyond which the report warns."""
 
-DENIED_COLUMNS = frozenset({
-    "applied", "applied_at", "application_count", "application_id", "application_status", "calibrated_probability",
-    "closed_at", "conversion_date", "conversion_probability", "conversion_score", "converted", "converted_at",
-    "deal_stage", "engagement_score", "enrolled", "enrolled_at", "enrolment_status", "enrollment_status",
-    "funnel_stage", "is_converted", "is_won", "label", "lead_score", "lead_stage", "lead_status", "lifecycle_stage",
-    "lifecycle_state", "lost_reason", "outcome", "outcome_at", "pipeline_stage", "stage", "status", "target",
-    "won_at",
-})
-"""Columns that are written because of the outcome, or hold an earlier model's answer; compared in lower case."""
+DENIED_COLUMNS = frozenset(
+    {
+        "applied",
+        "applied_at",
+        "application_count",
+        "application_id",
+        "application_status",
+        "calibrated_probability",
+        "closed_at",
+        "conversion_date",
+        "conversion_probability",
+        "conversion_score",
+        "converted",
+        "converted_at",
+        "deal_stage",
+        "engagement_score",
+        "enrolled",
+        "enrolled_at",
+        "enrolment_status",
+        "enrollment_status",
+        "funnel_stage",
+        "is_converted",
+        "is_won",
+        "label",
+        "lead_score",
+        "lead_stage",
+        "lead_status",
+        "lifecycle_stage",
+        "lifecycle_state",
+        "lost_reason",
+        "outcome",
+        "outcome_at",
+        "pipeline_stage",
+        "stage",
+        "status",
+        "target",
+        "won_at",
+    }
+)
+"""Columns written because of the outcome, or holding an earlier model's answer; compared in lower case."""
 
 _BINS = 32
 _PRIOR_ROWS = 10.0
@@ -33,7 +65,7 @@ _PRIOR_ROWS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """How well one column alone tells the classes apart (ROC AUC, 0.5 to 1), by its values or by being empty."""
+    """How well one column alone tells the classes apart (ROC AUC, 0.5 to 1), by value or by emptiness."""
 
     column: str
     auc: float
@@ -51,24 +83,32 @@ def is_denied(name: str) -> bool:
 
 
 def check_leakage(
-    leads: LeadColumns, outcome: IntArray, as_of: FloatArray, columns: Sequence[InputColumn], allowed: Collection[str],
+    leads: LeadColumns,
+    outcome: IntArray,
+    as_of: FloatArray,
+    columns: Sequence[InputColumn],
+    allowed: Collection[str],
 ) -> tuple[Separation, ...]:
     """Returns the columns that separate suspiciously well, strongest first.
 
     Raises:
-        TrainingError: a column is on the deny-list, or separates beyond `REFUSED_AUC` without being `allowed`.
+        TrainingError: a column is on the deny-list, or separates beyond `REFUSED_AUC` and is not `allowed`.
     """
     denied = [column.name for column in columns if is_denied(column.name)]
     if denied:
         raise TrainingError(f"{', '.join(denied)}: such a column knows the outcome and never feeds a model.")
-    found = [measure_separation(column.name, leads.columns[column.name], outcome, as_of) for column in columns]
-    suspicious = sorted((one for one in found if one.auc > FLAGGED_AUC), key=lambda one: (-one.auc, one.column))
+    found = [
+        measure_separation(column.name, leads.columns[column.name], outcome, as_of) for column in columns
+    ]
+    suspicious = sorted(
+        (one for one in found if one.auc > FLAGGED_AUC), key=lambda one: (-one.auc, one.column)
+    )
     refused = [one for one in suspicious if one.auc > REFUSED_AUC and one.column not in allowed]
     if refused:
         names = ",".join(one.column for one in refused)
         raise TrainingError(
-            f"{'; '.join(map(str, refused))} (limit {REFUSED_AUC:.2f}), so it is probably written after the outcome. "
-            f"Drop it with --exclude {names}, or keep it with --allow-leaky {names} if it is known at scoring time."
+            f"{'; '.join(map(str, refused))} (limit {REFUSED_AUC:.2f}): probably written after the outcome. "
+            f"Drop it with --exclude {names}, or keep it with --allow-leaky {names} if scoring knows it."
         )
     return tuple(suspicious)
 
@@ -76,8 +116,8 @@ def check_leakage(
 def measure_separation(name: str, column: Column, outcome: IntArray, as_of: FloatArray) -> Separation:
     """Measures one column of `n` leads against the 0/1 outcome (both classes occur).
 
-    A value stands for the outcome rate of its level or bin among the *other* half of the rows, so that a column of
-    many levels does not look telling merely because it remembers each row.
+    A value stands for the outcome rate of its level or bin among the *other* half of the rows, so that a
+    column of many levels does not look telling merely because it remembers each row.
     """
     present = column.present.astype(np.float64)
     emptiness = abs(float(roc_auc_score(outcome, present)) - 0.5) + 0.5
@@ -86,10 +126,10 @@ def measure_separation(name: str, column: Column, outcome: IntArray, as_of: Floa
 
 
 def _codes(column: Column, as_of: FloatArray) -> IntArray:
-    """Numbers the levels of a text or the quantile bins of a number; missing cells share a code of their own."""
+    """Numbers the levels of a text or the quantile bins of a number; missing cells share one code."""
     codes = np.zeros(len(column.present), dtype=np.int64)
     if column.kind == "text":
-        texts = [str(value).strip().casefold() for value in column.values[column.present]]
+        texts = [normalise_text(text) for text in column.values[column.present].tolist()]
         codes[column.present] = np.unique(np.array(texts, dtype=np.str_), return_inverse=True)[1] + 1
         return codes
     numbers = np.asarray(column.values, dtype=np.float64)

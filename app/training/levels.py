@@ -1,8 +1,8 @@
 """Learns the number that stands for each level of a text column, on training rows only.
 
-A level becomes the smoothed log-odds of the outcome among its rows: one number that trees can split and linear
-models can weigh, however many levels there are. Never sees a row that is used to calibrate or evaluate. Called by
-`app.training.derive` and `app.training.declared`.
+A level becomes the smoothed log-odds of the outcome among its rows: one number that trees can split and
+linear models can weigh, however many levels there are. Never sees a row that is used to calibrate or
+evaluate. Called by `app.training.derive` and `app.training.declared`.
 """
 
 from collections import Counter
@@ -16,8 +16,8 @@ from app.ai.domain import Column, IntArray
 from app.ai.features import normalise_text
 
 MIN_LEVEL_ROWS = 10
-"""A level with fewer training rows is pooled with the other rare ones, and not named in the manifest: a value that
-belongs to a handful of people may say who they are."""
+"""A level with fewer training rows is pooled with the other rare ones, and not named in the manifest: a value
+that belongs to a handful of people may say who they are."""
 
 MAX_LEVELS = 500
 
@@ -27,9 +27,9 @@ _PRIOR_ROWS = 10.0
 def learn_levels(column: Column, outcome: IntArray) -> dict[str, Any]:
     """Returns the params of a `level` feature for a text column of `n` rows with 0/1 outcomes.
 
-    Each number is `log(r / (1 - r))` with `r = (positives + m * base) / (rows + m)`, `m` = 10 rows of the base rate
-    (additive smoothing; Micci-Barreca, SIGKDD Explorations 3(1), 2001). Missing cells get the number of their own
-    rate, unseen and rare levels that of all rare rows together.
+    Each number is `log(r / (1 - r))` with `r = (positives + m * base) / (rows + m)`, `m` = 10 rows of the
+    base rate (additive smoothing; Micci-Barreca, SIGKDD Explorations 3(1), 2001). Missing cells get the
+    number of their own rate, unseen and rare levels that of all rare rows together.
     """
     keys: list[str | None] = [
         (normalise_text(value) or None) if there else None

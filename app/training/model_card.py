@@ -13,8 +13,9 @@ from app.training.report import HEADLINES, describe_data
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2733}"
-    "table{border-collapse:collapse;margin:1rem 0;width:100%}td,th{border-bottom:1px solid #d8dee6;padding:.3rem .6rem;"
-    "text-align:left;overflow-wrap:anywhere}svg{width:22rem;max-width:100%}"
+    "table{border-collapse:collapse;margin:1rem 0;width:100%}"
+    "td,th{border-bottom:1px solid #d8dee6;padding:.3rem .6rem;text-align:left}"
+    "td{overflow-wrap:anywhere}svg{width:22rem;max-width:100%}"
 )
 
 _Rows = Sequence[Sequence[str]]
@@ -61,9 +62,9 @@ def _title(manifest: ModelManifest) -> str:
 def _intended_use(manifest: ModelManifest) -> str:
     within = f" within {manifest.horizon_days} days" if manifest.horizon_days else ""
     return (
-        f"Estimates how likely a lead of {manifest.source} is to reach {manifest.label}{within}, to help people decide "
-        "whom to call first. It describes past leads: it does not say why somebody applies, and is not meant for "
-        "decisions about admission."
+        f"Estimates how likely a lead of {manifest.source} is to reach {manifest.label}{within}, to help "
+        "people decide whom to call first. It describes past leads: it does not say why somebody applies, and "
+        "is not meant for decisions about admission."
     )
 
 
@@ -87,7 +88,10 @@ def _sections(manifest: ModelManifest) -> list[_Section]:
         ),
         (
             "Reliability on the test part", ("mean predicted", "share that happened", "leads"),
-            [(f"{predicted:.3f}", f"{observed:.3f}", str(int(n))) for predicted, observed, n in report["reliability"]],
+            [
+                (f"{predicted:.3f}", f"{observed:.3f}", str(int(n)))
+                for predicted, observed, n in report["reliability"]
+            ],
         ),
     ]  # fmt: skip
     if left_out:
@@ -107,7 +111,7 @@ def _reliability_diagram(bins: Iterable[Sequence[float]]) -> str:
         '<figure><svg viewBox="0 0 220 220" role="img" aria-label="Reliability diagram">'
         '<rect x="10" y="10" width="200" height="200" fill="none" stroke="#8a97a6"/>'
         f'<path d="M10 210 210 10" stroke="#8a97a6" stroke-dasharray="4"/>{dots}</svg>'
-        "<figcaption>Predicted probability (across) against the share that happened (up), test part.</figcaption>"
+        "<figcaption>Predicted probability (across), share that happened (up), test part.</figcaption>"
         "</figure>"
     )
 

@@ -15,12 +15,14 @@ DEFAULT_SOURCE = "lead_training"
 class TrainingOptions:
     """One training.
 
-    Without `label` the source must have `as_of` and the column `outcome` (a time or NULL): a lead is positive when
-    its outcome comes within `horizon_days` after its as-of time. With `label` that 0/1 column is the outcome.
+    Without `label` the source must have `as_of` and the column `outcome` (a time or NULL): a lead is positive
+    when its outcome comes within `horizon_days` after its as-of time. With `label` that 0/1 column is the
+    outcome.
 
-    `as_of` is the moment up to which anything is known (default: `now`); `features` defaults to the declared set
-    for the default source without a label and to derived features otherwise. `exclude` never feeds the model;
-    `allow_leaky` names columns the leakage guard lets pass. `version` (`YYYYMMDD_HHMMSS`) defaults to `now`.
+    `as_of` is the moment up to which anything is known (default: `now`); `features` defaults to the declared
+    set for the default source without a label and to derived features otherwise. `exclude` never feeds the
+    model; `allow_leaky` names columns the leakage guard lets pass. `version` (`YYYYMMDD_HHMMSS`) defaults to
+    `now`.
     """
 
     url: str

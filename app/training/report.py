@@ -1,7 +1,7 @@
 """What a training says about itself: the report in memory, and the table a person reads.
 
-The figures live in the manifest; this only words them. Never computes a metric. Called by `app.training.train`, and
-by the `leadscore train` command to print.
+The figures live in the manifest; this only words them. Never computes a metric. Called by
+`app.training.train`, and by the `leadscore train` command to print.
 """
 
 from dataclasses import dataclass
@@ -69,7 +69,9 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
 def print_report(report: TrainingReport, console: Console) -> None:
     """Prints the outcome as tables: the data, the held-out metrics, what was left out and what looks odd."""
     manifest = report.manifest
-    table = Table(title=f"{manifest.model_id} ({manifest.model_type})", show_header=False, title_justify="left")
+    table = Table(
+        title=f"{manifest.model_id} ({manifest.model_type})", show_header=False, title_justify="left"
+    )
     for heading, text in describe_data(manifest):
         table.add_row(heading, escape(text))
     table.add_section()
@@ -80,4 +82,6 @@ def print_report(report: TrainingReport, console: Console) -> None:
         console.print(escape(f"left out: {column} ({reason})"))
     for warning in manifest.report["warnings"]:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
-    console.print(escape(f"published {report.manifest_path} in {report.seconds:.1f} s; card: {report.card_path}"))
+    console.print(
+        escape(f"published {report.manifest_path} in {report.seconds:.1f} s; card: {report.card_path}")
+    )

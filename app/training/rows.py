@@ -1,7 +1,7 @@
 """The rows a training learns from: which columns may feed it, which leads are decided, who is set aside.
 
-Reads through the chunks of `app.db.leads`, which use the same expressions as serving, so a training row equals the
-serving row of the same lead bit for bit. Called by `app.training.train`.
+Reads through the chunks of `app.db.leads`, which use the same expressions as serving, so a training row
+equals the serving row of the same lead bit for bit. Called by `app.training.train`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ _SECONDS_PER_DAY = 86_400.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingRows:
-    """`n` decided leads: their columns, the outcome (n,) as 0 or 1, and the as-of time (n,) in seconds UTC."""
+    """`n` decided leads: their columns, outcomes (n,) as 0 or 1, and as-of times (n,) in seconds UTC."""
 
     leads: LeadColumns
     outcome: IntArray
@@ -61,7 +61,9 @@ def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], d
         _require_columns(options.source, known, needed)
         excluded = sorted(set(options.exclude) & set(needed))
         if excluded:
-            raise TrainingError(f"the declared features read {', '.join(excluded)}; exclude it with derived features.")
+            raise TrainingError(
+                f"the declared features read {', '.join(excluded)}; exclude it with derived features."
+            )
         return DECLARED_COLUMNS, {}
     reserved = {_EXTERNAL_REF, _AS_OF, options.label or options.outcome, *options.exclude}
     free = [name for name in kinds if name not in reserved]
@@ -77,8 +79,8 @@ def fetch_rows(
 ) -> tuple[TrainingRows, int]:
     """Reads the decided leads in the order of their IDs, and counts those that are left out as undecided.
 
-    With a label, a lead without one is undecided. Otherwise it is decided once its whole horizon has passed, also
-    when its outcome came early: taking young leads that applied, and not those that may yet, would make
+    With a label, a lead without one is undecided. Otherwise it is decided once its whole horizon has passed,
+    also when its outcome came early: taking young leads that applied, and not those that may yet, would make
     applications look more frequent than they are.
 
     Raises:

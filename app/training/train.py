@@ -1,12 +1,11 @@
 """The story of a training, top to bottom: read, guard, split, derive, fit, calibrate, evaluate, publish.
 
-Reads leads through the same columns and builds the same features as serving. The test part is set aside before
-anything is learnt and looked at once. Never decides which model serves. Called by the `leadscore train` command and
-`app.training.shipped_model`.
+Reads leads through the same columns and builds the same features as serving. The test part is set aside
+before anything is learnt and looked at once. Never decides which model serves. Called by the `leadscore
+train` command and `app.training.shipped_model`.
 """
 
 import time
-from collections.abc import Callable
 
 from app.ai.domain import InputColumn
 from app.ai.features import FeatureSet
@@ -14,8 +13,7 @@ from app.ai.model_manifest import read_manifest
 from app.training.declared import build_declared_features
 from app.training.derive import derive_features
 from app.training.describe import Notes, describe_model
-from app.training.evaluate import choose_threshold
-from app.training.fit import FeatureBuilder, build_folds, fit_calibrator, fit_model, score_out_of_fold
+from app.training.fit import FeatureBuilder, fit_calibrated
 from app.training.leakage import check_leakage
 from app.training.model_card import write_model_card
 from app.training.options import TrainingOptions
@@ -24,7 +22,9 @@ from app.training.report import TrainingReport
 from app.training.rows import Progress, TrainingRows, choose_columns, fetch_rows, split_rows
 
 
-def train(options: TrainingOptions, progress: Progress = lambda _stage, _done, _total: None) -> TrainingReport:
+def train(
+    options: TrainingOptions, progress: Progress = lambda _stage, _done, _total: None
+) -> TrainingReport:
     """Trains, calibrates, evaluates and publishes one model.
 
     Raises:
@@ -38,20 +38,12 @@ def train(options: TrainingOptions, progress: Progress = lambda _stage, _done, _
     suspicious = check_leakage(rows.leads, rows.outcome, rows.as_of, columns, options.allow_leaky)
     train_part, test_part = split_rows(rows, options.seed)
     build, dropped = _choose_features(options, columns, train_part)
-
-    def fitting(done: int, total: int) -> None:
-        progress("fit", done, total + 1)
-
-    fold = build_folds(train_part.outcome, options.seed)
-    raw = score_out_of_fold(train_part, fold, build, options.model, options.seed, fitting)
-    calibrator, out_of_fold = fit_calibrator(raw, train_part.outcome, fold)
-    threshold = choose_threshold(out_of_fold, train_part.outcome)
-    fitted = fit_model(train_part, build, options.model, options.seed)
-    progress("fit", len(set(fold)) + 1, len(set(fold)) + 1)
-
+    model = fit_calibrated(
+        train_part, build, options.model, options.seed, lambda done, total: progress("fit", done, total)
+    )
     notes = Notes({**denied, **dropped}, tuple(map(str, suspicious)), undecided)
-    description = describe_model(options, train_part, test_part, fitted, calibrator, threshold, notes)
-    manifest_path = publish_model(options.model_dir, fitted.estimator, description, options.fmt)
+    description = describe_model(options, train_part, test_part, model, notes)
+    manifest_path = publish_model(options.model_dir, model.fitted.estimator, description, options.fmt)
     manifest = read_manifest(manifest_path.read_bytes())
     card_path = write_model_card(manifest, manifest_path)
     return TrainingReport(manifest, manifest_path, card_path, time.monotonic() - started)
