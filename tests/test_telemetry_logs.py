@@ -1,0 +1,125 @@
+"""Log lines are JSON with the request's ID, and an exception's text never gets into one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from app.errors import DatabaseUnavailableError, EmptyBatchError
+from app.log_setup import describe_exception
+
+ROOT = Path(__file__).parent.parent
+CANARY = "Zoë Quicksilver <zoe@example.org>"
+
+
+def run(code: str) -> list[dict[str, Any]]:
+    """Runs code in a process of its own with logging configured; returns its log lines."""
+    prelude = (
+        "import asyncio, logging, sys, threading, warnings, structlog\n"
+        "from app.log_setup import configure_logging\n"
+        f"CANARY = {CANARY!r}\n"
+        "configure_logging('INFO')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + code], capture_output=True, cwd=ROOT, check=False, timeout=60
+    )
+    assert done.stdout == b""
+    assert CANARY not in done.stderr.decode()
+    assert b"zoe@" not in done.stderr
+    return [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def test_a_line_carries_level_time_and_the_bound_request_id() -> None:
+    (line,) = run(
+        "structlog.contextvars.bind_contextvars(request_id='abc')\n"
+        "structlog.get_logger('app.x').info('hello', n=1)\n"
+        "structlog.get_logger('app.x').debug('too quiet')"
+    )
+    assert (line["event"], line["n"], line["request_id"], line["level"]) == ("hello", 1, "abc", "info")
+    assert line["timestamp"].endswith("Z")
+
+
+def test_a_logged_exception_is_told_by_type_and_place_without_its_text() -> None:
+    (line,) = run(
+        "try:\n"
+        "    try:\n"
+        "        raise ValueError(CANARY)\n"
+        "    except ValueError as exc:\n"
+        "        raise RuntimeError(CANARY) from exc\n"
+        "except RuntimeError:\n"
+        "    structlog.get_logger('app.x').exception('failed')"
+    )
+    assert [part["type"] for part in line["exception"]] == ["builtins.RuntimeError", "builtins.ValueError"]
+    assert "<module>" in line["exception"][0]["at"][0]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "logging.getLogger('psycopg').warning('error in %s', CANARY)",
+        "logging.getLogger('psycopg').error('broken', exc_info=ValueError(CANARY))",
+        "logging.getLogger('sqlalchemy.engine').info('%r', [CANARY])",
+        "logging.getLogger('asyncio').error('Task exception\\nfuture: ' + CANARY)",
+        "logging.getLogger('uvicorn.error').error('Exception', exc_info=ValueError(CANARY))",
+        "structlog.get_logger().error('x', exc_info=ValueError(CANARY))",
+        "structlog.get_logger().error('x', error=ValueError(CANARY))",
+        "raise ValueError(CANARY)",
+        "def work(): raise ValueError(CANARY)\nt = threading.Thread(target=work); t.start(); t.join()",
+    ],
+)
+def test_no_way_of_logging_lets_a_value_through(call: str) -> None:
+    assert len(run(call)) == 1
+
+
+def test_a_task_that_nobody_waited_for_is_reported_without_its_text() -> None:
+    lines = run(
+        "async def main():\n"
+        "    async def work(): raise ValueError(CANARY)\n"
+        "    task = asyncio.create_task(work()); await asyncio.sleep(0)\n"
+        "    del task\n"
+        "asyncio.run(main())"
+    )
+    assert [line["event"] for line in lines] == ["Task exception was never retrieved"]
+
+
+def test_what_the_server_says_of_itself_is_kept_and_its_access_lines_are_not() -> None:
+    lines = run(
+        "logging.getLogger('uvicorn.error').info('Uvicorn running on %s', 'http://127.0.0.1:8000')\n"
+        "logging.getLogger('uvicorn.access').info('%s', CANARY)"
+    )
+    assert [line["event"] for line in lines] == ["Uvicorn running on http://127.0.0.1:8000"]
+
+
+def test_configuring_twice_writes_each_line_once() -> None:
+    lines = run("configure_logging('INFO')\nlogging.getLogger('uvicorn').info('once')")
+    assert [line["event"] for line in lines] == ["once"]
+
+
+def fail_with(error: Exception) -> None:
+    raise error
+
+
+def raise_from(error: Exception, cause: Exception | None) -> None:
+    try:
+        fail_with(cause or ValueError(CANARY))
+    except (ValueError, psycopg.Error):
+        raise error from cause
+
+
+def test_our_own_errors_are_described_in_full_and_drivers_by_their_sqlstate() -> None:
+    with pytest.raises(DatabaseUnavailableError) as caught:
+        raise_from(DatabaseUnavailableError(), psycopg.errors.CheckViolation(CANARY))
+    ours, driver = describe_exception(caught.value)
+    assert ours["detail"] == DatabaseUnavailableError.default_detail
+    assert (driver["type"], driver["sqlstate"]) == ("psycopg.errors.CheckViolation", "23514")
+    assert CANARY not in json.dumps([ours, driver], ensure_ascii=False)
+
+
+def test_a_context_that_was_suppressed_is_not_described() -> None:
+    with pytest.raises(EmptyBatchError) as caught:
+        raise_from(EmptyBatchError(), None)
+    assert len(describe_exception(caught.value)) == 1

@@ -1,0 +1,76 @@
+"""The figures are right with one worker and with several."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).parent.parent
+
+WORKER = """
+import sys
+from app import metrics
+metrics.observe_request("/ai/advanced-ml/predict-batch", 200, None, 0.01)
+metrics.observe_request("/ai/advanced-ml/predict-batch", 422, "EMPTY_BATCH", 0.01)
+metrics.observe_batch(
+    answered=4, coverage_sum=3.0, rejections={"LEAD_NOT_FOUND": 2}, cache_hits=1, stages_ms={"score": 2.0}
+)
+metrics.observe_model_load("ok", ready=sys.argv[1] == "ready")
+metrics.observe_breaker(sys.argv[2])
+metrics.TELEMETRY_BACKLOG.set(int(sys.argv[3]))
+if sys.argv[4:] == ["render"]:
+    sys.stdout.buffer.write(metrics.render_metrics()[0])
+    sys.stdout.flush()
+else:
+    print("done", flush=True)
+    sys.stdin.read()
+"""
+
+
+def start(shared: Path | None, *arguments: str) -> "subprocess.Popen[bytes]":
+    environment = {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"}
+    if shared is not None:
+        environment["PROMETHEUS_MULTIPROC_DIR"] = str(shared)
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment,
+    )  # fmt: skip
+
+
+def read_samples(text: str) -> dict[tuple[str, str], float]:
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = [f"{name}={value}" for name, value in sorted(sample.labels.items()) if name != "pid"]
+            samples[sample.name, ",".join(labels)] = sample.value
+    return samples
+
+
+def test_one_worker_reports_its_own_figures() -> None:
+    output, _ = start(None, "ready", "closed", "7", "render").communicate(timeout=60)
+    samples = read_samples(output.decode())
+    assert samples["leadscore_requests_total", "code=,route=/ai/advanced-ml/predict-batch,status=200"] == 1
+    assert samples["leadscore_leads_total", "outcome=answered"] == 4
+    assert samples["leadscore_leads_total", "outcome=LEAD_NOT_FOUND"] == 2
+    assert samples["leadscore_feature_coverage_total", ""] == 3
+    assert samples["leadscore_prediction_cache_lookups_total", "result=hit"] == 1
+    assert samples["leadscore_telemetry_backlog", ""] == 7
+    assert samples["leadscore_model_ready", ""] == 1
+
+
+def test_two_workers_report_their_figures_together(tmp_path: Path) -> None:
+    other = start(tmp_path, "not-ready", "open", "3")
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"done\n"
+    output, _ = start(tmp_path, "ready", "closed", "7", "render").communicate(timeout=60)
+    other.communicate(timeout=60)
+    samples = read_samples(output.decode())
+    assert samples["leadscore_requests_total", "code=,route=/ai/advanced-ml/predict-batch,status=200"] == 2
+    refused = "code=EMPTY_BATCH,route=/ai/advanced-ml/predict-batch,status=422"
+    assert samples["leadscore_requests_total", refused] == 2
+    assert samples["leadscore_request_seconds_count", "route=/ai/advanced-ml/predict-batch"] == 4
+    assert samples["leadscore_model_ready", ""] == 0
+    assert samples["leadscore_breaker_state", ""] == 2
+    assert samples["leadscore_telemetry_backlog", ""] == 7

@@ -1,0 +1,245 @@
+"""Recording is durable before it returns, and every event reaches the database exactly once."""
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from app.ai.domain import StoredEvent
+from app.ai.events import PredictionError
+from app.ai.ml_telemetry import MlTelemetry, NullTelemetry
+from app.ai.telemetry_log import TelemetryLog
+from app.errors import DatabaseUnavailableError, TelemetryUnavailableError
+
+EVENT = PredictionError(
+    route="/ai/advanced-ml/predict-batch", status=422, trace_id=None, latency_ms=1.5,
+    error_code="EMPTY_BATCH", asked=None,
+)  # fmt: skip
+
+
+class Table:
+    """A sink with a primary key, which can be away, and which can fail after it committed."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, StoredEvent] = {}
+        self.deliveries = 0
+        self.away = False
+        self.failures_after_commit = 0
+
+    async def write_events(self, events: Sequence[StoredEvent]) -> None:
+        if self.away:
+            raise DatabaseUnavailableError
+        for event in events:
+            self.rows.setdefault(event.id, event)
+        self.deliveries += len(events)
+        if self.failures_after_commit:
+            self.failures_after_commit -= 1
+            raise DatabaseUnavailableError
+
+    def request_ids(self) -> list[str | None]:
+        return sorted(event.request_id or "" for event in self.rows.values())
+
+
+class GatedLog(TelemetryLog):
+    """A log whose disk waits for `gate`, and which counts its commits."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.reached = threading.Event()
+        self.commits = 0
+
+    def write(self, events: Sequence[StoredEvent]) -> None:
+        self.reached.set()
+        self.gate.wait(10)
+        self.commits += 1
+        super().write(events)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens on another thread
+            await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def opened(log: TelemetryLog, sink: Table, deadline_seconds: float = 5.0) -> AsyncIterator[MlTelemetry]:
+    telemetry = MlTelemetry(
+        log, sink, ship_interval_seconds=0.005, record_deadline_seconds=deadline_seconds, group_size=50
+    )
+    await telemetry.open()
+    try:
+        yield telemetry
+    finally:
+        await telemetry.close()
+
+
+async def test_what_is_recorded_arrives_once_with_its_request_id(tmp_path: Path) -> None:
+    table = Table()
+    async with opened(TelemetryLog(tmp_path), table) as telemetry:
+        await asyncio.gather(*(telemetry.record(EVENT, f"req-{n:03}") for n in range(200)))
+        await until(lambda: len(table.rows) == 200)
+        await until(lambda: telemetry.backlog() == 0)
+        assert telemetry.state() == "ok"
+    assert table.request_ids() == [f"req-{n:03}" for n in range(200)]
+    assert table.deliveries == 200
+
+
+async def test_nothing_is_acknowledged_before_the_log_committed(tmp_path: Path) -> None:
+    log = GatedLog(tmp_path)
+    async with opened(log, Table()) as telemetry:
+        log.gate.clear()
+        recording = asyncio.create_task(telemetry.record(EVENT, "req"))
+        await until(log.reached.is_set)
+        assert not recording.done()
+        log.gate.set()
+        await recording
+
+
+async def test_requests_that_wait_together_share_a_commit(tmp_path: Path) -> None:
+    log = GatedLog(tmp_path)
+    async with opened(log, Table()) as telemetry:
+        log.gate.clear()
+        recordings = [asyncio.create_task(telemetry.record(EVENT, f"req-{n}")) for n in range(40)]
+        await until(log.reached.is_set)
+        log.gate.set()
+        await asyncio.gather(*recordings)
+    assert log.commits <= 3
+
+
+async def test_a_sink_that_fails_after_its_commit_makes_no_second_row(tmp_path: Path) -> None:
+    table = Table()
+    table.failures_after_commit = 3
+    async with opened(TelemetryLog(tmp_path), table) as telemetry:
+        await asyncio.gather(*(telemetry.record(EVENT, f"req-{n}") for n in range(20)))
+        await until(lambda: table.failures_after_commit == 0 and telemetry.backlog() == 0)
+    assert len(table.rows) == 20
+    assert table.deliveries > 20
+
+
+async def test_an_absent_database_delays_events_and_loses_none(tmp_path: Path) -> None:
+    table = Table()
+    table.away = True
+    async with opened(TelemetryLog(tmp_path), table) as telemetry:
+        for number in range(120):
+            await telemetry.record(EVENT, f"req-{number:03}")
+        await until(lambda: telemetry.state() == "shipping_delayed" and telemetry.backlog() == 120)
+        table.away = False
+        await until(lambda: len(table.rows) == 120)
+        await until(lambda: telemetry.state() == "ok")
+    assert table.request_ids() == [f"req-{n:03}" for n in range(120)]
+
+
+async def test_closing_ships_what_is_left(tmp_path: Path) -> None:
+    table = Table()
+    telemetry = MlTelemetry(TelemetryLog(tmp_path), table, ship_interval_seconds=3600)
+    await telemetry.open()
+    await telemetry.record(EVENT, "recorded")
+    telemetry.submit(EVENT, "submitted")
+    await telemetry.close()
+    assert table.request_ids() == ["recorded", "submitted"]
+    with pytest.raises(TelemetryUnavailableError):
+        await telemetry.record(EVENT, "late")
+
+
+async def test_closing_with_the_database_away_ends_in_time_and_the_next_run_ships(tmp_path: Path) -> None:
+    class Frozen(Table):
+        async def write_events(self, events: Sequence[StoredEvent]) -> None:
+            await asyncio.Event().wait()
+
+    telemetry = MlTelemetry(TelemetryLog(tmp_path), Frozen())
+    await telemetry.open()
+    await telemetry.record(EVENT, "kept")
+    async with asyncio.timeout(2):
+        await telemetry.close(deadline_seconds=0.05)
+    table = Table()
+    async with opened(TelemetryLog(tmp_path), table):
+        await until(lambda: table.request_ids() == ["kept"])
+
+
+async def test_a_cancelled_request_leaves_exactly_one_event(tmp_path: Path) -> None:
+    log, table = GatedLog(tmp_path), Table()
+    async with opened(log, table) as telemetry:
+        log.gate.clear()
+        recordings = [asyncio.create_task(telemetry.record(EVENT, f"req-{n}")) for n in range(10)]
+        await until(log.reached.is_set)
+        for recording in recordings:
+            recording.cancel()
+        outcomes = await asyncio.gather(*recordings, return_exceptions=True)
+        assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+        log.gate.set()
+    assert table.request_ids() == [f"req-{n}" for n in range(10)]
+
+
+async def test_a_disk_that_hangs_gives_an_error_in_time_and_no_event_for_it(tmp_path: Path) -> None:
+    log, table = GatedLog(tmp_path), Table()
+    async with opened(log, table, deadline_seconds=0.05) as telemetry:
+        log.gate.clear()
+        first = asyncio.create_task(telemetry.record(EVENT, "already on its way to the disk"))
+        await until(log.reached.is_set)
+        with pytest.raises(TelemetryUnavailableError):
+            await telemetry.record(EVENT, "withdrawn")
+        with pytest.raises(TelemetryUnavailableError):
+            await first
+        assert telemetry.state() == "unavailable"
+        log.gate.set()
+        await until(lambda: telemetry.state() == "ok")
+    assert table.request_ids() == ["already on its way to the disk"]
+
+
+async def test_a_log_that_cannot_be_written_refuses_and_recovers(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "telemetry"
+    in_the_way.write_text("a file where the directory belongs")
+    table = Table()
+    async with opened(TelemetryLog(in_the_way), table) as telemetry:
+        assert telemetry.state() == "unavailable"
+        with pytest.raises(TelemetryUnavailableError):
+            await telemetry.record(EVENT, "refused")
+        in_the_way.unlink()
+        await until(lambda: telemetry.state() == "ok")
+        await telemetry.record(EVENT, "taken")
+    assert table.request_ids() == ["taken"]
+
+
+async def test_an_event_outside_its_schema_is_refused_and_stops_nothing(tmp_path: Path) -> None:
+    table = Table()
+    bad = PredictionError(
+        route="/ai/zoe quicksilver", status=422, trace_id=None, latency_ms=1.0, error_code="X", asked=None
+    )
+    async with opened(TelemetryLog(tmp_path), table) as telemetry:
+        with pytest.raises(TelemetryUnavailableError):
+            await telemetry.record(bad, "bad")
+        telemetry.submit(bad, "bad")
+        await telemetry.record(EVENT, "good")
+    assert table.request_ids() == ["good"]
+
+
+async def test_two_workers_on_one_log_deliver_each_event_once(tmp_path: Path) -> None:
+    table = Table()
+    numbers = itertools.count()
+    async with opened(TelemetryLog(tmp_path), table) as one, opened(TelemetryLog(tmp_path), table) as other:
+        recordings = [telemetry.record(EVENT, f"{next(numbers):03}") for telemetry in (one, other) * 100]
+        await asyncio.gather(*recordings)
+        await until(lambda: len(table.rows) == 200)
+    assert table.request_ids() == [f"{n:03}" for n in range(200)]
+    assert table.deliveries == 200
+
+
+async def test_submitting_from_other_threads_loses_nothing(tmp_path: Path) -> None:
+    table = Table()
+    async with opened(TelemetryLog(tmp_path), table) as telemetry:
+        submit = [asyncio.to_thread(telemetry.submit, EVENT, f"{number}") for number in range(20)]
+        await asyncio.gather(*submit)
+    assert len(table.rows) == 20
+
+
+async def test_telemetry_that_is_off_accepts_everything() -> None:
+    telemetry = NullTelemetry()
+    await telemetry.record(EVENT, "req")
+    telemetry.submit(EVENT)
+    assert (telemetry.backlog(), telemetry.state()) == (0, "off")
