@@ -19,7 +19,7 @@ from app.ai.dependencies import CurrentRecord
 from app.ai.drift_window import DriftWindow
 from app.ai.ml_telemetry import Telemetry
 from app.ai.model_bundle import ModelBundle
-from app.ai.model_registry import ModelBundle, ModelRegistry
+from app.ai.model_registry import ModelRegistry
 from app.errors import DatabaseUnavailableError, ModelNotReadyError, TelemetryUnavailableError
 from app.metrics import render_metrics
 from app.schemas.ai_ml import HealthResponse, Liveness, ModelsResponse, Readiness
@@ -113,11 +113,6 @@ class Operations:
             "service_version": __version__,
             "request_id": request_id,
         }
-
-    def _describe_drift(self, bundle: ModelBundle | None) -> JsonObject:
-        if bundle is None:
-            return {"status": "unknown", "rows": 0}
-        return self.drift.statistics(bundle.statistics, bundle.feature_set.fingerprint)._asdict()
 
     def _describe_drift(self, bundle: ModelBundle | None) -> JsonObject:
         if bundle is None:

@@ -11,11 +11,11 @@ from starlette.datastructures import Headers, QueryParams
 from app.ai.scoring_requests import LEAD_ID_PATTERN, check_media_type, check_query, decode_lead_ids
 from app.errors import (
     BatchSizeExceededError,
+    CallerError,
     EmptyBatchError,
     InvalidLeadIdError,
     InvalidParameterError,
     InvalidPayloadError,
-    LeadScoringError,
     UnsupportedMediaTypeError,
 )
 
@@ -39,7 +39,8 @@ def test_escapes_and_white_space_do_not_matter() -> None:
     "body",
     [
         b"", b" ", b"{", b"[", b'["a"', b'["a",]', b'["a"] x', b'["a"]["b"]', b"nothing", b"NaN", b"Infinity",
-        b"[NaN]", b"[1e999]", b"1" * 10_000, b"[" + b"1" * 10_000 + b"]", b'["\\ud800"]', b'["\\ud800\\u0041"]',
+        b"[NaN]", b"[1e999]", b"1" * 10_000, b"[" + b"1" * 10_000 + b"]", b'["\\ud800"]',
+        b'["\\ud800\\u0041"]',
         b'["\xff"]', b'["a\x00"]', b'\xef\xbb\xbf["a"]', '["a"]'.encode("utf-16"), '["a"]'.encode("utf-32"),
         b"[" * 100_000, b"[" * 900 + b"]" * 900 + b"x", b'{"lead_ids":' * 100_000, b"{'lead_ids': ['a']}",
         b'["a"] // comment', b'"a"', b"1", b"-0", b"true", b"null", b"{}", b'{"lead_ids": null}',
@@ -80,9 +81,9 @@ def test_the_limit_itself_is_allowed_and_one_more_is_refused_before_any_id_is_lo
 @pytest.mark.parametrize(
     "value",
     [
-        "", " ", " a", "a ", "a" * 65, "a" * 100_000, "_a", "-a", ".a", "@a", ":a", "a/b", "a b", "a\n", "a\x00",
-        "'; DROP TABLE people; --", "ä", "a\u202eb", "a\u2028b", "\U0001f600", "e\u0301", "٣", 7, 7.5, True, False,
-        None, [], ["a"], {}, {"lead_id": "a"},
+        "", " ", " a", "a ", "a" * 65, "a" * 100_000, "_a", "-a", ".a", "@a", ":a", "a/b", "a b", "a\n",
+        "a\x00", "'; DROP TABLE people; --", "ä", "a\u202eb", "a\u2028b", "\U0001f600", "e\u0301", "٣", 7, 7.5,
+        True, False, None, [], ["a"], {}, {"lead_id": "a"},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -117,10 +118,9 @@ JSON_VALUES = st.recursive(
 def test_any_body_gives_lead_ids_or_an_error_of_ours(body: bytes) -> None:
     try:
         lead_ids = decode_lead_ids(body, 5)
-    except LeadScoringError as exc:
-        assert 400 <= exc.status < 500
-    else:
-        assert 1 <= len(lead_ids) <= 5
+    except CallerError:
+        return
+    assert 1 <= len(lead_ids) <= 5
 
 
 @given(st.lists(st.from_regex(LEAD_ID_PATTERN, fullmatch=True), min_size=1, max_size=50))

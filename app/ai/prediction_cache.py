@@ -31,8 +31,8 @@ class AnswerCache(Protocol):
 class PredictionCache:
     """At most `size` answers, each for at most `ttl_seconds`; the longest unused one leaves first.
 
-    The answers lie in one array and the index maps a key to its place there, so a batch is read with one lookup
-    an ID and one gather. `monotonic` gives seconds.
+    The answers lie in one array and the index maps a key to its place there, so a batch is read with one
+    lookup an ID and one gather. `monotonic` gives seconds.
     """
 
     def __init__(self, size: int, ttl_seconds: float, monotonic: Callable[[], float]) -> None:
@@ -79,7 +79,12 @@ class PredictionCache:
 class NullCache:
     """A cache that is turned off: remembers nothing."""
 
-    def find(self, _model: ModelRef, _as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, AnswerArray]:
+    def find(
+        self,
+        model: ModelRef,  # noqa: ARG002
+        as_of: float,  # noqa: ARG002
+        lead_ids: Sequence[str],
+    ) -> tuple[BoolArray, AnswerArray]:
         """Finds nothing."""
         return np.zeros(len(lead_ids), np.bool_), np.empty(len(lead_ids), ANSWER)
 
