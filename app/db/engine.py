@@ -78,8 +78,9 @@ class Database:
         self._closed = True
         for loan in list(self._loans):
             self._abandon(loan)
-        while self._idle:
-            self._idle.pop().pgconn.finish()
+        for connection in self._idle:
+            connection.pgconn.finish()
+        self._idle.clear()
         if self._loans:
             await asyncio.wait(self._loans, timeout=self._deadline)
 
@@ -156,5 +157,8 @@ def _has_input(descriptor: int) -> bool:
 
 
 def _shut_down(connection: Connection) -> None:
-    with contextlib.suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.pgconn.socket)) as handle:
+    with (
+        contextlib.suppress(psycopg.Error, OSError),
+        socket.socket(fileno=os.dup(connection.pgconn.socket)) as handle,
+    ):
         handle.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,172 @@
+"""How a lead's cell is asked for and decoded: the SQL of one batch, of one page, and the arrays they become.
+
+Every cell is computed by the one expression `_cell` gives, whoever reads it, so training rows equal serving rows bit
+for bit. A number travels as the eight bytes of its float64 and a text as UTF-8, each with a mark for NULL that no
+value can have: decoding a column is one call of NumPy, whatever the number of leads. Nothing here talks to a
+database. Called by `app.db.leads` alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from psycopg import sql
+
+from app.ai.domain import Column, ColumnKind, InputColumn, LeadColumns
+
+LEAD_ID, EXTERNAL_REF = "lead_id", "external_ref"
+
+ColumnTypes = Mapping[str, str]
+"""The names of a relation's columns and of their PostgreSQL types, `enum` for any enumeration."""
+
+COLUMN_TYPES = """
+    SELECT a.attname, CASE WHEN t.typtype = 'e' THEN 'enum' ELSE coalesce(b.typname, t.typname) END
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_type b ON b.oid = t.typbasetype
+    WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+"""
+"""The statement that reads `ColumnTypes`; its parameter is `quoted_relation`."""
+
+_KINDS: Mapping[ColumnKind, tuple[str, ...]] = {
+    "number": ("int2", "int4", "int8", "float4", "float8", "numeric"),
+    "boolean": ("bool",),
+    "timestamp": ("timestamptz", "timestamp", "date"),
+    "text": ("text", "varchar", "bpchar", "name", "citext", "enum"),
+}
+_KIND_OF_TYPE = {name: kind for kind, names in _KINDS.items() for name in names}
+
+# A quiet NaN with a payload: PostgreSQL's own NaN has none, so a stored NaN stays apart from NULL.
+_NULL_NUMBER = 0x7FF8_0000_0000_0001
+_NULL_NUMBER_SQL = sql.SQL("'\\x7ff8000000000001'::bytea")
+# A byte that UTF-8 never has. The separator is a character that a PostgreSQL text never has.
+_NULL_TEXT_SQL, _NULL_TEXT = sql.SQL("'\\xff'::bytea"), "\udcff"
+_SEPARATOR_SQL, _SEPARATOR = sql.SQL("'\\x00'::bytea"), "\0"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LeadChunk:
+    """A page of leads in the order of their IDs; `external_refs` is None where the relation has none."""
+
+    lead_ids: list[str]
+    external_refs: Column | None
+    leads: LeadColumns
+
+
+def column_kinds(types: ColumnTypes) -> dict[str, ColumnKind]:
+    """Returns the columns that can be read as one of the four kinds, in the order of the relation."""
+    return {name: _KIND_OF_TYPE[type_name] for name, type_name in types.items() if type_name in _KIND_OF_TYPE}
+
+
+def wrong_columns(types: ColumnTypes, columns: Sequence[InputColumn]) -> list[str]:
+    """Returns the names of the columns that are missing or of another kind."""
+    kinds = column_kinds(types)
+    return [column.name for column in columns if kinds.get(column.name) != column.kind]
+
+
+def quoted_relation(relation: str) -> str:
+    """Returns a table or view name, perhaps with its schema, as SQL reads it."""
+    return ".".join('"' + part.replace('"', '""') + '"' for part in relation.split("."))
+
+
+def batch_statement(
+    relation: str, types: ColumnTypes, columns: Sequence[InputColumn], *, by_id: bool, by_ref: bool
+) -> sql.Composed:
+    """Returns the statement whose one row is: lead IDs, references or NULL, then one value for each column.
+
+    Its parameters are `ids` (a `UuidArray`) and `refs` (texts).
+    """
+    refs = _aggregate(InputColumn(EXTERNAL_REF, "text"), types) if by_ref else sql.SQL("NULL")
+    outputs = [
+        sql.SQL("string_agg(uuid_send(lead_id), '')"),
+        refs,
+        *(_aggregate(column, types) for column in columns),
+    ]
+    conditions = []
+    if by_id:
+        conditions.append(sql.SQL("lead_id = ANY(%(ids)b)"))
+    if by_ref:
+        conditions.append(sql.SQL("external_ref = ANY(%(refs)b::text[])"))
+    return sql.SQL("SELECT {} FROM {} WHERE {}").format(
+        sql.SQL(", ").join(outputs),
+        sql.Identifier(*relation.split(".")),
+        sql.SQL(" OR ").join(conditions or [sql.SQL("false")]),
+    )
+
+
+def page_statement(relation: str, types: ColumnTypes, columns: Sequence[InputColumn]) -> sql.Composed:
+    """Returns the statement with two values a lead: its numbers, and its texts, ID and reference first."""
+    numbers: list[sql.Composable] = [_cell(column, types) for column in columns if column.kind != "text"]
+    texts: list[sql.Composable] = [sql.SQL("convert_to(lead_id::text, 'UTF8')")]
+    if EXTERNAL_REF in types:
+        texts.append(_cell(InputColumn(EXTERNAL_REF, "text"), types))
+    texts += [_cell(column, types) for column in columns if column.kind == "text"]
+    return sql.SQL("SELECT {}, {} FROM {} ORDER BY lead_id").format(
+        sql.SQL(" || ").join(numbers or [sql.SQL("''::bytea")]),
+        sql.SQL(" || '\\x00'::bytea || ").join(texts),
+        sql.Identifier(*relation.split(".")),
+    )
+
+
+def _aggregate(column: InputColumn, types: ColumnTypes) -> sql.Composed:
+    separator = _SEPARATOR_SQL if column.kind == "text" else sql.SQL("''")
+    return sql.SQL("string_agg({}, {})").format(_cell(column, types), separator)
+
+
+def _cell(column: InputColumn, types: ColumnTypes) -> sql.Composed:
+    """Returns the expression of one cell, of type bytea and never NULL."""
+    name = sql.Identifier(column.name)
+    if column.kind == "text":
+        return sql.SQL("coalesce(convert_to({}::text, 'UTF8'), {})").format(name, _NULL_TEXT_SQL)
+    if column.kind == "boolean":
+        number = sql.SQL("{}::int::float8").format(name)
+    elif column.kind == "timestamp":
+        number = sql.SQL("extract(epoch FROM {})::float8").format(name)
+    elif types[column.name] == "numeric":
+        # A numeric may be too large or too small for a float8, and the cast would fail the whole batch.
+        number = sql.SQL(
+            "CASE WHEN abs({0}) > 1e300 THEN sign({0})::float8 * 'Infinity' WHEN abs({0}) < 1e-300 THEN 0"
+            " ELSE {0}::float8 END"
+        ).format(name)
+    else:
+        number = sql.SQL("{}::float8").format(name)
+    return sql.SQL("coalesce(float8send({}), {})").format(number, _NULL_NUMBER_SQL)
+
+
+def decode_cells(kind: ColumnKind, cells: bytes | None) -> Column:
+    """Decodes one value of a batch row; None, which is what aggregating no row gives, is a column of length 0."""
+    if kind != "text":
+        return _number_column(kind, np.frombuffer(cells or b"", ">u8"))
+    return _text_column([] if cells is None else cells.decode("utf-8", "surrogateescape").split(_SEPARATOR))
+
+
+def decode_page(
+    rows: Sequence[tuple[bytes, bytes]], columns: Sequence[InputColumn], *, with_refs: bool
+) -> LeadChunk:
+    """Decodes one or more rows of `page_statement`."""
+    numbers = np.frombuffer(b"".join(row[0] for row in rows), ">u8").reshape(len(rows), -1)
+    texts = b"\0".join(row[1] for row in rows).decode("utf-8", "surrogateescape").split(_SEPARATOR)
+    width = len(texts) // len(rows)
+    next_number, next_text = iter(range(numbers.shape[1])), iter(range(2 if with_refs else 1, width))
+    decoded = {
+        column.name: _text_column(texts[next(next_text) :: width])
+        if column.kind == "text"
+        else _number_column(column.kind, numbers[:, next(next_number)])
+        for column in columns
+    }
+    refs = _text_column(texts[1::width]) if with_refs else None
+    return LeadChunk(texts[0::width], refs, LeadColumns(len(rows), decoded))
+
+
+def _number_column(kind: ColumnKind, bits: NDArray[Any]) -> Column:
+    present = bits != _NULL_NUMBER
+    values = bits.astype(np.uint64).view(np.float64)
+    values[~present] = np.nan
+    return Column(kind, values, present)
+
+
+def _text_column(texts: list[str]) -> Column:
+    values = np.array(texts, dtype=object)
+    present = np.asarray(values != _NULL_TEXT, dtype=np.bool_)
+    values[~present] = ""
+    return Column("text", values, present)

@@ -1,0 +1,209 @@
+"""Reads leads as columns: one statement for a batch, and the same cells in pages for training and bulk scoring.
+
+The relation is whatever `LEAD_SOURCE` names: it has `lead_id uuid`, perhaps `external_ref text`, and the columns a
+model asks for. Nothing here writes, or knows what a feature is. Used by the predictor through `LeadSource`, and by
+training and bulk scoring.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import psycopg
+import structlog
+from psycopg import sql
+
+from app.ai.domain import (
+    AMBIGUOUS_LEAD,
+    UNKNOWN_LEAD,
+    ColumnKind,
+    FetchedLeads,
+    InputColumn,
+    IntArray,
+    LeadColumns,
+    is_uuid,
+)
+from app.db.engine import Connection, Database
+from app.db.lead_cells import (
+    COLUMN_TYPES,
+    EXTERNAL_REF,
+    LEAD_ID,
+    ColumnTypes,
+    LeadChunk,
+    batch_statement,
+    column_kinds,
+    decode_cells,
+    decode_page,
+    page_statement,
+    quoted_relation,
+    wrong_columns,
+)
+from app.db.uuid_array import UuidArray
+from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedError
+
+_log = structlog.get_logger(__name__)
+
+
+class PostgresLeadSource:
+    """Implements `LeadSource` over one relation."""
+
+    def __init__(self, database: Database, relation: str) -> None:
+        """`relation` is a table or view, optionally with its schema (`crm.leads`)."""
+        self._database = database
+        self._relation = relation
+        self._types: ColumnTypes = {}
+        self._statements: dict[tuple[object, ...], sql.Composed] = {}
+
+    def source_columns(self) -> Mapping[str, ColumnKind]:
+        """Returns the columns features can read, by name, as last seen; empty when never seen."""
+        return column_kinds(self._types)
+
+    async def fetch_schema(self) -> Mapping[str, ColumnKind]:
+        """Looks at the relation again, and returns `source_columns`.
+
+        Raises:
+            DatabaseUnavailableError: no answer within the deadline.
+            PredictionFailedError: there is no such relation, or it has no `lead_id uuid`.
+        """
+
+        async def look(connection: Connection) -> ColumnTypes:
+            cursor = await connection.execute(COLUMN_TYPES, [quoted_relation(self._relation)])
+            return dict(await cursor.fetchall())
+
+        types = await self._database.run(look)
+        if types.get(LEAD_ID) != "uuid":
+            raise self._failure("the relation is missing or has no lead_id of type uuid")
+        self._types, self._statements = types, {}
+        return column_kinds(types)
+
+    async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn]) -> FetchedLeads:
+        """Reads the named columns of these leads in one statement.
+
+        `lead_ids` are canonical and distinct. An ID that more than one row carries is ambiguous.
+
+        Raises:
+            DatabaseUnavailableError: no answer within the deadline.
+            PredictionFailedError: the relation no longer has a column, or it has another type.
+        """
+        if not self._types:
+            await self.fetch_schema()
+        uuids = [lead_id for lead_id in lead_ids if is_uuid(lead_id)]
+        refs = (
+            [lead_id for lead_id in lead_ids if not is_uuid(lead_id)] if EXTERNAL_REF in self._types else []
+        )
+        statement = self._statement(tuple(columns), by_id=bool(uuids), by_ref=bool(refs))
+        wanted = {"ids": UuidArray(uuids), "refs": refs}
+
+        async def read(connection: Connection) -> Any:
+            async with connection.cursor(binary=True) as cursor:
+                await cursor.execute(statement, wanted, prepare=True)
+                return await cursor.fetchone()
+
+        try:
+            ids, found_refs, *cells = await self._database.run(read)
+        except psycopg.Error as exc:
+            self._types = {}
+            raise self._failure("the statement failed", exc) from exc
+        decoded = {
+            column.name: decode_cells(column.kind, cell) for column, cell in zip(columns, cells, strict=True)
+        }
+        rows = _rows_by_uuid(ids or b""), _rows_by_ref(found_refs)
+        return FetchedLeads(_match(lead_ids, *rows), LeadColumns(len(ids or b"") // 16, decoded))
+
+    def _statement(self, columns: tuple[InputColumn, ...], *, by_id: bool, by_ref: bool) -> sql.Composed:
+        key = (columns, by_id, by_ref)
+        statement = self._statements.get(key)
+        if statement is None:
+            wrong = wrong_columns(self._types, columns)
+            if wrong:
+                self._types = {}  # looked at again next time: the relation may have been mended
+                raise self._failure(f"columns are missing or have another type: {', '.join(wrong)}")
+            statement = batch_statement(self._relation, self._types, columns, by_id=by_id, by_ref=by_ref)
+            self._statements[key] = statement
+        return statement
+
+    def _failure(self, reason: str, cause: psycopg.Error | None = None) -> PredictionFailedError:
+        # Names of columns and the SQLSTATE are safe to log; what the driver says may quote a value.
+        sqlstate = None if cause is None else cause.sqlstate
+        _log.error("lead_source_failed", relation=self._relation, reason=reason, sqlstate=sqlstate)
+        return PredictionFailedError()
+
+
+def fetch_columns(url: str, relation: str) -> Mapping[str, ColumnKind]:
+    """Returns the columns features can read, by name, in the order of the relation.
+
+    Raises:
+        DatabaseUnavailableError: the database cannot be reached.
+        CommandError: there is no such relation, or it has no `lead_id uuid`.
+    """
+    try:
+        with psycopg.connect(url) as connection:
+            return column_kinds(_fetch_types(connection, relation))
+    except psycopg.OperationalError as exc:
+        raise DatabaseUnavailableError from exc
+
+
+def fetch_all_chunks(
+    url: str, relation: str, columns: Sequence[InputColumn], *, chunk_rows: int = 20_000
+) -> Iterator[LeadChunk]:
+    """Yields every lead of the relation, from one snapshot, in the order of `lead_id`.
+
+    There is no deadline: reading everything takes as long as it takes.
+
+    Raises:
+        DatabaseUnavailableError: the connection failed.
+        CommandError: the relation is not there, lacks one of the columns, or cannot be read.
+    """
+    try:
+        with psycopg.connect(url) as connection:
+            types = _fetch_types(connection, relation)
+            wrong = wrong_columns(types, columns)
+            if wrong:
+                raise CommandError(
+                    f"{relation} lacks columns, or has them with another type: {', '.join(wrong)}"
+                )
+            # The same session settings as serving, and a plan for reading all of it, not the first rows.
+            connection.execute(
+                "SET LOCAL TimeZone = 'UTC'; SET LOCAL jit = off; SET LOCAL cursor_tuple_fraction = 1"
+            )
+            with connection.cursor("leads", binary=True) as cursor:
+                cursor.execute(page_statement(relation, types, columns))
+                while rows := cursor.fetchmany(chunk_rows):
+                    yield decode_page(rows, columns, with_refs=EXTERNAL_REF in types)
+    except psycopg.OperationalError as exc:
+        raise DatabaseUnavailableError from exc
+    except psycopg.Error as exc:
+        raise CommandError(f"{relation} cannot be read (SQLSTATE {exc.sqlstate})") from exc
+
+
+def _fetch_types(connection: psycopg.Connection[Any], relation: str) -> ColumnTypes:
+    types: ColumnTypes = dict(connection.execute(COLUMN_TYPES, [quoted_relation(relation)]).fetchall())
+    if types.get(LEAD_ID) != "uuid":
+        raise CommandError(f"there is no table or view {relation} with a lead_id of type uuid")
+    return types
+
+
+def _rows_by_uuid(ids: bytes) -> dict[str, int]:
+    digits = ids.hex()
+    return _rows([digits[at : at + 32] for at in range(0, len(digits), 32)])
+
+
+def _rows_by_ref(refs: bytes | None) -> dict[str, int]:
+    return _rows(decode_cells("text", refs).values.tolist())
+
+
+def _rows(keys: Sequence[str]) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        rows[key] = AMBIGUOUS_LEAD if key in rows else row
+    return rows
+
+
+def _match(lead_ids: Sequence[str], by_uuid: Mapping[str, int], by_ref: Mapping[str, int]) -> IntArray:
+    found = (
+        by_uuid.get(lead_id.replace("-", ""), UNKNOWN_LEAD)
+        if is_uuid(lead_id)
+        else by_ref.get(lead_id, UNKNOWN_LEAD)
+        for lead_id in lead_ids
+    )
+    return np.fromiter(found, dtype=np.int64, count=len(lead_ids))

@@ -1,0 +1,248 @@
+"""Reading leads out of a real PostgreSQL: values, IDs, kinds, and pages equal to batches."""
+
+import math
+from collections.abc import AsyncIterator, Callable
+from uuid import UUID
+
+import numpy as np
+import psycopg
+import pytest
+
+from app.ai.domain import AMBIGUOUS_LEAD, UNKNOWN_LEAD, InputColumn
+from app.db.engine import Database
+from app.db.leads import PostgresLeadSource, fetch_all_chunks, fetch_columns
+from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedError
+
+A, B, C, D = (str(UUID(int=number)) for number in (0xA, 0xB, 0xC, 0xD))
+
+_LEADS = f"""
+    CREATE TYPE colour AS ENUM ('red', 'green');
+    CREATE DOMAIN score AS integer CHECK (value >= 0);
+    CREATE TABLE leads (
+        lead_id uuid, external_ref text, amount numeric, price float8, visits integer, points score, opted boolean,
+        seen timestamptz, born date, city text, tint colour, "Odd ""name" text, document jsonb
+    );
+    INSERT INTO leads VALUES
+        ('{A}', 'lead_1', 12.5, 1e-320, 3, 4, true, '2026-01-01 00:00:00.123456+00', '1970-01-02', 'Zürich', 'red', 'x'),
+        ('{B}', 'lead_2', 'NaN', 'NaN', NULL, NULL, false, 'infinity', NULL, '', NULL, E'\\x01'),
+        ('{C}', 'twice', 1e400, '-Infinity', -2147483648, 0, NULL, NULL, 'infinity', NULL, 'green', NULL),
+        ('{D}', 'twice', 1e-400, NULL, 0, 1, true, '1969-12-31 23:59:59+00', '1899-12-30', 'a b', 'red', '🙂')
+"""
+
+COLUMNS = [
+    InputColumn("amount", "number"),
+    InputColumn("price", "number"),
+    InputColumn("visits", "number"),
+    InputColumn("points", "number"),
+    InputColumn("opted", "boolean"),
+    InputColumn("seen", "timestamp"),
+    InputColumn("born", "timestamp"),
+    InputColumn("city", "text"),
+    InputColumn("tint", "text"),
+    InputColumn('Odd "name', "text"),
+]
+
+
+@pytest.fixture
+def url(empty_database_url: str) -> str:
+    with psycopg.connect(empty_database_url) as connection:
+        connection.execute(_LEADS)
+    return empty_database_url
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Callable[..., PostgresLeadSource]]:
+    databases: list[Database] = []
+
+    def source(url: str, relation: str = "leads") -> PostgresLeadSource:
+        databases.append(Database(url, pool_size=4, deadline_seconds=10))
+        return PostgresLeadSource(databases[-1], relation)
+
+    yield source
+    for database in databases:
+        await database.close()
+
+
+Connect = Callable[..., PostgresLeadSource]
+
+
+async def test_every_kind_of_value_arrives_as_it_is_stored(url: str, connect: Connect) -> None:
+    found = await connect(url).fetch([A, B, C, D], COLUMNS)
+    columns = {name: found.leads.columns[name] for name in found.leads.columns}
+
+    def cells(name: str) -> list[object]:
+        column = columns[name]
+        pairs = zip(column.values[found.row_of].tolist(), column.present[found.row_of].tolist(), strict=True)
+        return [value if present else None for value, present in pairs]
+
+    assert found.leads.n == 4
+    assert str(cells("amount")) == "[12.5, nan, inf, 0.0]"
+    assert str(cells("price")) == "[1e-320, nan, -inf, None]"
+    assert cells("visits") == [3.0, None, -2147483648.0, 0.0]
+    assert cells("points") == [4.0, None, 0.0, 1.0]
+    assert cells("opted") == [1.0, 0.0, None, 1.0]
+    assert cells("seen") == [1767225600.123456, math.inf, None, -1.0]
+    assert cells("born") == [86400.0, None, math.inf, -2209161600.0]
+    assert cells("city") == ["Zürich", "", None, "a b"]
+    assert cells("tint") == ["red", None, "green", "red"]
+    assert cells('Odd "name') == ["x", "\x01", None, "🙂"]
+
+
+async def test_missing_numbers_are_nan_and_missing_texts_empty(url: str, connect: Connect) -> None:
+    found = await connect(url).fetch([C, D], COLUMNS)
+    price, city = found.leads.columns["price"], found.leads.columns["city"]
+    assert np.isnan(price.values[~price.present]).all()
+    assert city.values[~city.present].tolist() == [""]
+    assert price.values.dtype == np.float64
+    assert price.present.dtype == np.bool_
+
+
+async def test_leads_are_found_by_either_id_and_the_others_are_told_apart(url: str, connect: Connect) -> None:
+    asked = ["nobody", A, "lead_2", str(UUID(int=99)), "twice", "lead_1", C, "LEAD_1"]
+    found = await connect(url).fetch(asked, COLUMNS)
+    rows = found.row_of.tolist()
+    assert [rows[0], rows[3], rows[4], rows[7]] == [UNKNOWN_LEAD, UNKNOWN_LEAD, AMBIGUOUS_LEAD, UNKNOWN_LEAD]
+    assert rows[1] == rows[5]
+    assert found.leads.columns["city"].values[[rows[1], rows[2]]].tolist() == ["Zürich", ""]
+    assert found.leads.columns["tint"].values[rows[6]] == "green"
+
+
+@pytest.mark.parametrize("asked", [[A, B], ["lead_1", "lead_2"], [A, "lead_2"], [str(UUID(int=99))], ["nobody"]])
+async def test_any_mixture_of_ids_is_answered(url: str, connect: Connect, asked: list[str]) -> None:
+    found = await connect(url).fetch(asked, COLUMNS[:1])
+    known = [row for row in found.row_of.tolist() if row != UNKNOWN_LEAD]
+    assert len(known) == found.leads.n == len([a for a in asked if a in (A, B, "lead_1", "lead_2")])
+
+
+async def test_two_rows_with_one_lead_id_are_ambiguous(url: str, connect: Connect) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("INSERT INTO leads (lead_id) VALUES (%s)", [A])
+    found = await connect(url).fetch([A, B], COLUMNS)
+    assert found.row_of[0] == AMBIGUOUS_LEAD
+    assert found.row_of[1] >= 0
+
+
+async def test_a_relation_without_references_knows_leads_by_uuid_only(url: str, connect: Connect) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("ALTER TABLE leads DROP COLUMN external_ref")
+    found = await connect(url).fetch(["lead_1", A], COLUMNS)
+    assert found.row_of.tolist() == [UNKNOWN_LEAD, 0]
+
+
+async def test_a_hostile_id_is_only_an_unknown_lead(url: str, connect: Connect) -> None:
+    asked = ["x' OR '1'='1", "{a,b}", '"', "\\", "%(ids)s", "NULL"]
+    found = await connect(url).fetch(asked, COLUMNS)
+    assert found.row_of.tolist() == [UNKNOWN_LEAD] * len(asked)
+
+
+async def test_a_page_equals_a_batch_bit_for_bit(demo_url: str, connect: Connect) -> None:
+    source = connect(demo_url, "lead_source")
+    columns = [InputColumn(name, kind) for name, kind in (await source.fetch_schema()).items()]
+    chunks = list(fetch_all_chunks(demo_url, "lead_source", columns, chunk_rows=250))
+    assert [chunk.leads.n for chunk in chunks] == [250, 250, 100]
+    for chunk in chunks:
+        found = await source.fetch(chunk.lead_ids, columns)
+        for name, paged in chunk.leads.columns.items():
+            batched = found.leads.columns[name]
+            assert batched.kind == paged.kind
+            assert (batched.present[found.row_of] == paged.present).all()
+            assert batched.values[found.row_of].tolist() == paged.values.tolist() or (
+                batched.values[found.row_of].tobytes() == paged.values.tobytes()
+            )
+        assert chunk.external_refs is not None
+        assert chunk.external_refs.values.tolist() == found.leads.columns["external_ref"].values[found.row_of].tolist()
+
+
+async def test_two_thousand_leads_equal_the_same_leads_one_by_one(demo_url: str, connect: Connect) -> None:
+    source = connect(demo_url, "lead_source")
+    columns = [InputColumn(name, kind) for name, kind in (await source.fetch_schema()).items()]
+    ids = next(fetch_all_chunks(demo_url, "lead_source", columns)).lead_ids
+    together = await source.fetch(ids, columns)
+    for position in range(0, len(ids), 60):
+        alone = await source.fetch([ids[position]], columns)
+        for name, column in together.leads.columns.items():
+            row = int(together.row_of[position])
+            assert repr(column.values[row]) == repr(alone.leads.columns[name].values[0])
+            assert column.present[row] == alone.leads.columns[name].present[0]
+
+
+async def test_the_schema_tells_names_and_kinds_and_leaves_out_what_no_feature_can_read(
+    url: str, connect: Connect
+) -> None:
+    source = connect(url)
+    assert source.source_columns() == {}
+    schema = await source.fetch_schema()
+    assert schema == source.source_columns() == fetch_columns(url, "leads")
+    assert schema == {"external_ref": "text"} | {column.name: column.kind for column in COLUMNS}
+
+
+@pytest.mark.parametrize("column", [InputColumn("gone", "number"), InputColumn("city", "number")])
+async def test_a_column_that_is_missing_or_of_another_kind_fails_the_prediction(
+    url: str, connect: Connect, column: InputColumn
+) -> None:
+    source = connect(url)
+    with pytest.raises(PredictionFailedError):
+        await source.fetch([A], [column])
+    with pytest.raises(CommandError, match=column.name):
+        list(fetch_all_chunks(url, "leads", [column]))
+
+
+async def test_a_column_that_disappears_fails_and_is_found_again_when_it_returns(url: str, connect: Connect) -> None:
+    source = connect(url)
+    await source.fetch([A], COLUMNS)
+    with psycopg.connect(url) as connection:
+        connection.execute("ALTER TABLE leads RENAME COLUMN visits TO v")
+    for _ in range(2):
+        with pytest.raises(PredictionFailedError):
+            await source.fetch([A], COLUMNS)
+    with psycopg.connect(url) as connection:
+        connection.execute("ALTER TABLE leads RENAME COLUMN v TO visits")
+    assert (await source.fetch([A], COLUMNS)).leads.n == 1
+
+
+async def test_a_column_that_becomes_numeric_is_still_read(url: str, connect: Connect) -> None:
+    source = connect(url)
+    await source.fetch([A], COLUMNS)
+    with psycopg.connect(url) as connection:
+        connection.execute("ALTER TABLE leads ALTER COLUMN visits TYPE numeric")
+    assert (await source.fetch([A], COLUMNS)).leads.columns["visits"].values.tolist() == [3.0]
+
+
+@pytest.mark.parametrize("relation", ["nothing", "nowhere.leads", "pg_class"])
+async def test_a_relation_that_is_missing_or_holds_no_leads_is_named_in_commands(
+    url: str, connect: Connect, relation: str
+) -> None:
+    with pytest.raises(PredictionFailedError):
+        await connect(url, relation).fetch([A], [])
+    with pytest.raises(CommandError, match=relation):
+        fetch_columns(url, relation)
+    with pytest.raises(CommandError, match=relation):
+        list(fetch_all_chunks(url, relation, []))
+
+
+async def test_a_relation_in_another_schema_is_read(url: str, connect: Connect) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE SCHEMA crm; ALTER TABLE leads SET SCHEMA crm")
+    assert (await connect(url, "crm.leads").fetch(["lead_1"], COLUMNS)).row_of.tolist() == [0]
+
+
+async def test_nothing_the_driver_says_reaches_the_error(url: str, connect: Connect) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE VIEW bad AS SELECT lead_id, (1 / (visits - visits))::int AS ratio, city FROM leads")
+    with pytest.raises(PredictionFailedError) as caught:
+        await connect(url, "bad").fetch([A], [InputColumn("ratio", "number")])
+    assert "division" not in str(caught.value)
+
+
+async def test_pages_of_an_empty_relation_are_none(url: str) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("TRUNCATE leads")
+    assert list(fetch_all_chunks(url, "leads", COLUMNS)) == []
+
+
+async def test_a_database_that_is_not_there_is_unavailable(server_url: str) -> None:
+    nowhere = server_url.replace("/postgres?", "/nowhere?")
+    with pytest.raises(DatabaseUnavailableError):
+        fetch_columns(nowhere, "leads")
+    with pytest.raises(DatabaseUnavailableError):
+        list(fetch_all_chunks(nowhere, "leads", COLUMNS))
