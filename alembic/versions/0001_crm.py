@@ -133,9 +133,9 @@ CROSS JOIN LATERAL (
 ) b
 """
 
-# 1 to 180 days after the day the lead was created, skewed to young leads (a quarter is under 13 days, half under
-# 47): 32 bits of the ID's hash make a uniform number, whose square is stretched over the range. Hours, because a
-# day is not always 24 of them in the session's time zone.
+# 1 to 180 days after the day the lead was created, skewed to young leads (a quarter is under 13 days, half
+# under 47): 32 bits of the ID's hash make a uniform number, whose square is stretched over the range. Hours,
+# because a day is not always 24 of them in the session's time zone.
 _PAST_MOMENT = """
     date_trunc('day', p.created_at, 'UTC') + make_interval(hours => 24 * (1 + floor(
         180 * power(('x' || left(md5(p.id::text), 8))::bit(32)::bigint / 4294967296.0::float8, 2)
