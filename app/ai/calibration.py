@@ -1,14 +1,14 @@
-"""Calibration: raw scores to probabilities a person may act on, what is said about them, and how good they are.
+"""Calibration: raw scores to probabilities a person may act on, how sure they are, and how good.
 
 Pure and vectorised. Element i of a result depends on element i of the input alone, to the last bit: only
 element-by-element operations on contiguous arrays, no BLAS. Any float goes in (NaN, infinities, subnormals);
 what comes out is finite, within the calibrator's bounds, and never ranks a higher score below a lower one.
-Never fits on its own accord: training fits, on scores of rows the model has not seen, and the predictor applies.
+Training fits, on scores of rows the model has not seen; the predictor applies, and never fits.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,8 @@ _PARAMS: Mapping[str, frozenset[str]] = {
     "isotonic": frozenset({"scores", "probabilities"}),
     "none": frozenset(),
 }
-_HUGE = 1e300
-"""Scores beyond it are taken for it, so that the difference of two is finite."""
+_HUGE = 1e150
+"""Scores beyond it are taken for it, so that differences and products of two are finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Calibrator:
     - `sigmoid`: 1 / (1 + exp(-(slope * score + intercept))), fitted by `fit_sigmoid`; slope >= 0.
     - `spread`: 1 / (1 + exp(-steepness * (score - centre))): a fixed logistic spreading of scores that huddle
       round `centre`; steepness > 0. It makes numbers easier to tell apart, not truer.
-    - `isotonic`: linear between the points (`scores`, `probabilities`), both ascending, level beyond the ends;
+    - `isotonic`: linear between the points (`scores`, `probabilities`), both ascending; level beyond them;
       fitted by `fit_isotonic`.
     - `none`: the score itself.
 
@@ -111,9 +111,10 @@ def fit_sigmoid(raw: FloatArray, outcome: IntArray) -> dict[str, float]:
     """Fits slope and intercept of the sigmoid to raw scores (n,) and 0/1 outcomes (n,).
 
     Maximum likelihood on Platt's smoothed targets (Platt, Probabilistic Outputs for Support Vector Machines,
-    1999), by Newton's method with backtracking on scores brought to mean 0 and deviation 1 (Lin, Lin and Weng,
-    A Note on Platt's Probabilistic Outputs, Machine Learning 68, 2007). If the scores rank the outcomes the
-    wrong way round, the best slope that reverses no ranking is 0: every lead gets the (smoothed) base rate.
+    1999), by Newton's method with backtracking on scores brought to mean 0 and deviation 1 (Lin, Lin and
+    Weng, A Note on Platt's Probabilistic Outputs, Machine Learning 68, 2007). If the scores rank the outcomes
+    the wrong way round, the best slope that reverses no ranking is 0: every lead gets the (smoothed) base
+    rate.
 
     Raises:
         ValueError: no rows, unequal lengths, a score that is not finite, or an outcome other than 0 and 1.
@@ -124,7 +125,7 @@ def fit_sigmoid(raw: FloatArray, outcome: IntArray) -> dict[str, float]:
     target = np.where(happened == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
     centre, scale = float(scores.mean()), float(scores.std())
     slope, intercept = 0.0, 0.0
-    if scale > 0:
+    if scale > 1e-100:
         slope, intercept = _newton((scores - centre) / scale, target)
     if slope <= 0:
         share = float(target.mean())
@@ -137,8 +138,8 @@ def fit_isotonic(raw: FloatArray, outcome: IntArray) -> dict[str, list[float]]:
 
     The pool-adjacent-violators algorithm (Ayer et al. 1955; Zadrozny and Elkan, KDD 2002), then one point for
     each pooled block at its mean score, joined by straight lines (centred isotonic regression; Oron and
-    Flournoy, Statistics in Biopharmaceutical Research 9, 2017). Unlike steps, the lines keep apart scores that
-    the model keeps apart; only beyond the first and the last point are there ties.
+    Flournoy, Statistics in Biopharmaceutical Research 9, 2017). Unlike steps, the lines keep apart scores
+    that the model keeps apart; only beyond the first and the last point are there ties.
 
     Raises:
         ValueError: see `fit_sigmoid`.
@@ -146,17 +147,23 @@ def fit_isotonic(raw: FloatArray, outcome: IntArray) -> dict[str, list[float]]:
     scores, happened = _check_sample(raw, outcome)
     distinct, group, weights = np.unique(scores, return_inverse=True, return_counts=True)
     hits = np.bincount(group, weights=happened)
-    blocks: list[tuple[float, float, float]] = []
-    for score, weight, hit in zip(distinct.tolist(), weights.tolist(), hits.tolist(), strict=True):
-        total, rows, positives = score * weight, float(weight), hit
-        # A block whose rate does not exceed the one before is pooled with it; cross-multiplied, it is exact.
-        while blocks and blocks[-1][2] * rows >= positives * blocks[-1][1]:
+    blocks: list[_Block] = []
+    for score, rows, positives in zip(distinct.tolist(), weights.tolist(), hits.tolist(), strict=True):
+        block = _Block(score, score, score * rows, rows, positives)
+        # Rates are compared crosswise, which is exact: they are quotients of whole numbers.
+        while blocks and blocks[-1].positives * block.rows >= block.positives * blocks[-1].rows:
             before = blocks.pop()
-            total, rows, positives = total + before[0], rows + before[1], positives + before[2]
-        blocks.append((total, rows, positives))
+            block = _Block(
+                before.first,
+                block.last,
+                before.total + block.total,
+                before.rows + block.rows,
+                before.positives + block.positives,
+            )
+        blocks.append(block)
     return {
-        "scores": [total / rows for total, rows, _ in blocks],
-        "probabilities": [positives / rows for _, rows, positives in blocks],
+        "scores": [min(max(block.total / block.rows, block.first), block.last) for block in blocks],
+        "probabilities": [block.positives / block.rows for block in blocks],
     }
 
 
@@ -167,7 +174,7 @@ def calibration_statistics(p: FloatArray, outcome: IntArray, bins: int = 15) -> 
     - `ece`: expected calibration error over bins of equal mass (Nguyen and O'Connor, EMNLP 2015): the mean
       distance between predicted and observed share. Equal probabilities share their outcomes evenly among
       the bins they fall in, so the order of the rows does not matter.
-    - `ece_floor`: what `ece` would be on average if every probability were exactly true: the distance in a bin
+    - `ece_floor`: what `ece` would be on average if every probability were true: the distance in a bin
       is then nearly half-normal, with mean sqrt(2 / pi) times the standard deviation of the observed share
       (the consistency idea of Broecker and Smith, Weather and Forecasting 22, 2007, in closed form).
     - `mean_predicted`, `mean_observed`.
@@ -198,14 +205,25 @@ def _logistic(z: FloatArray) -> FloatArray:
 
 
 def _interpolate(scores: FloatArray, points: Sequence[float], probabilities: Sequence[float]) -> FloatArray:
-    """Interpolates linearly; each result lies between its two points, so rounding cannot reverse a ranking."""
+    """Interpolates; each result lies between its two points, so rounding cannot reverse a ranking."""
     x, y = np.array(points), np.array(probabilities)
     inside = np.minimum(np.maximum(scores, x[0]), x[-1])
     right = np.minimum(np.searchsorted(x, inside, side="right"), len(x) - 1)
     left = np.maximum(right - 1, 0)
     width = x[right] - x[left]
     share = (inside - x[left]) / np.where(width > 0, width, 1.0)
-    return np.minimum(y[left] + share * (y[right] - y[left]), y[right])
+    probability: FloatArray = np.minimum(y[left] + share * (y[right] - y[left]), y[right])
+    return probability
+
+
+class _Block(NamedTuple):
+    """Neighbouring scores that share one rate: the first and the last, their sum, rows and positives."""
+
+    first: float
+    last: float
+    total: float
+    rows: int
+    positives: float
 
 
 def _newton(scores: FloatArray, target: FloatArray) -> tuple[float, float]:

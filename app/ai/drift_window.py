@@ -1,8 +1,8 @@
 """The drift window: the last leads a worker scored, compared with the training sample when somebody asks.
 
-Adding rows is a copy into a ring; the statistics are computed on demand and remembered until there are new rows.
-Holds built features only, in memory only, never an ID. Single-threaded by design: everything happens on the event
-loop. The predictor adds, health asks.
+Adding rows is a copy into a ring; the statistics are computed on demand and remembered until there are new
+rows. Holds built features only, in memory only, never an ID. Single-threaded by design: everything happens on
+the event loop. The predictor adds, health asks.
 """
 
 from collections.abc import Sequence

@@ -92,8 +92,8 @@ class CheckedFeatures:
 class FeatureDrift(NamedTuple):
     """How far one feature moved.
 
-    `psi` is the population stability index, `noise` what it stays under by chance when nothing changed, `shift`
-    the largest difference between the cumulative shares of both samples.
+    `psi` is the population stability index, `noise` what it stays under by chance when nothing changed,
+    `shift` the largest difference between the cumulative shares of both samples.
     """
 
     psi: float
@@ -130,19 +130,20 @@ def check_features(
     "Far outside" is farther from the range than the range is wide.
     """
     rules = _Rules.of(feature_set.specs, statistics)
-    features = np.arange(len(feature_set.specs))
-    states, numbers = matrix.states, matrix.values
-    gap = np.isnan(numbers)
+    numbers = matrix.values
     outside = (numbers < rules.lower) | (numbers > rules.upper)
     far = (numbers < rules.far_below) | (numbers > rules.far_above)
-    bounded = np.minimum(np.maximum(numbers, rules.clip_below), rules.clip_above)
-    bounded = np.where(outside & rules.impute_outside, rules.impute, bounded)
-    values = np.where(gap, rules.fill[states, features], bounded)
-    reasons = (gap & rules.reject_gap[states, features]) | (outside & rules.reject_outside)
+    reasons = outside & rules.reject_outside
+    values = np.minimum(np.maximum(numbers, rules.clip_below), rules.clip_above)
+    np.copyto(values, rules.impute, where=outside & rules.impute_outside)
+    rows, features = np.nonzero(np.isnan(numbers))
+    states = matrix.states[rows, features]
+    values[rows, features] = rules.fill[states, features]
+    reasons[rows, features] = rules.reject_gap[states, features]
     rejected: BoolArray = np.any(reasons, axis=1)
     return CheckedFeatures(
         values=values,
-        coverage=_count_really_there(matrix, rules.indicator) / len(features),
+        coverage=_count_really_there(matrix, rules.indicator) / len(feature_set.specs),
         rejected=rejected,
         rejected_feature=np.where(rejected, reasons.argmax(axis=1), -1),
         out_of_range=far.sum(axis=1),
@@ -153,7 +154,7 @@ def build_verdicts(coverage: FloatArray, out_of_range: IntArray, min_coverage: f
     """Returns the verdict of each lead (n,) as an index into `VERDICTS`.
 
     `abstain` where nothing is there, or less than a quarter of `min_coverage`: there is nothing to go on.
-    `caution` where coverage is under `min_coverage`, or a value lies far outside what the model was trained on.
+    `caution` where coverage is under `min_coverage`, or a value lies far outside the training range.
     """
     abstain = (coverage == 0) | (coverage < min_coverage / 4)
     caution = (coverage < min_coverage) | (out_of_range > 0)
@@ -163,11 +164,12 @@ def build_verdicts(coverage: FloatArray, out_of_range: IntArray, min_coverage: f
 def drift_statistics(statistics: Sequence[FeatureStatistics], values: FloatArray) -> DriftStatistics:
     """Compares `r` rows of built features (r, k), before feature safety, with the training sample.
 
-    Per feature the population stability index over the training bins, a gap being a bin of its own, with half a
-    cell added to each so that an empty one stays finite; and the largest difference between the cumulative
-    shares (Kolmogorov and Smirnov's, at the bin edges). Without any change the index times r n / (r + n) follows
-    a chi-squared distribution with one degree of freedom less than there are bins (Yurdakul, Statistical
-    Properties of Population Stability Index, 2018): an index that chance exceeds once in a thousand is stable.
+    Per feature the population stability index over the training bins, a gap being a bin of its own, with half
+    a cell added to each so that an empty one stays finite; and the largest difference between the cumulative
+    shares (Kolmogorov and Smirnov's, at the bin edges). Without any change the index times r n / (r + n)
+    follows a chi-squared distribution with one degree of freedom less than there are bins (Yurdakul,
+    Statistical Properties of Population Stability Index, 2018): an index that chance exceeds once in a
+    thousand is stable.
     """
     rows = len(values)
     features = (
@@ -181,7 +183,7 @@ def drift_statistics(statistics: Sequence[FeatureStatistics], values: FloatArray
 
 
 class _Rules(NamedTuple):
-    """The strategies and statistics of k features as arrays (k,); `fill` and `reject_gap` are (4, k) by state."""
+    """Strategies and statistics of k features as arrays (k,); `fill`, `reject_gap` by state and feature."""
 
     lower: FloatArray
     upper: FloatArray
@@ -219,7 +221,7 @@ class _Rules(NamedTuple):
 
 
 def _count_really_there(matrix: FeatureMatrix, indicator: BoolArray) -> IntArray:
-    """Counts the cells (n,) that rest on data: an indicator of something absent does not, a rare text does."""
+    """Counts the cells (n,) that rest on data: an indicator of absence does not, a rare text does."""
     there = (matrix.states == CellState.PRESENT) & ~(indicator & (matrix.values == 0))
     pooled = (matrix.states == CellState.UNSEEN) & ~np.isnan(matrix.values)
     count: IntArray = (there | pooled).sum(axis=1)
