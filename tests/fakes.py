@@ -1,0 +1,119 @@
+"""One honest fake for each protocol: they keep the protocol's promises, and nothing else."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from app.ai.domain import (
+    AMBIGUOUS_LEAD,
+    UNKNOWN_LEAD,
+    Column,
+    FetchedLeads,
+    InputColumn,
+    LeadColumns,
+    StoredEvent,
+)
+from app.ai.events import Event
+from app.ai.model_bundle import ModelBundle
+from app.errors import LeadScoringError
+
+
+class FakeClock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeLeadSource:
+    """Leads in memory: canonical ID -> column -> value (None for NULL), or "ambiguous".
+
+    `error` is raised instead of answering while it is set; `asked` holds the IDs of every call.
+    """
+
+    def __init__(self, leads: Mapping[str, Mapping[str, object] | str]) -> None:
+        self.leads = dict(leads)
+        self.error: Exception | None = None
+        self.asked: list[list[str]] = []
+
+    async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn]) -> FetchedLeads:
+        self.asked.append(list(lead_ids))
+        if self.error is not None:
+            raise self.error
+        rows: list[Mapping[str, object]] = []
+        row_of = np.full(len(lead_ids), UNKNOWN_LEAD)
+        for index, lead_id in enumerate(lead_ids):
+            lead = self.leads.get(lead_id)
+            if isinstance(lead, str):
+                row_of[index] = AMBIGUOUS_LEAD
+            elif lead is not None:
+                row_of[index] = len(rows)
+                rows.append(lead)
+        return FetchedLeads(row_of, build_columns(rows, columns))
+
+
+def build_columns(rows: Sequence[Mapping[str, object]], columns: Sequence[InputColumn]) -> LeadColumns:
+    """Returns rows of values as columns."""
+    return LeadColumns(len(rows), {column.name: _build_column(rows, column) for column in columns})
+
+
+def _build_column(rows: Sequence[Mapping[str, object]], column: InputColumn) -> Column:
+    given = [row.get(column.name) for row in rows]
+    present = np.array([value is not None for value in given], np.bool_)
+    if column.kind == "text":
+        texts = np.array(["" if value is None else value for value in given], object)
+        return Column(column.kind, texts, present)
+    numbers = np.array([np.nan if value is None else float(value) for value in given], np.float64)  # type: ignore[arg-type]
+    return Column(column.kind, numbers, present)
+
+
+class FakeModels:
+    """A model that simply serves, or an error instead."""
+
+    def __init__(self, bundle: ModelBundle) -> None:
+        self.bundle = bundle
+        self.error: LeadScoringError | None = None
+
+    async def active(self) -> ModelBundle:
+        if self.error is not None:
+            raise self.error
+        return self.bundle
+
+
+class FakeEventSink:
+    """Keeps what is written, by event ID; `error` is raised instead while it is set."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, StoredEvent] = {}
+        self.error: LeadScoringError | None = None
+
+    async def write_events(self, events: Sequence[StoredEvent]) -> None:
+        if self.error is not None:
+            raise self.error
+        for event in events:
+            self.events.setdefault(event.id, event)
+
+
+class FakeTelemetry:
+    """Keeps every event; `error` is raised instead while it is set."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.error: LeadScoringError | None = None
+
+    async def record(self, event: Event, request_id: str | None = None) -> None:
+        if self.error is not None:
+            raise self.error
+        self.events.append(event)
+
+    def submit(self, event: Event, request_id: str | None = None) -> None:
+        self.events.append(event)
+
+    def backlog(self) -> int:
+        return 0
+
+    def state(self) -> str:
+        return "ok" if self.error is None else "unavailable"

@@ -1,0 +1,217 @@
+"""The predictor: every position answered once, whatever is known, unknown, doubtful or broken."""
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from app.ai.domain import VERDICTS, FloatArray, Predictions, RequestContext
+from app.ai.drift_window import DriftWindow
+from app.ai.prediction_cache import AnswerCache, NullCache, PredictionCache
+from app.ai.predictor import Predictor, ScoringPolicy, score_leads
+from app.errors import DatabaseUnavailableError, ModelNotReadyError, PredictionFailedError
+from tests.fakes import FakeClock, FakeLeadSource, FakeModels, build_columns
+from tests.lead_models import AS_OF, FEATURES, build_lead_bundle, build_lead_rows
+
+UUID = "6f1c0c1e-5f0b-4a57-9a1c-0c6a3f0e9b11"
+CONTEXT = RequestContext("request-1", AS_OF)
+POLICY = ScoringPolicy(0.6, "max_probability")
+BUNDLE = build_lead_bundle()
+
+
+class World:
+    """A predictor with everything it stands on."""
+
+    def __init__(self, executor: ThreadPoolExecutor, cache: AnswerCache) -> None:
+        rows = build_lead_rows(60, seed=5)
+        leads: dict[str, dict[str, object] | str] = {f"lead_{number}": row for number, row in enumerate(rows)}
+        self.source = FakeLeadSource({**leads, UUID: rows[0], "twice": "ambiguous", "empty": {}})
+        self.models = FakeModels(BUNDLE)
+        self.drift = DriftWindow(1000)
+        self.predictor = Predictor(
+            self.models, self.source, cache, self.drift, executor=executor, policy=POLICY, clock=FakeClock()
+        )
+
+    async def ask(self, *lead_ids: str) -> Predictions:
+        return await self.predictor.predict(lead_ids, CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as threads:
+        yield threads
+
+
+@pytest.fixture
+def world(executor: ThreadPoolExecutor) -> World:
+    return World(executor, NullCache())
+
+
+@pytest.fixture
+def caching_world(executor: ThreadPoolExecutor) -> World:
+    return World(executor, PredictionCache(1000, 300, FakeClock()))
+
+
+def rows_of(predictions: Predictions) -> list[tuple[object, ...]]:
+    names = ("raw_score", "probability", "confidence", "coverage", "prediction", "verdict")
+    columns = [getattr(predictions, name).tolist() for name in names]
+    return list(zip(predictions.lead_ids, *columns, strict=True))
+
+
+async def test_order_duplicates_and_spelling_are_kept_and_each_lead_is_fetched_once(world: World) -> None:
+    asked = ["lead_3", UUID.upper(), "lead_1", "lead_3", UUID, "lead_0"]
+    predictions = await world.ask(*asked)
+    assert predictions.lead_ids == asked
+    assert world.source.asked == [["lead_3", UUID, "lead_1", "lead_0"]]
+    rows = rows_of(predictions)
+    assert rows[0] == rows[3]
+    assert rows[1][1:] == rows[4][1:] == rows[5][1:]
+
+
+async def test_a_batch_equals_its_leads_asked_one_by_one_bit_for_bit(world: World) -> None:
+    ids = [f"lead_{number}" for number in range(60)]
+    together = rows_of(await world.ask(*ids))
+    alone = [rows_of(await world.ask(lead_id))[0] for lead_id in ids]
+    assert together == alone
+
+
+async def test_unknown_and_ambiguous_leads_are_declined_by_position_and_spoil_nothing(world: World) -> None:
+    predictions = await world.ask("nobody", "lead_1", "twice", "nobody")
+    assert predictions.asked == 4
+    assert predictions.lead_ids == ["lead_1"]
+    assert [(r.lead_id, r.position, r.code) for r in predictions.rejections] == [
+        ("nobody", 0, "LEAD_NOT_FOUND"),
+        ("twice", 2, "LEAD_AMBIGUOUS"),
+        ("nobody", 3, "LEAD_NOT_FOUND"),
+    ]
+    assert rows_of(predictions) == rows_of(await world.ask("lead_1"))
+
+
+async def test_a_lead_that_cannot_be_made_safe_is_declined_and_spoils_nothing(world: World) -> None:
+    world.source.leads["broken"] = {"tuition_fee": float("nan")}
+    predictions = await world.ask("lead_1", "broken")
+    assert [rejection.code for rejection in predictions.rejections] == ["FEATURES_REJECTED"]
+    assert rows_of(predictions) == rows_of(await world.ask("lead_1"))
+
+
+async def test_only_unknown_leads_make_an_answer_without_predictions(world: World) -> None:
+    predictions = await world.ask("nobody")
+    assert predictions.lead_ids == []
+    assert predictions.probability.shape == (0,)
+
+
+async def test_a_lead_without_any_data_is_answered_with_the_base_rate_and_says_so(world: World) -> None:
+    predictions = await world.ask("empty")
+    assert VERDICTS[predictions.verdict[0]] == "abstain"
+    assert predictions.coverage[0] == 0
+    assert predictions.probability[0] == BUNDLE.manifest.base_rate
+    assert predictions.prediction[0] == (BUNDLE.manifest.base_rate >= BUNDLE.manifest.threshold)
+
+
+async def test_verdicts_follow_coverage_and_values_outside_the_training_range(world: World) -> None:
+    whole = {name: value for name, value in build_lead_rows(1, 8)[0].items() if value is not None}
+    whole |= {"gpa": 3.0, "minutes_on_site": 10.0, "newsletter_opt_in": True, "source": "website"}
+    world.source.leads |= {
+        "whole": whole,
+        "thin": {"touchpoint_count": 3, "gpa": 3.0},
+        "strange": {**whole, "touchpoint_count": 1e9},
+    }
+    predictions = await world.ask("whole", "thin", "strange")
+    assert [VERDICTS[code] for code in predictions.verdict] == ["ok", "caution", "caution"]
+    assert predictions.coverage.tolist() == [1.0, 2 / 7, 1.0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 5e-324])
+async def test_any_stored_number_gives_a_finite_probability_within_the_bounds(
+    world: World, value: float
+) -> None:
+    names = ("gpa", "minutes_on_site", "touchpoint_count", "newsletter_opt_in", "created_at")
+    world.source.leads["odd"] = dict.fromkeys(names, value)
+    predictions = await world.ask("odd")
+    lower, upper = predictions.bounds
+    assert lower <= predictions.probability[0] <= upper
+
+
+async def test_prediction_is_the_probability_against_the_threshold(world: World) -> None:
+    predictions = await world.ask(*(f"lead_{number}" for number in range(60)))
+    assert predictions.prediction.tolist() == (predictions.probability >= 0.5).tolist()
+    assert 0 < np.count_nonzero(predictions.prediction) < 60
+
+
+async def test_a_cached_answer_is_the_same_and_never_touches_the_database(caching_world: World) -> None:
+    first = await caching_world.ask("lead_1", "lead_2")
+    caching_world.source.error = DatabaseUnavailableError()
+    again = await caching_world.ask("lead_2", "lead_1", "lead_2")
+    assert (first.cache_hits, again.cache_hits) == (0, 3)
+    assert rows_of(again) == [rows_of(first)[1], rows_of(first)[0], rows_of(first)[1]]
+    assert len(caching_world.source.asked) == 1
+
+
+async def test_only_what_the_cache_lacks_is_fetched_and_unknown_leads_are_looked_up_again(
+    caching_world: World,
+) -> None:
+    await caching_world.ask("lead_1", "nobody")
+    mixed = await caching_world.ask("lead_1", "nobody", "lead_2")
+    assert caching_world.source.asked == [["lead_1", "nobody"], ["nobody", "lead_2"]]
+    assert mixed.cache_hits == 1
+
+
+async def test_a_mixed_batch_fails_while_the_database_is_away(caching_world: World) -> None:
+    await caching_world.ask("lead_1")
+    caching_world.source.error = DatabaseUnavailableError()
+    with pytest.raises(DatabaseUnavailableError):
+        await caching_world.ask("lead_1", "lead_2")
+
+
+async def test_another_model_does_not_answer_from_the_old_ones_cache(caching_world: World) -> None:
+    await caching_world.ask("lead_1")
+    caching_world.models.bundle = build_lead_bundle("20260202_120000", seed=2)
+    swapped = await caching_world.ask("lead_1")
+    assert swapped.cache_hits == 0
+    assert swapped.model.version == "20260202_120000"
+
+
+async def test_no_model_is_told_before_the_database_is_asked(world: World) -> None:
+    world.models.error = ModelNotReadyError()
+    with pytest.raises(ModelNotReadyError):
+        await world.ask("lead_1")
+    assert not world.source.asked
+
+
+async def test_anything_unexpected_is_a_failed_prediction_with_its_cause(world: World) -> None:
+    world.source.error = ZeroDivisionError("a value of a lead")
+    with pytest.raises(PredictionFailedError) as caught:
+        await world.ask("lead_1")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert "a value of a lead" not in str(caught.value)
+
+
+async def test_every_stage_is_timed_and_drift_sees_what_was_built(world: World) -> None:
+    predictions = await world.ask("lead_1", "lead_2", "nobody")
+    assert list(predictions.stages_ms) == [
+        "model", "cache", "database", "features", "safety", "scoring", "calibration",
+    ]  # fmt: skip
+    assert world.drift.statistics(BUNDLE.statistics, FEATURES.fingerprint).rows == 2
+
+
+async def test_scoring_runs_on_the_scoring_thread_only(executor: ThreadPoolExecutor, world: World) -> None:
+    threads: list[int] = []
+
+    def scorer(values: FloatArray) -> FloatArray:
+        threads.append(threading.get_ident())
+        return BUNDLE.scorer(values)
+
+    world.models.bundle = dataclasses.replace(BUNDLE, scorer=scorer)
+    await world.ask("lead_1")
+    assert threads == [executor.submit(threading.get_ident).result()]
+
+
+def test_scoring_many_leads_equals_scoring_each_alone_bit_for_bit() -> None:
+    rows = build_lead_rows(300, seed=9)
+    together = score_leads(BUNDLE, build_columns(rows, FEATURES.input_columns), AS_OF, POLICY)
+    for number, row in enumerate(rows):
+        alone = score_leads(BUNDLE, build_columns([row], FEATURES.input_columns), AS_OF, POLICY)
+        assert alone.answers.tolist() == [together.answers[number].item()]
