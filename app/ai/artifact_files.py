@@ -126,9 +126,11 @@ def _read_file(directory: int, name: str, limit: int) -> bytes:
         if exc.errno == errno.ELOOP:
             raise ArtifactError("not_regular", "The file is a symbolic link.") from exc
         raise ArtifactError("not_readable", "The file cannot be opened.") from exc
-    with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123  opened by descriptor, not by path
-        _refuse_unsafe(os.fstat(file.fileno()), limit)
-        return _read_at_most(file.fileno(), limit + 1)
+    try:
+        _refuse_unsafe(os.fstat(descriptor), limit)
+        return _read_at_most(descriptor, limit + 1)
+    finally:
+        os.close(descriptor)
 
 
 def _read_at_most(descriptor: int, limit: int) -> bytes:
@@ -145,7 +147,9 @@ def _read_at_most(descriptor: int, limit: int) -> bytes:
 def _refuse_unsafe(status: os.stat_result, limit: int) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactError("not_regular", "The file is not a regular file.")
-    if status.st_nlink != 1:
+    if status.st_nlink == 0:
+        raise ArtifactError("missing", "The file was replaced while it was being opened.")
+    if status.st_nlink > 1:
         raise ArtifactError("hard_linked", "The file has a second name that could change it.")
     _refuse_writable_by_others(status)
     if status.st_size > limit:

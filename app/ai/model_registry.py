@@ -203,17 +203,17 @@ class ModelRegistry:
 
     def _try_to_load(self, artifact: FoundArtifact) -> str | None:
         started = self._monotonic()
+        bundle, reason = None, None
         try:
-            bundle, refusal = self._catalogue.load(artifact), None
-        except ArtifactError as exc:
-            bundle, refusal = None, exc
-        elapsed = self._monotonic() - started
-        if bundle is not None:
+            bundle = self._catalogue.load(artifact)
             self._loaded = _Loaded(bundle, artifact.identity, self._utc_now(), self._monotonic())
-        reason = refusal.reason if refusal else None
-        self._report(
-            artifact, LoadReport(artifact.version, artifact.model_type, bundle, reason, 1000 * elapsed)
-        )
+        except ArtifactError as exc:
+            reason = exc.reason
+        except Exception:  # noqa: BLE001  a defect met in one artifact must not keep the next one from serving
+            reason = "internal_error"
+            _log.exception("model_load_failed", version=artifact.version)
+        elapsed_ms = 1000 * (self._monotonic() - started)
+        self._report(artifact, LoadReport(artifact.version, artifact.model_type, bundle, reason, elapsed_ms))
         return reason
 
     def _report(self, artifact: FoundArtifact, report: LoadReport) -> None:
