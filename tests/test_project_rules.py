@@ -61,9 +61,16 @@ def test_every_command_is_documented_and_has_help() -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    metrics = set(re.findall(r'"(lead_scoring_[a-z_]+)"', _read("app/metrics.py")))
+    metrics = set(re.findall(r'"(leadscore_[a-z_]+)"', _read("app/metrics.py")))
     assert metrics
-    assert not [name for name in metrics if f"`{name}`" not in _read("docs/runbook.md")]
+    assert not [name for name in metrics if not re.search(f"`{name}(_total)?`", _read("docs/runbook.md"))]
+
+
+def test_every_reason_to_refuse_an_artifact_is_documented() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "app").rglob("*.py"))
+    reasons = set(re.findall(r'ArtifactError\(\s*"([a-z_]+)"', source)) - {"refused"}
+    assert len(reasons) > 10
+    assert not [reason for reason in reasons if f"`{reason}`" not in _read("docs/runbook.md")]
 
 
 def test_local_links_in_the_documents_lead_somewhere() -> None:
