@@ -88,12 +88,18 @@ def test_the_input_is_left_as_it_was():
         assert_array_equal(rows, ROWS)
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_empty_batch_has_no_scores(name):
+    assert build_scorer(fitted(name))(ROWS[:0]).shape == (0,)
+
+
 def test_any_other_classifier_is_scored_by_its_own_method_and_the_log_says_so(caplog):
     estimator = GaussianNB().fit(ROWS, LABELS)
     with caplog.at_level(logging.WARNING):
         score = build_scorer(estimator)
     assert "GaussianNB" in caplog.text
     assert_array_equal(score(ROWS), estimator.predict_proba(ROWS)[:, 1])
+    assert score(ROWS[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize(

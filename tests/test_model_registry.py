@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from app.ai import artifact_loading
+from app.ai.artifact_files import open_model_dir
 from app.ai.artifact_loading import dump_estimator
 from app.ai.calibration import Calibrator
 from app.ai.feature_safety import FeatureStatistics
@@ -636,6 +638,22 @@ async def test_a_bad_file_is_read_once_and_not_on_every_look(models, open_regist
             registry.available()
     assert names.count(bad.name) == 1
     assert [report.version for report in reports] == [V2, V1]
+
+
+def test_what_may_pass_by_itself_is_not_held_against_an_artifact(models, open_registry):
+    """A process out of descriptors cannot read the file; once it has some, the very same file loads."""
+    publish(models, V1)
+    catalogue = ModelCatalogue(models)
+    (artifact,) = catalogue.find()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open_model_dir(models) as descriptor:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 1, hard))
+        try:
+            with pytest.raises(ArtifactError):
+                catalogue.load(artifact)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert catalogue.load(artifact).ref.version == V1
 
 
 async def test_a_closed_registry_serves_on_and_never_looks_again(models, open_registry, clock):

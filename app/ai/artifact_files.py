@@ -2,7 +2,7 @@
 
 A file is opened relative to the directory, never through a link, and only if it is a regular file with one
 name that no stranger can write; it is read once, into memory. Never interprets what it read, never follows a
-path. Called by `model_registry`, for manifests and artifacts alike.
+path. Called by `model_catalogue`, for manifests and artifacts alike.
 """
 
 import errno
@@ -29,7 +29,7 @@ FileIdentity = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class FoundArtifact:
-    """One model in the directory, by its file names alone; the newest version sorts last.
+    """One model in the directory, by its file names alone.
 
     `manifest_name` and `artifact_name` are None where there is no such file. `identity` is that of both files
     together: what was found out about the artifact holds for as long as it stays the same.

@@ -126,7 +126,7 @@ def load_estimator(data: bytes, fmt: ArtifactFormat) -> object:
 
     Raises:
         ArtifactError: `not_allowed` (it names something outside the allow-list), `compressed`, or
-            `not_loadable` (damaged, or written by another version of a library), `out_of_memory`.
+            `not_loadable` (damaged, or written by another version of a library).
     """
     # Not `catch_warnings`: that swaps the filters of the whole process, and this runs beside other threads.
     warnings.simplefilter("error", InconsistentVersionWarning)
@@ -134,8 +134,6 @@ def load_estimator(data: bytes, fmt: ArtifactFormat) -> object:
         return _load_skops(data) if fmt == "skops" else _load_joblib(data)
     except ArtifactError:
         raise
-    except MemoryError as exc:
-        raise ArtifactError("out_of_memory", "There is not enough memory to load the artifact.") from exc
     except Exception as exc:
         raise ArtifactError("not_loadable", f"The artifact cannot be loaded ({type(exc).__name__}).") from exc
 

@@ -43,7 +43,13 @@ def build_scorer(estimator: object) -> Scorer:
     if type(model) is LogisticRegression:
         return _build_logistic(model)
     _LOG.warning("no deterministic scorer for %s: batches may differ in the last bits", type(model).__name__)
-    return lambda values: np.ascontiguousarray(model.predict_proba(values)[:, 1], dtype=np.float64)
+    return lambda values: _predict_by_itself(model, values)
+
+
+def _predict_by_itself(model: Any, values: FloatArray) -> FloatArray:
+    if len(values) == 0:
+        return np.empty(0)
+    return np.ascontiguousarray(model.predict_proba(values)[:, 1], dtype=np.float64)
 
 
 def _build_pipeline(pipeline: Any) -> Scorer:
@@ -91,6 +97,8 @@ def _build_boosting(model: Any) -> Scorer:
         _check_tree(left, right, nodes["feature_idx"], model.n_features_in_)
 
     def score(values: FloatArray) -> FloatArray:
+        if len(values) == 0:
+            return np.empty(0)
         # The public method takes all cores; a thread pool costs more than it gives for a batch.
         raw = model._raw_predict(np.ascontiguousarray(values), n_threads=1)  # noqa: SLF001
         probability: FloatArray = expit(raw[:, 0])

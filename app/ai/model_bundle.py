@@ -1,7 +1,7 @@
 """A model in memory: the estimator's scorer with everything that stands round it, all of one version.
 
 A bundle is made in one order: library versions, then the manifest's own parts, then the artifact's bytes,
-then the golden self-test. Never reads a file. Called by `model_registry`, and by `training.publish` to prove
+then the golden self-test. Never reads a file. Called by `model_catalogue`, and by `training.publish` to prove
 what it is about to publish.
 """
 

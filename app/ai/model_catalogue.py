@@ -28,8 +28,9 @@ ModelState = Literal["active", "verified", "refused", "incompatible", "unverifie
 Incompatible = Callable[[ModelManifest], str | None]
 _Result = TypeVar("_Result")
 
-_PASSING = frozenset({"incompatible", "missing", "not_readable", "out_of_memory"})
-"""Reasons that may go away although the files stay as they are."""
+_PASSING_REASONS = frozenset({"incompatible", "missing"})
+_PASSING_CAUSES = (MemoryError, OSError)
+"""What may go away although the files stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ class ModelCatalogue:
         try:
             return act(artifact)
         except ArtifactError as exc:
-            if exc.reason not in _PASSING:
+            if exc.reason not in _PASSING_REASONS and not isinstance(exc.__cause__, _PASSING_CAUSES):
                 # Not the exception itself: its traceback would keep the artifact's bytes alive.
                 self._refusals[artifact.identity] = (exc.reason, str(exc))
             raise
@@ -154,8 +155,10 @@ class ModelCatalogue:
             raise ArtifactError("incompatible", why)
 
     def _forget_all_but(self, identities: set[FileIdentity]) -> None:
-        self._refusals = {key: value for key, value in self._refusals.items() if key in identities}
-        self._verified = {key: value for key, value in self._verified.items() if key in identities}
+        # Copies, because another thread may be adding; what it adds meanwhile is found out once more.
+        refusals, verified = self._refusals.copy(), self._verified.copy()
+        self._refusals = {key: value for key, value in refusals.items() if key in identities}
+        self._verified = {key: value for key, value in verified.items() if key in identities}
 
 
 def _read_manifest_of(descriptor: int, artifact: FoundArtifact) -> ModelManifest:

@@ -24,8 +24,6 @@ from app.ai.model_bundle import ModelBundle
 from app.ai.model_catalogue import AvailableModel, Incompatible, ModelCatalogue
 from app.errors import ArtifactError, ModelNotReadyError
 
-__all__ = ["LoadReport", "ModelBundle", "ModelRegistry", "RegistryStatus"]
-
 CacheStatus = Literal["hit", "miss", "expired", "error"]
 
 _MAX_BACKOFF = 6
