@@ -24,7 +24,6 @@ from tests.model_files import publish
 
 ROOT = Path(__file__).parent.parent
 PREDICT = "/ai/advanced-ml/predict-batch"
-START_SECONDS = 30
 
 FEATURES = FeatureSet(
     tuple(

@@ -53,14 +53,13 @@ async def test_a_service_killed_in_the_middle_of_ten_thousand_requests_loses_non
     assert set(Counter(load.answered.values())) == {200, 422}
 
 
-async def test_the_same_with_the_database_stopped_in_between(tmp_path: Path) -> None:
+async def test_the_same_with_two_workers_and_the_database_stopped_in_between(tmp_path: Path) -> None:
     server = tmp_path / "server"
     with open_embedded(server) as url:
         upgrade(url)
         load = Load("outage", add_leads(url, 20))
-        service = Service(
-            tmp_path, url, publish_crm_model(tmp_path / "models"), ML_PREDICTION_CACHE_TTL_SECONDS="3"
-        )
+        models = publish_crm_model(tmp_path / "models")
+        service = Service(tmp_path, url, models, WORKERS="2", ML_PREDICTION_CACHE_TTL_SECONDS="3")
         service.start()
         await load.run(service.port, 500)
     try:
