@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from app.ai.domain import Column, FloatArray, InputColumn, IntArray, LeadColumns
-from app.ai.features import FeatureSet, FeatureSpec, normalise_text
+from app.ai.feature_transforms import normalise_text
+from app.ai.features import FeatureSet, FeatureSpec
 from app.training.levels import MIN_LEVEL_ROWS, learn_levels
 
 _IDENTIFIER_SHARE = 0.5

@@ -117,8 +117,8 @@ def fit_calibrator(raw: FloatArray, outcome: IntArray, fold: IntArray) -> tuple[
     """Chooses sigmoid or isotonic by log-loss across folds and fits it on all out-of-fold scores (n,).
 
     Returns it with the cross-fitted probabilities (n,): those of a fold come from a calibrator fitted on the
-    others, so a threshold may be chosen on them. The bounds are those of the rule of succession: `n` rows
-    cannot support more certainty than (n + 1) / (n + 2).
+    others, so a threshold may be chosen on them. The bounds are Laplace's rule of succession for a tenth
+    of the rows: the outermost tenth, even without a single exception, supports no more certainty than that.
     """
     candidates = {method: _cross_fit(method, raw, outcome, fold) for method in _METHODS}
     best = min(candidates, key=lambda method: float(log_loss(outcome, candidates[method])))
@@ -157,5 +157,5 @@ def _cross_fit(method: CalibrationMethod, raw: FloatArray, outcome: IntArray, fo
 
 
 def _fit(method: CalibrationMethod, raw: FloatArray, outcome: IntArray) -> Calibrator:
-    edge = 1 / (len(raw) + 2)
+    edge = 1 / (len(raw) / 10 + 2)
     return Calibrator(method=method, params=_METHODS[method](raw, outcome), lower=edge, upper=1 - edge)

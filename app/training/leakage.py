@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from app.ai.domain import Column, FloatArray, InputColumn, IntArray, LeadColumns
-from app.ai.features import normalise_text
+from app.ai.feature_transforms import normalise_text
 from app.errors import TrainingError
 
 REFUSED_AUC, FLAGGED_AUC = 0.90, 0.75

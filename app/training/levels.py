@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from app.ai.domain import Column, IntArray
-from app.ai.features import normalise_text
+from app.ai.feature_transforms import normalise_text
 
 MIN_LEVEL_ROWS = 10
 """A level with fewer training rows is pooled with the other rare ones, and not named in the manifest: a value

@@ -63,8 +63,8 @@ def _intended_use(manifest: ModelManifest) -> str:
     within = f" within {manifest.horizon_days} days" if manifest.horizon_days else ""
     return (
         f"Estimates how likely a lead of {manifest.source} is to reach {manifest.label}{within}, to help "
-        "people decide whom to call first. It describes past leads: it does not say why somebody applies, and "
-        "is not meant for decisions about admission."
+        "people decide whom to call first. It describes past leads: it does not say why somebody applies, "
+        "and is not meant for decisions about admission."
     )
 
 

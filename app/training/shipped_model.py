@@ -1,0 +1,68 @@
+"""Makes the model that ships in `models/`: the demo CRM, in a throwaway database, at one fixed moment.
+
+The same seed gives the same manifest fingerprint and the same predictions, so anybody can make it again and compare.
+Never touches the service's own database. Run by `make model`.
+"""
+
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from app.ai.model_manifest import manifest_fingerprint
+from app.db.demo_crm import load_demo
+from app.db.embedded import open_embedded
+from app.db.migrations import upgrade
+from app.training.options import TrainingOptions
+from app.training.report import TrainingReport, print_report
+from app.training.rows import Progress
+from app.training.train import train
+
+PEOPLE, SEED = 10_000, 1
+MOMENT = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def train_shipped_model(
+    model_dir: Path, progress: Progress = lambda _stage, _done, _total: None
+) -> TrainingReport:
+    """Trains the shipped model from nothing and publishes it to `model_dir`."""
+    with tempfile.TemporaryDirectory(prefix="leadscore-model-") as folder, open_embedded(Path(folder)) as url:
+        upgrade(url)
+        load_demo(url, people=PEOPLE, seed=SEED, until=MOMENT, progress=progress)
+        return train(TrainingOptions(url=url, model_dir=model_dir, seed=SEED, now=MOMENT), progress)
+
+
+def replace_shipped_model(model_dir: Path, progress: Progress) -> TrainingReport:
+    """Makes the shipped model again in a directory that may hold it already; its manifest is replaced last."""
+    with tempfile.TemporaryDirectory(prefix="leadscore-model-") as folder:
+        report = train_shipped_model(Path(folder), progress)
+        manifest_name = report.manifest_path.name
+        model_dir.mkdir(parents=True, exist_ok=True)
+        for made in sorted(Path(folder).iterdir(), key=lambda path: path.name == manifest_name):
+            _replace(made, model_dir / made.name)
+    return report
+
+
+def _replace(made: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_bytes(made.read_bytes())
+    temporary.chmod(0o644)
+    temporary.replace(target)
+
+
+def main() -> None:
+    """Entry point of `make model`."""
+    console = Console()
+    with console.status("working") as status:
+
+        def show(stage: str, done: int, total: int) -> None:
+            status.update(f"{stage} {done:,}" + (f" of {total:,}" if total else ""))
+
+        report = replace_shipped_model(Path("models"), show)
+    print_report(report, console)
+    console.print(f"fingerprint {manifest_fingerprint(report.manifest)}")
+
+
+if __name__ == "__main__":
+    main()
