@@ -208,6 +208,27 @@ def train(
         print_report(report, Console())
 
 
+@cli.command()
+@_json_option
+def score(*, as_json: bool) -> None:
+    """Score every lead of LEAD_SOURCE with the active model, into the table lead_scores."""
+    from app.ai.model_registry import ModelRegistry
+    from app.ai.predictor import ScoringPolicy
+    from app.bulk_scoring import score_source
+
+    settings = load_settings()
+    bundle = ModelRegistry(
+        settings.ml_model_dir, pattern=settings.ml_model_pattern, pinned_version=settings.ml_model_version
+    ).load()
+    today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    policy = ScoringPolicy(settings.ml_min_feature_coverage, settings.ml_confidence_method)
+    with _database(settings) as url, _progress() as progress:
+        summary = score_source(
+            url, settings.lead_source, bundle, as_of=today, policy=policy, progress=progress
+        )
+    _print_facts(dataclasses.asdict(summary), as_json)
+
+
 @cli.group()
 def models() -> None:
     """Look at what is in the registry, and whether it can be trusted."""

@@ -143,6 +143,23 @@ def fetch_columns(url: str, relation: str) -> Mapping[str, ColumnKind]:
         raise DatabaseUnavailableError from exc
 
 
+def count_leads(url: str, relation: str) -> int:
+    """Returns how many leads the relation has.
+
+    Raises:
+        DatabaseUnavailableError: the database cannot be reached.
+        CommandError: there is no such relation, or it has no `lead_id uuid`.
+    """
+    try:
+        with psycopg.connect(url) as connection:
+            _fetch_types(connection, relation)
+            statement = sql.SQL("SELECT count(*) FROM {}").format(sql.SQL(quoted_relation(relation)))
+            row = connection.execute(statement).fetchone()
+    except psycopg.OperationalError as exc:
+        raise DatabaseUnavailableError from exc
+    return row[0] if row else 0
+
+
 def fetch_all_chunks(
     url: str, relation: str, columns: Sequence[InputColumn], *, chunk_rows: int = 20_000
 ) -> Iterator[LeadChunk]:

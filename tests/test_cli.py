@@ -1,0 +1,183 @@
+"""The commands, as a person or a script runs them: against a real database, by status and by output."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+
+from app.cli import cli
+
+ROOT = Path(__file__).parent.parent
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(database_url: str, tmp_path: Path) -> Run:
+    """`run("models", "list")` runs a command against a database and a models directory of this test's own."""
+    environment = {"DATABASE_URL": database_url, "ML_MODEL_DIR": str(tmp_path / "models")}
+    (tmp_path / "models").mkdir()
+
+    def invoke(*arguments: str, **more: str) -> Result:
+        return CliRunner().invoke(cli, arguments, env={**environment, **more})
+
+    return invoke
+
+
+@pytest.fixture
+def csv_file(tmp_path: Path) -> Path:
+    """Four hundred leads whose number tells half the story of their outcome."""
+    rng = np.random.default_rng(7)
+    visits = rng.poisson(4, 400)
+    won = rng.random(400) < 1 / (1 + np.exp(3 - 0.6 * visits))
+    channels = rng.choice(["Fair", "Web", "Select"], 400)
+    lines = [
+        f"L-{number},{visit},{channel},{'Yes' if outcome else 'No'}"
+        for number, (visit, channel, outcome) in enumerate(zip(visits, channels, won, strict=True))
+    ]
+    path = tmp_path / "leads.csv"
+    path.write_text("\n".join(["Lead No,Visits,Channel,Enrolled", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def _commands(group: click.Group, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    return [
+        path
+        for name, command in group.commands.items()
+        for path in (
+            [
+                (*prefix, name),
+                *(_commands(command, (*prefix, name)) if isinstance(command, click.Group) else []),
+            ]
+        )
+    ]
+
+
+@pytest.mark.parametrize("path", _commands(cli), ids=" ".join)
+def test_every_command_explains_itself(path: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(cli, [*path, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 3
+
+
+def test_a_file_becomes_a_source_a_model_and_scores(run: Run, csv_file: Path, database_url: str) -> None:
+    imported = run(
+        "import",
+        str(csv_file),
+        "--table",
+        "leads",
+        "--id",
+        "Lead No",
+        "--label",
+        "Enrolled",
+        "--missing",
+        "Select",
+        "--json",
+    )
+    assert imported.exit_code == 0, imported.output
+    assert "400" in imported.stdout
+
+    trained = run(
+        "train", "--source", "leads", "--label", "enrolled", "--model", "logistic_regression", "--json"
+    )
+    assert trained.exit_code == 0, trained.output
+    facts = json.loads(trained.stdout)
+    assert 0.6 < facts["metrics"]["roc_auc"] < 1
+
+    listed = json.loads(run("models", "list", "--json").stdout)
+    assert [(model["version"], model["state"]) for model in listed] == [(facts["version"], "verified")]
+    assert run("models", "verify").exit_code == 0
+
+    scored = run("score", "--json", LEAD_SOURCE="leads")
+    assert scored.exit_code == 0, scored.output
+    with psycopg.connect(database_url) as connection:
+        rows = connection.execute("SELECT probability, model_version FROM lead_scores").fetchall()
+    assert len(rows) == 400
+    assert {version for _, version in rows} == {facts["version"]}
+    assert all(0 <= probability <= 1 for probability, _ in rows)
+
+
+def test_a_model_that_cannot_be_trusted_fails_the_verify_command(
+    run: Run, csv_file: Path, tmp_path: Path
+) -> None:
+    run("import", str(csv_file), "--table", "leads", "--id", "Lead No", "--label", "Enrolled")
+    run("train", "--source", "leads", "--label", "enrolled", "--model", "logistic_regression")
+    artifact = next((tmp_path / "models").glob("*.skops"))
+    artifact.write_bytes(artifact.read_bytes()[:-1])
+    result = run("models", "verify")
+    assert result.exit_code == 1
+    assert "size_mismatch" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_no_model_at_all_fails_the_verify_command(run: Run) -> None:
+    result = run("models", "verify")
+    assert result.exit_code == 1
+    assert "no model" in result.stderr
+
+
+def test_the_demo_fills_an_empty_database_once(run: Run, database_url: str) -> None:
+    first = run("demo", "--people", "50", "--seed", "3", "--until", "2026-01-01", "--json")
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.stdout)["people"] == 50
+    second = run("demo", "--people", "50")
+    assert second.exit_code == 1
+    assert len(second.stderr.strip().splitlines()) == 1
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT count(*) FROM people").fetchone() == (50,)
+
+
+def test_upgrade_migrates_a_database_without_a_schema_and_seeds_nothing(empty_database_url: str) -> None:
+    result = CliRunner().invoke(cli, ["db", "upgrade"], env={"DATABASE_URL": empty_database_url})
+    assert result.exit_code == 0, result.output
+    with psycopg.connect(empty_database_url) as connection:
+        assert connection.execute("SELECT count(*) FROM people").fetchone() == (0,)
+        assert connection.execute("SELECT count(*) FROM ai_events").fetchone() == (0,)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "http"),
+        ("ML_CACHE_TTL_SECONDS", "-1"),
+        ("CORS_ORIGINS", "*"),
+        ("LEAD_SOURCE", "a;b"),
+        ("APP_ENV", "prod"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_the_variable(name: str, value: str) -> None:
+    result = CliRunner().invoke(cli, ["models", "list"], env={name: value})
+    assert result.exit_code == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert name in result.stderr
+
+
+def test_production_refuses_the_embedded_database() -> None:
+    result = CliRunner().invoke(cli, ["serve"], env={"APP_ENV": "production", "DATABASE_URL": ""})
+    assert result.exit_code == 1
+    assert "DATABASE_URL" in result.stderr
+
+
+def test_a_taken_port_is_said_in_one_line_before_anything_is_started(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        environment = {**os.environ, "PORT": str(taken.getsockname()[1]), "VAR_DIR": str(tmp_path / "var")}
+        result = subprocess.run(
+            [sys.executable, "-m", "app.cli", "serve"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "PORT" in result.stderr
+    assert not (tmp_path / "var").exists()
