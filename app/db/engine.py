@@ -43,7 +43,7 @@ class Database:
         self._knock = asyncio.Lock()
         self._reachable = True
         self._idle: list[Connection] = []
-        self._loans: dict[asyncio.Task[Any], Connection | None] = {}
+        self._loans: dict[asyncio.Task[Any], _Loan] = {}
         self._closed = False
 
     async def run(self, call: Callable[[Connection], Awaitable[T]]) -> T:
@@ -55,45 +55,45 @@ class Database:
             DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
             psycopg.Error: the statement is at fault.
         """
-        loan: asyncio.Task[T] = asyncio.create_task(self._lend(call))
-        self._loans[loan] = None
-        loan.add_done_callback(self._settle)
+        loan = _Loan()
+        task = asyncio.create_task(self._lend(call, loan))
+        self._loans[task] = loan
+        task.add_done_callback(self._settle)
         try:
-            done, _ = await asyncio.wait({loan}, timeout=self._deadline)
+            await asyncio.wait({task}, timeout=self._deadline)
+            if not task.done():
+                loan.abandon(task)
+            if not task.done() or task.cancelled():
+                raise DatabaseUnavailableError
+            return task.result()
         except asyncio.CancelledError:
-            self._abandon(loan)
+            loan.abandon(task)
             raise
-        if not done:
-            self._abandon(loan)
-            raise DatabaseUnavailableError
-        if loan.cancelled():
-            raise DatabaseUnavailableError
-        try:
-            return loan.result()
         except (psycopg.OperationalError, psycopg.InterfaceError, OSError) as exc:
             raise DatabaseUnavailableError from exc
+        finally:
+            # The task knows its exception, which knows this frame: a cycle that would keep a socket open until the
+            # garbage collector comes by.
+            del task
 
     async def close(self) -> None:
         """Ends every connection; calls still under way fail with `DatabaseUnavailableError`."""
         self._closed = True
-        for loan in list(self._loans):
-            self._abandon(loan)
+        for task, loan in self._loans.items():
+            loan.abandon(task)
         for connection in self._idle:
             connection.pgconn.finish()
         self._idle.clear()
         if self._loans:
             await asyncio.wait(self._loans, timeout=self._deadline)
 
-    async def _lend(self, call: Callable[[Connection], Awaitable[T]]) -> T:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - for the type checker: `run` made the task
+    async def _lend(self, call: Callable[[Connection], Awaitable[T]], loan: "_Loan") -> T:
         async with self._slots:
-            connection = self._take_idle() or await self._connect(task)
-            self._loans[task] = connection
+            loan.connection = self._take_idle() or await self._connect(loan)
             try:
-                return await call(connection)
+                return await call(loan.connection)
             finally:
-                self._take_back(connection)
+                self._take_back(loan.connection)
 
     def _take_idle(self) -> Connection | None:
         while self._idle:
@@ -104,7 +104,7 @@ class Database:
             connection.pgconn.finish()
         return None
 
-    async def _connect(self, loan: "asyncio.Task[Any]") -> Connection:
+    async def _connect(self, loan: "_Loan") -> Connection:
         if self._closed:
             raise psycopg.OperationalError("closed")
         if self._reachable:
@@ -113,13 +113,13 @@ class Database:
         async with self._knock:
             return self._take_idle() or await self._open(loan)
 
-    async def _open(self, loan: "asyncio.Task[Any]") -> Connection:
+    async def _open(self, loan: "_Loan") -> Connection:
         try:
             connection = await Connection.connect(self._url, autocommit=True, application_name="lead-scoring")
         except BaseException:
             self._reachable = False
             raise
-        self._loans[loan] = connection
+        loan.connection = connection
         try:
             milliseconds = str(max(1, round(self._deadline * 1000)))
             await connection.execute(_PREPARE_SESSION, {"milliseconds": milliseconds})
@@ -137,28 +137,31 @@ class Database:
         else:
             self._idle.append(connection)
 
-    def _abandon(self, loan: "asyncio.Task[Any]") -> None:
-        connection = self._loans.get(loan)
-        if connection is None:
-            loan.cancel()
-        else:
-            _shut_down(connection)
+    def _settle(self, task: "asyncio.Task[Any]") -> None:
+        del self._loans[task]
+        if not task.cancelled():
+            task.exception()  # somebody has to look at it, or asyncio logs it with what the driver says in it
 
-    def _settle(self, loan: "asyncio.Task[Any]") -> None:
-        del self._loans[loan]
-        if not loan.cancelled():
-            loan.exception()  # somebody has to look at it, or asyncio logs it with what the driver says in it
+
+class _Loan:
+    """What one call holds: nothing while it waits or connects, then a connection."""
+
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
+
+    def abandon(self, task: "asyncio.Task[Any]") -> None:
+        """Makes the call end within a turn of the event loop, without asking the server."""
+        if self.connection is None:
+            task.cancel()
+            return
+        with (
+            contextlib.suppress(psycopg.Error, OSError),
+            socket.socket(fileno=os.dup(self.connection.pgconn.socket)) as handle,
+        ):
+            handle.shutdown(socket.SHUT_RDWR)
 
 
 def _has_input(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(0))
-
-
-def _shut_down(connection: Connection) -> None:
-    with (
-        contextlib.suppress(psycopg.Error, OSError),
-        socket.socket(fileno=os.dup(connection.pgconn.socket)) as handle,
-    ):
-        handle.shutdown(socket.SHUT_RDWR)
