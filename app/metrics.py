@@ -7,6 +7,7 @@ module is imported: the library decides then whether counts are shared between p
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -89,14 +90,20 @@ def observe_breaker(state: str) -> None:
 
 def render_metrics() -> tuple[bytes, str]:
     """Returns the metrics of all workers in the Prometheus text format, and its content type."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if shared is None:
         return generate_latest(REGISTRY), CONTENT_TYPE_LATEST
+    _forget_dead_workers(Path(shared))
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
-def forget_worker(pid: int) -> None:
-    """Takes a dead worker's gauges out; its counts stay."""
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+def _forget_dead_workers(shared: Path) -> None:
+    # What a worker counted stays true when it is gone; what it was (ready, open) does not.
+    pids = {int(file.stem.rpartition("_")[2]) for file in shared.glob("gauge_live*_*.db")}
+    for pid in pids:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            mark_process_dead(pid)  # type: ignore[no-untyped-call]

@@ -256,7 +256,7 @@ async def test_nothing_personal_comes_out_when_the_database_chokes_on_it(
             # What the server says of a row that breaks a rule quotes the row.
             connection.execute("ALTER TABLE ai_events ADD CONSTRAINT no_more CHECK (action = '') NOT VALID")
             statuses |= await drive(service, sinks)
-            until(lambda: b"telemetry_shipping_state" in service.stderr.read_bytes())
+            until(lambda: b"telemetry_shipping_delayed" in service.stderr.read_bytes())
             connection.execute("ALTER TABLE ai_events DROP CONSTRAINT no_more")
         until(lambda: count_events(crm).keys() >= statuses.keys())
         await collect(service, sinks, crm, "choking")

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.service import PREDICT, Connection, Load, Service, add_leads, publish_crm_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,3 +77,31 @@ def test_two_workers_report_their_figures_together(tmp_path: Path) -> None:
     assert samples["leadscore_model_ready", ""] == 0
     assert samples["leadscore_breaker_state", ""] == 2
     assert samples["leadscore_telemetry_backlog", ""] == 7
+
+
+def test_a_worker_that_died_leaves_its_counts_and_not_its_state(tmp_path: Path) -> None:
+    start(tmp_path, "not-ready", "open", "3").communicate(timeout=60)
+    output, _ = start(tmp_path, "ready", "closed", "7", "render").communicate(timeout=60)
+    samples = read_samples(output.decode())
+    assert samples["leadscore_leads_total", "outcome=answered"] == 8
+    assert samples["leadscore_model_ready", ""] == 1
+    assert samples["leadscore_breaker_state", ""] == 0
+
+
+async def test_a_service_with_two_workers_counts_every_request_once(
+    database_url: str, tmp_path: Path
+) -> None:
+    load = Load("metrics", add_leads(database_url, 20))
+    models = publish_crm_model(tmp_path / "models")
+    with Service(tmp_path, database_url, models, WORKERS="2") as service:
+        await load.run(service.port, 300)
+        connection = await Connection.open(service.port)
+        _, _, body = await connection.ask("GET", "/metrics")
+        await connection.close()
+    samples = read_samples(body.decode())
+    scored = [key for key in samples if key[0] == "leadscore_requests_total" and PREDICT in key[1]]
+    assert sum(samples[key] for key in scored) == len(load.answered)
+    statuses = Counter(load.answered.values())
+    assert samples["leadscore_telemetry_events_total", "action=ml.prediction.success"] == statuses[200]
+    assert samples["leadscore_telemetry_events_total", "action=ml.prediction.error"] == statuses[422]
+    assert samples["leadscore_model_ready", ""] == 1

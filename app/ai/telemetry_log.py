@@ -3,7 +3,7 @@
 One SQLite file for all workers (`<directory>/current/events.sqlite3`), in WAL mode with `synchronous=FULL`: a
 commit that returned survives `kill -9` and a power cut. A file that turns out damaged is set aside whole,
 what is readable of it is taken over, and a new one is begun. It never talks to the database and never waits
-for the network. A log belongs to one thread, the writer of `ml_telemetry`.
+for the network. A log belongs to one thread, that of `telemetry_writer`.
 """
 
 import fcntl
@@ -141,7 +141,8 @@ class TelemetryLog:
     def release_shipping(self) -> None:
         """Lets another worker ship."""
         if self._shipping_lock is not None:
-            fcntl.flock(self._shipping_lock, fcntl.LOCK_UN)
+            with suppress(OSError):
+                fcntl.flock(self._shipping_lock, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Closes the file; the next call would open it again."""

@@ -1,8 +1,8 @@
 """Records the one event of a scoring request before its answer leaves, and answers whatever nobody else did.
 
 An answer whose event could not be made durable is withheld and replaced by 503 TELEMETRY_UNAVAILABLE: this is
-the promise that every answered request has a row in `ai_events`. An exception that gets this far becomes the
-500 problem here, because a server that sees one closes the connection without a word. Never looks at a body.
+the promise that every answered request has a row in `ai_events`. An exception that gets this far becomes the 500
+problem here, because a server that sees one closes the connection without a word. It never looks at a body.
 """
 
 import time
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.ai.events import RequestRecord, build_prediction_event
+from app.ai.events import PredictionError, PredictionSuccess, RequestRecord, build_prediction_event
 from app.ai.ml_telemetry import Telemetry
 from app.errors import InternalError, LeadScoringError, TelemetryUnavailableError
 from app.metrics import observe_batch
@@ -63,22 +63,15 @@ class AuditMiddleware:
         finally:
             answer.close()
 
-    def name_route(self, scope: Scope, record: RequestRecord) -> None:
-        """Notes the route template, which the router leaves in the scope once it has matched."""
-        template = getattr(scope.get("route"), "path_format", None)
-        if template is None and scope["path"] in self._static_routes:
-            template = scope["path"]
-        if template is not None:
-            record.route = template
-
-    async def record(self, scope: Scope, record: RequestRecord, status: int) -> None:
-        """Makes the request's event durable.
+    async def record(self, scope: Scope, status: int) -> None:
+        """Makes the event of a request durable that is about to be answered with `status`.
 
         Raises:
             TelemetryUnavailableError: it is not durable, so the answer must not leave.
         """
+        record: RequestRecord = scope["state"]["record"]
         try:
-            event = build_prediction_event(record, status, self._elapsed_ms(record))
+            event = self._build_event(record, status)
             await self._telemetry(scope).record(event, record.request_id)
         except TelemetryUnavailableError:
             raise
@@ -86,30 +79,39 @@ class AuditMiddleware:
             _log.exception("event_not_built")
             raise TelemetryUnavailableError from exc
 
-    def submit_abandoned(self, scope: Scope, record: RequestRecord) -> None:
-        """Leaves the event of a request that was cancelled before it had an answer."""
+    def submit(self, scope: Scope) -> None:
+        """Leaves the event of a request that ended before it had an answer."""
+        record: RequestRecord = scope["state"]["record"]
         record.error_code = record.error_code or "CLIENT_CLOSED_REQUEST"
-        event = build_prediction_event(record, CLIENT_CLOSED_REQUEST, self._elapsed_ms(record))
-        self._telemetry(scope).submit(event, record.request_id)
+        self._telemetry(scope).submit(self._build_event(record, CLIENT_CLOSED_REQUEST), record.request_id)
 
-    def problem(self, scope: Scope, error: LeadScoringError) -> ASGIApp:
-        """Returns the response that carries the error."""
+    def build_problem(self, scope: Scope, error: LeadScoringError) -> ASGIApp:
+        """Returns the response that carries the error, which becomes the outcome of the request."""
+        scope["state"]["record"].error_code = error.code
         return self._problem(scope, error)
 
-    def _elapsed_ms(self, record: RequestRecord) -> float:
-        return round((self._monotonic() - record.started) * 1000, 3)
+    def name_route(self, scope: Scope) -> None:
+        """Notes the route template, which the router leaves in the scope once it has matched."""
+        template = getattr(scope.get("route"), "path_format", None)
+        if template is None and scope["path"] in self._static_routes:
+            template = scope["path"]
+        if template is not None:
+            scope["state"]["record"].route = template
+
+    def _build_event(self, record: RequestRecord, status: int) -> PredictionSuccess | PredictionError:
+        latency_ms = round((self._monotonic() - record.started) * 1000, 3)
+        return build_prediction_event(record, status, latency_ms)
 
 
 class _Answer:
     """One request's answer on its way out: its first message waits for the event."""
 
     def __init__(self, audit: AuditMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
-        self.started = False
-        self._audit, self._scope, self._receive, self._send = audit, scope, receive, send
-        self._record: RequestRecord = scope["state"]["record"]
         self.client_gone = False
-        self._handed_over = False
+        self._audit, self._scope, self._receive, self._send = audit, scope, receive, send
+        self._started = False
         self._withheld = False
+        self._handed_over = False
 
     async def receive(self) -> Message:
         """Hands the application what the client sends, and notices when the client is gone."""
@@ -122,56 +124,50 @@ class _Answer:
         if self._withheld:
             return
         if message["type"] == "http.response.start":
-            self._audit.name_route(self._scope, self._record)
             try:
                 await self._make_durable(message["status"])
             except TelemetryUnavailableError as exc:
                 self._withheld = True
                 await self._replace(exc, message)
                 return
-            self.started = True
+            self._started = True
         await self._send(message)
 
+    async def fail(self, error: LeadScoringError) -> None:
+        """Answers with the error, unless an answer is under way: if it breaks off, the server cuts it."""
+        if not self._started and not self._withheld:
+            await self._audit.build_problem(self._scope, error)(self._scope, self._receive, self.send)
+
+    def close(self) -> None:
+        """Sees to it that a request without an answer leaves its event too."""
+        self._audit.name_route(self._scope)
+        if not self._started and not self._handed_over and _is_audited(self._scope, CLIENT_CLOSED_REQUEST):
+            self._audit.submit(self._scope)
+
     async def _make_durable(self, status: int) -> None:
-        if self._handed_over or not _is_audited(self._scope, self._record, status):
+        self._audit.name_route(self._scope)
+        if self._handed_over or not _is_audited(self._scope, status):
             return
         # Noted before waiting: a cancelled wait has handed its event over all the same.
         self._handed_over = True
-        await self._audit.record(self._scope, self._record, status)
-        _count_batch(self._record)
+        await self._audit.record(self._scope, status)
+        _count_batch(self._scope["state"]["record"])
 
     async def _replace(self, error: LeadScoringError, withheld: Message) -> None:
-        # The withheld answer has been through the CORS layer, which lies further in; its headers are kept.
-        kept = [
-            pair
-            for pair in withheld["headers"]
-            if pair[0].startswith(b"access-control-") or pair[0] == b"vary"
-        ]
+        # The withheld answer has been through the CORS layer, which lies further in: its headers are kept.
+        kept = [pair for pair in withheld["headers"] if pair[0].startswith((b"access-control-", b"vary"))]
 
         async def send_with_cors(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.started = True
+                self._started = True
                 message["headers"] = [*message["headers"], *kept]
             await self._send(message)
 
-        self._record.error_code = error.code
-        await self._audit.problem(self._scope, error)(self._scope, self._receive, send_with_cors)
-
-    async def fail(self, error: LeadScoringError) -> None:
-        """Answers with the error, unless an answer is under way: then the server cuts the connection."""
-        if self.started or self._withheld:
-            return
-        self._record.error_code = error.code
-        await self._audit.problem(self._scope, error)(self._scope, self._receive, self.send)
-
-    def close(self) -> None:
-        """Sees to it that a cancelled request leaves its event too."""
-        self._audit.name_route(self._scope, self._record)
-        if not self._handed_over and not self.started and _is_audited(self._scope, self._record, 499):
-            self._audit.submit_abandoned(self._scope, self._record)
+        await self._audit.build_problem(self._scope, error)(self._scope, self._receive, send_with_cors)
 
 
-def _is_audited(scope: Scope, record: RequestRecord, status: int) -> bool:
+def _is_audited(scope: Scope, status: int) -> bool:
+    record: RequestRecord = scope["state"]["record"]
     if not scope["path"].startswith(AUDITED_PREFIX):
         return False
     if scope["method"] in _READING_METHODS:

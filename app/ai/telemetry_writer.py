@@ -1,0 +1,197 @@
+"""The thread that owns the telemetry log: requests that wait at the same time share one commit.
+
+Everything done to the log is done here, one thing after another. It runs in every worker that serves, started
+after the fork by `ml_telemetry`, its only caller, and it knows nothing of the database.
+"""
+
+import asyncio
+import functools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from app.ai.domain import StoredEvent
+from app.ai.telemetry_log import TelemetryLog
+from app.errors import TelemetryUnavailableError
+from app.metrics import TELEMETRY_EVENTS, TELEMETRY_FAILURES, TELEMETRY_RECORD_SECONDS
+
+_T = TypeVar("_T")
+_Written = asyncio.Future[BaseException | None]
+
+_log = structlog.get_logger("app.telemetry")
+
+
+@dataclass(slots=True)
+class _Entry:
+    """An event on its way to the log; `written` gets None, or the error that kept it from being durable."""
+
+    event: StoredEvent
+    written: "_Written | None" = None
+    withdrawn: bool = False
+
+
+class TelemetryWriter:
+    """Writes to a log in groups of at most `group_size` events; bound to the event loop that starts it."""
+
+    def __init__(self, log: TelemetryLog, group_size: int) -> None:
+        self._telemetry_log = log
+        self._group_size = group_size
+        self._jobs: queue.SimpleQueue[_Entry | Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work_until_closed, name="telemetry-writer", daemon=True)
+        self._closing = False
+        self._usable = True
+
+    @property
+    def usable(self) -> bool:
+        """Whether the log could be written when that was last tried."""
+        return self._usable
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def write(self, event: StoredEvent, deadline_seconds: float) -> None:
+        """Returns once the event is durable; it is written also if the caller is cancelled meanwhile.
+
+        Raises:
+            TelemetryUnavailableError: it is not durable within the deadline. An event that had already
+            reached
+                the disk by then stays.
+        """
+        written: _Written = self._loop.create_future()
+        entry = _Entry(event, written)
+        self._jobs.put(entry)
+        with TELEMETRY_RECORD_SECONDS.time():
+            # Unlike wait_for, this leaves the future alone when the caller is cancelled.
+            await asyncio.wait({written}, timeout=deadline_seconds)
+        if not written.done():
+            entry.withdrawn = True
+            self._note("deadline", TimeoutError())
+            raise TelemetryUnavailableError
+        if (error := written.result()) is not None:
+            raise TelemetryUnavailableError from error
+
+    def enqueue(self, event: StoredEvent) -> None:
+        """Has the event written and returns at once; may be called from any thread."""
+        self._jobs.put(_Entry(event))
+
+    async def run(self, work: Callable[[TelemetryLog], _T]) -> _T:
+        """Returns what `work` does to the log, after everything enqueued before it.
+
+        Raises:
+            TelemetryUnavailableError: the log cannot be used.
+        """
+        outcome: asyncio.Future[_T] = self._loop.create_future()
+
+        def call() -> None:
+            try:
+                settle = functools.partial(_settle, [outcome], work(self._telemetry_log))
+            except Exception as exc:  # noqa: BLE001 - raised again where it is awaited
+                settle = functools.partial(_settle_error, outcome, exc)
+            self._tell_loop(settle)
+
+        self._jobs.put(call)
+        return await outcome
+
+    def run_later(self, work: Callable[[TelemetryLog], None]) -> None:
+        """Has something done to the log and returns at once."""
+        self._jobs.put(functools.partial(work, self._telemetry_log))
+
+    async def check(self) -> None:
+        """Tries whether the log can be written, and remembers it.
+
+        Raises:
+            TelemetryUnavailableError: it cannot.
+        """
+        try:
+            await self.run(TelemetryLog.check_writable)
+        except TelemetryUnavailableError as exc:
+            self._note("check", exc.__cause__)
+            raise
+        self._note_usable()
+
+    async def close(self, deadline_seconds: float) -> None:
+        """Writes what is enqueued, closes the log and ends the thread, unless the disk takes too long."""
+
+        def finish(log: TelemetryLog) -> None:
+            self._closing = True
+            log.close()
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline_seconds):
+                await self.run(finish)
+                await asyncio.to_thread(self._thread.join, deadline_seconds)
+
+    # --- on the thread -----------------------------------------------------------------------------------
+
+    def _work_until_closed(self) -> None:
+        while not self._closing:
+            group, call = self._take_jobs()
+            if group:
+                self._commit(group)
+            if call is not None:
+                call()
+
+    def _take_jobs(self) -> tuple[Sequence[_Entry], Callable[[], None] | None]:
+        group: list[_Entry] = []
+        job = self._jobs.get()
+        while isinstance(job, _Entry):
+            if not job.withdrawn:
+                group.append(job)
+            if len(group) == self._group_size:
+                return group, None
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return group, None
+        return group, job
+
+    def _commit(self, group: Sequence[_Entry]) -> None:
+        error = self._write_group(group)
+        waiting = [entry.written for entry in group if entry.written is not None]
+        if waiting:
+            self._tell_loop(functools.partial(_settle, waiting, error))
+
+    def _write_group(self, group: Sequence[_Entry]) -> BaseException | None:
+        try:
+            self._telemetry_log.write([entry.event for entry in group])
+        except Exception as exc:  # noqa: BLE001 - the thread must outlive whatever it was; who waits is told
+            self._note("write", exc.__cause__ or exc)
+            TELEMETRY_FAILURES.labels("lost").inc(sum(entry.written is None for entry in group))
+            return exc
+        self._note_usable()
+        for entry in group:
+            TELEMETRY_EVENTS.labels(entry.event.action).inc()
+        return None
+
+    def _tell_loop(self, call: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(call)
+
+    def _note(self, step: str, cause: BaseException | None) -> None:
+        TELEMETRY_FAILURES.labels(step).inc()
+        if self._usable:
+            _log.error("telemetry_log_unusable", step=step, error=type(cause).__name__)
+        self._usable = False
+
+    def _note_usable(self) -> None:
+        if not self._usable:
+            _log.info("telemetry_log_usable_again")
+        self._usable = True
+
+
+def _settle(waiting: "Sequence[asyncio.Future[_T]]", result: _T) -> None:
+    for future in waiting:
+        if not future.done():
+            future.set_result(result)
+
+
+def _settle_error(future: "asyncio.Future[_T]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
