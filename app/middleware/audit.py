@@ -1,8 +1,8 @@
 """Records the one event of a scoring request before its answer leaves, and answers whatever nobody else did.
 
 An answer whose event could not be made durable is withheld and replaced by 503 TELEMETRY_UNAVAILABLE: this is
-the promise that every answered request has a row in `ai_events`. An exception that gets this far becomes the 500
-problem here, because a server that sees one closes the connection without a word. It never looks at a body.
+the promise that every answered request has a row in `ai_events`. An exception that gets this far becomes the
+500 problem here, because a server that sees one closes the connection without a word. Never looks at a body.
 """
 
 import time
@@ -155,7 +155,9 @@ class _Answer:
 
     async def _replace(self, error: LeadScoringError, withheld: Message) -> None:
         # The withheld answer has been through the CORS layer, which lies further in: its headers are kept.
-        kept = [pair for pair in withheld["headers"] if pair[0].startswith((b"access-control-", b"vary"))]
+        kept = [
+            pair for pair in withheld.get("headers", ()) if pair[0].startswith((b"access-control-", b"vary"))
+        ]
 
         async def send_with_cors(message: Message) -> None:
             if message["type"] == "http.response.start":

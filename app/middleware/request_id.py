@@ -57,6 +57,7 @@ class RequestIdMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message.setdefault("headers", [])
                 MutableHeaders(scope=message)["X-Request-ID"] = record.request_id
             await send(message)
 
