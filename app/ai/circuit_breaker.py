@@ -1,9 +1,9 @@
 """A circuit breaker: after repeated failures of the service it refuses at once, then lets one probe find out.
 
-States: closed (calls pass), open (calls are refused), half-open (exactly one probe passes, the rest are refused).
-Errors of the caller say nothing about the service and never count; neither does a call that was cancelled. Time is
-monotonic. Single-threaded by design: every step runs on the event loop without waiting, so no lock is needed.
-Called by the legacy router.
+States: closed (calls pass), open (calls are refused), half-open (exactly one probe passes, the rest are
+refused). Errors of the caller say nothing about the service and never count; neither does a call that was
+cancelled. Time is monotonic. Single-threaded by design: every step runs on the event loop without waiting, so
+no lock is needed. Called by the legacy router.
 """
 
 import math
@@ -26,6 +26,7 @@ class CircuitBreaker:
         self._failures = 0
         self._opened_at: float | None = None
         self._probing = False
+        self._period = 0
 
     @property
     def state(self) -> BreakerState:
@@ -39,52 +40,59 @@ class CircuitBreaker:
         """Lets the body run if the circuit allows it, and learns from how it ends.
 
         Raises:
-            CircuitOpenError: the circuit is open, or another call is the probe; `retry_after` in whole seconds.
+            CircuitOpenError: the circuit is open, or another call is the probe; `retry_after` in seconds.
         """
-        is_probe = self._admit()
+        period = self._admit()
         try:
             yield
         except CallerError:
-            # The service worked well enough to find the caller's mistake, but a probe must see a real success.
-            self._release(is_probe)
+            # The service worked well enough to find the caller's mistake; a probe must see a real success.
+            self._release(period)
             raise
         except Exception:
-            self._count_failure(is_probe)
+            self._count_failure(period)
             raise
         except BaseException:
-            self._release(is_probe)
+            self._release(period)
             raise
         else:
-            self._count_success(is_probe)
+            self._count_success(period)
 
-    def _admit(self) -> bool:
-        if self._opened_at is None:
-            return False
-        remaining = self._remaining(self._opened_at)
-        if remaining > 0 or self._probing:
-            raise CircuitOpenError(retry_after=max(1, math.ceil(remaining)))
-        self._probing = True
-        return True
+    def _admit(self) -> int:
+        """Returns the period the call belongs to: every opening and closing begins a new one.
 
-    def _count_failure(self, is_probe: bool) -> None:
+        How a call ends is heard in its own period only; after that it is old news. While the circuit is not
+        closed, the probe is the only call of its period.
+        """
+        if self._opened_at is not None:
+            remaining = self._remaining(self._opened_at)
+            if remaining > 0 or self._probing:
+                raise CircuitOpenError(retry_after=max(1, math.ceil(remaining)))
+            self._probing = True
+        return self._period
+
+    def _count_failure(self, period: int) -> None:
+        if period != self._period:
+            return
         self._failures += 1
-        if is_probe:
-            self._probing = False
-            self._opened_at = self._monotonic()
-        elif self._opened_at is None and self._failures >= self._limit:
-            self._opened_at = self._monotonic()
+        if self._probing or self._failures >= self._limit:
+            self._turn(self._monotonic())
 
-    def _count_success(self, is_probe: bool) -> None:
-        # A call that began before the circuit opened is old news: only the probe may close it.
-        if is_probe:
-            self._probing = False
-            self._opened_at = None
-        if self._opened_at is None:
-            self._failures = 0
+    def _count_success(self, period: int) -> None:
+        if period != self._period:
+            return
+        self._failures = 0
+        if self._probing:
+            self._turn(None)
 
-    def _release(self, is_probe: bool) -> None:
-        if is_probe:
+    def _release(self, period: int) -> None:
+        if period == self._period:
             self._probing = False
+
+    def _turn(self, opened_at: float | None) -> None:
+        self._opened_at = opened_at
+        self._probing = False
+        self._period += 1
 
     def _remaining(self, opened_at: float) -> float:
         return opened_at + self._open_seconds - self._monotonic()

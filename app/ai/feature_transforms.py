@@ -20,8 +20,10 @@ Pure: no I/O, no clock, no loop over leads. Every step works element by element 
 lead's numbers depend on that lead alone, to the last bit. Only `features` calls this module.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
+from itertools import count
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -127,9 +129,8 @@ def normalise_text(text: str) -> str:
 
 def _read_texts(column: Column, states: CodeArray) -> Cells:
     """Numbers the distinct texts, so that each is normalised once and a feature is one table look-up."""
-    given = column.values.tolist()
-    index_of = {text: index for index, text in enumerate(dict.fromkeys(given))}
-    indices = np.fromiter(map(index_of.__getitem__, given), np.intp, len(given))
+    index_of: defaultdict[object, int] = defaultdict(count().__next__)
+    indices = np.fromiter(map(index_of.__getitem__, column.values.tolist()), np.intp, len(column.values))
     texts = tuple(normalise_text(str(text)) for text in index_of)
     blank = np.fromiter((not text for text in texts), np.bool_, len(texts))
     states[blank[indices]] = CellState.MISSING
