@@ -104,8 +104,6 @@ class ErrorBoundary:
 
         try:
             await self._app(scope, receive, send_noting)
-        except ClientDisconnect:
-            return
         except Exception as exc:
             if started:
                 raise
@@ -126,5 +124,7 @@ def _translate(exc: Exception) -> LeadScoringError:
 def _own(exc: Exception) -> LeadScoringError:
     if isinstance(exc, LeadScoringError):
         return exc
+    if isinstance(exc, ClientDisconnect):
+        return MalformedRequestError("The connection ended before the body did.")
     _log.error("unhandled_exception", exc_info=exc)
     return InternalError()

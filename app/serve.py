@@ -103,7 +103,7 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         "app.main:create_app",
         factory=True,
         workers=settings.workers,
-        http="httptools",
+        http="app.http_protocol:ProblemProtocol",
         log_config=None,
         access_log=False,
         server_header=False,

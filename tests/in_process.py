@@ -38,7 +38,7 @@ def serve(settings: Settings, extend: Callable[[FastAPI], None] = lambda _: None
         app,
         host="127.0.0.1",
         port=0,
-        http="httptools",
+        http="app.http_protocol:ProblemProtocol",
         log_config=None,
         access_log=False,
         server_header=False,

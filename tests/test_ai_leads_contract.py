@@ -537,12 +537,37 @@ def test_a_request_without_exactly_one_host_is_malformed(client: httpx2.Client, 
     assert b'"error_code":"MALFORMED_REQUEST"' in answer
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ("Host: x", "Content-Length: 2", "Transfer-Encoding: chunked"),
+        ("Host: x", "Content-Length: 2", "Content-Length: 3"),
+        ("Host: x", "Content-Length: +2"),
+        ("Host: x", "Content-Length: 99999999999999999999999999"),
+        ("Host: x", "folded: a\r\n b", "Content-Length: 2"),
+        ("Host: x", "nul: a\x00b", "Content-Length: 2"),
+        ("no colon",),
+    ],
+)
+def test_what_is_no_http_request_at_all_is_malformed_too(
+    client: httpx2.Client, headers: tuple[str, ...]
+) -> None:
+    head, _, body = send_raw(client, *headers).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/problem+json" in head
+    assert Problem.model_validate_json(body).error_code == "MALFORMED_REQUEST"
+
+
 def send_raw(client: httpx2.Client, *headers: str) -> bytes:
     """Sends the head of a request, byte for byte, and returns the first piece of the answer."""
     lines = [f"POST {SCORE} HTTP/1.1", "Content-Type: application/json", *headers, "", ""]
-    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=5) as connection:
+    with connect(client) as connection:
         connection.sendall("\r\n".join(lines).encode())
         return connection.recv(65536)
+
+
+def connect(client: httpx2.Client) -> socket.socket:
+    return socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=5)
 
 
 def test_no_error_repeats_what_the_caller_sent(client: httpx2.Client) -> None:
@@ -653,19 +678,41 @@ def test_an_improper_request_id_is_replaced_by_a_uuid_version_7(client: httpx2.C
 
 
 def test_every_request_for_scores_leaves_one_event(client: httpx2.Client, crm_url: str) -> None:
-    wanted = {"contract-good": "ml.prediction.success", "contract-bad": "ml.prediction.error"}
     client.post(SCORE, json=["lead_1", "nobody"], headers={"X-Request-ID": "contract-good"})
     client.post(LEGACY, json=[], headers={"X-Request-ID": "contract-bad"})
+    with connect(client) as connection:
+        head = f"POST {SCORE} HTTP/1.1\r\nHost: x\r\nX-Request-ID: contract-cut\r\nContent-Length: 99\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n[".encode())
+    wanted = {"contract-good": None, "contract-bad": "EMPTY_BATCH", "contract-cut": "MALFORMED_REQUEST"}
     deadline = time.monotonic() + 10
-    found: dict[str, str] = {}
-    with psycopg.connect(crm_url, autocommit=True) as connection:
+    found: dict[str, str | None] = {}
+    with psycopg.connect(crm_url, autocommit=True) as database:
         while found != wanted and time.monotonic() < deadline:
-            rows = connection.execute(
-                "SELECT request_id, action FROM ai_events WHERE request_id LIKE 'contract-%'"
+            rows = database.execute(
+                "SELECT request_id, meta->>'error_code' FROM ai_events WHERE request_id LIKE 'contract-%'"
             ).fetchall()
             assert len(rows) == len(dict(rows))
             found = dict(rows)
     assert found == wanted
+
+
+def test_the_batch_limit_can_be_lowered_and_openapi_says_so(crm_url: str, folder: Path) -> None:
+    with serve(build_settings(folder, crm_url, ml_max_batch_size=3)) as base:
+        assert httpx2.post(base + SCORE, json=["lead_1"] * 3).status_code == 200
+        problem_of(httpx2.post(base + SCORE, json=["lead_1"] * 4), 413, "BATCH_SIZE_EXCEEDED")
+        schemas = httpx2.get(base + "/openapi.json").json()["components"]["schemas"]
+    assert schemas["LeadIdArray"]["maxItems"] == 3
+    assert schemas["LeadIdObject"]["properties"]["lead_ids"]["maxItems"] == 3
+
+
+def test_a_service_without_a_model_serves_by_itself_once_there_is_one(crm_url: str, tmp_path: Path) -> None:
+    with serve(build_settings(tmp_path, crm_url)) as base:
+        problem_of(httpx2.post(base + SCORE, json=["lead_1"]), 503, "MODEL_NOT_READY")
+        publish_lead_model(tmp_path / "models")
+        deadline = time.monotonic() + 15
+        while httpx2.get(base + "/readyz").status_code != 200:
+            assert time.monotonic() < deadline
+        assert httpx2.post(base + SCORE, json=["lead_1"]).status_code == 200
 
 
 def test_importing_the_application_does_no_io_and_building_it_opens_nothing(tmp_path: Path) -> None:

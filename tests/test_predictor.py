@@ -11,7 +11,7 @@ import pytest
 from app.ai.domain import VERDICTS, FloatArray, Predictions, RequestContext
 from app.ai.drift_window import DriftWindow
 from app.ai.prediction_cache import AnswerCache, NullCache, PredictionCache
-from app.ai.predictor import Predictor, ScoringPolicy, score_leads
+from app.ai.predictor import INLINE_LEADS, Predictor, ScoringPolicy, score_leads
 from app.errors import DatabaseUnavailableError, ModelNotReadyError, PredictionFailedError
 from tests.fakes import FakeClock, FakeLeadSource, FakeModels, build_columns
 from tests.lead_models import AS_OF, FEATURES, build_lead_bundle, build_lead_rows
@@ -26,7 +26,7 @@ class World:
     """A predictor with everything it stands on."""
 
     def __init__(self, executor: ThreadPoolExecutor, cache: AnswerCache) -> None:
-        rows = build_lead_rows(60, seed=5)
+        rows = build_lead_rows(INLINE_LEADS + 1, seed=5)
         leads: dict[str, dict[str, object] | str] = {f"lead_{number}": row for number, row in enumerate(rows)}
         self.source = FakeLeadSource({**leads, UUID: rows[0], "twice": "ambiguous", "empty": {}})
         self.models = FakeModels(BUNDLE)
@@ -197,7 +197,10 @@ async def test_every_stage_is_timed_and_drift_sees_what_was_built(world: World) 
     assert world.drift.statistics(BUNDLE.statistics, FEATURES.fingerprint).rows == 2
 
 
-async def test_scoring_runs_on_the_scoring_thread_only(executor: ThreadPoolExecutor, world: World) -> None:
+@pytest.mark.parametrize(("leads", "inline"), [(INLINE_LEADS, True), (INLINE_LEADS + 1, False)])
+async def test_large_batches_leave_the_event_loop_for_the_scoring_thread(
+    executor: ThreadPoolExecutor, world: World, leads: int, inline: bool
+) -> None:
     threads: list[int] = []
 
     def scorer(values: FloatArray) -> FloatArray:
@@ -205,8 +208,8 @@ async def test_scoring_runs_on_the_scoring_thread_only(executor: ThreadPoolExecu
         return BUNDLE.scorer(values)
 
     world.models.bundle = dataclasses.replace(BUNDLE, scorer=scorer)
-    await world.ask("lead_1")
-    assert threads == [executor.submit(threading.get_ident).result()]
+    await world.ask(*(f"lead_{number}" for number in range(leads)))
+    assert threads == [threading.get_ident() if inline else executor.submit(threading.get_ident).result()]
 
 
 def test_scoring_many_leads_equals_scoring_each_alone_bit_for_bit() -> None:

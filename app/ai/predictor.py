@@ -1,8 +1,9 @@
 """The story of one prediction, top to bottom: lead IDs in, calibrated numbers a person may act on out.
 
 Both routers call the one `Predictor`. It knows no HTTP and no SQL, holds no database connection while it
-computes, and leaves the event loop once at most. `score_leads` is the pure part, from columns to answers;
-bulk scoring calls it too, so a score in a table and a score over HTTP come from the same lines.
+computes, and leaves the event loop once at most, for a large batch. `score_leads` is the pure part, from
+columns to answers; bulk scoring calls it too, so a score in a table and a score over HTTP come from the same
+lines.
 """
 
 import asyncio
@@ -53,6 +54,10 @@ _REJECTIONS = {
         "The lead's data cannot be made safe to score with this model.",
     ),
 }
+
+INLINE_LEADS = 64
+"""Up to this many leads are scored on the event loop itself: it takes one or two milliseconds there, and
+several more on a thread, because the interpreter lock changes hands with every tree of a forest."""
 
 Lap = Callable[[str], None]
 
@@ -107,7 +112,7 @@ class Models(Protocol):
 class Predictor:
     """Answers batches of lead IDs; one for each worker process, on its event loop.
 
-    `executor` has one thread, which does all the computing of this worker.
+    `executor` has one thread, which scores the large batches of this worker.
     """
 
     def __init__(
@@ -172,10 +177,7 @@ class Predictor:
         fate = np.minimum(fetched.row_of, _ANSWERED)
         answers = np.empty(len(lead_ids), ANSWER)
         if fetched.leads.n:
-            loop = asyncio.get_running_loop()
-            scored = await loop.run_in_executor(
-                self._executor, score_leads, bundle, fetched.leads, as_of, self._policy, watch.lap
-            )
+            scored = await self._score(bundle, fetched.leads, as_of, watch.lap)
             self._drift.add(scored.features, bundle.feature_set.fingerprint)
             found = np.flatnonzero(fate == _ANSWERED)
             rows = fetched.row_of[found]
@@ -184,6 +186,14 @@ class Predictor:
         answered = np.flatnonzero(fate == _ANSWERED).tolist()
         self._cache.remember(bundle.ref, as_of, [lead_ids[index] for index in answered], answers[answered])
         return answers, fate
+
+    async def _score(self, bundle: ModelBundle, leads: LeadColumns, as_of: float, lap: Lap) -> ScoredLeads:
+        if leads.n <= INLINE_LEADS:
+            return score_leads(bundle, leads, as_of, self._policy, lap)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._executor, score_leads, bundle, leads, as_of, self._policy, lap
+        )
 
     def _assemble(
         self, bundle: ModelBundle, lead_ids: Sequence[str], outcome: _Outcome, stages_ms: dict[str, float]
