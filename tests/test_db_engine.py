@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -69,13 +69,17 @@ def server_processes(data: Path) -> list[int]:
 @contextmanager
 def frozen(data: Path) -> Iterator[None]:
     processes = server_processes(data)
-    for process in processes:
-        os.kill(process, signal.SIGSTOP)
+    _send(processes, signal.SIGSTOP)
     try:
         yield
     finally:
-        for process in processes:
-            os.kill(process, signal.SIGCONT)
+        _send(processes, signal.SIGCONT)
+
+
+def _send(processes: list[int], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):  # a connection that was just ending
+            os.kill(process, number)
 
 
 def open_files() -> int:
@@ -115,7 +119,8 @@ async def test_a_frozen_server_costs_every_call_the_deadline_and_no_more(
     await asyncio.gather(*(database.run(ask) for _ in range(4)))
     before = open_files()
     with frozen(data):
-        # The first round waits on open connections, the second on new ones, and more callers than connections.
+        # The first round waits on open connections, the second on new ones, and more callers than
+        # connections.
         times = [await asyncio.gather(*(refused_in(database) for _ in range(callers))) for callers in (4, 20)]
     assert max(max(round_) for round_ in times) < DEADLINE + GRACE
     start = time.perf_counter()
@@ -200,7 +205,9 @@ async def test_waiting_for_a_connection_counts(database_url: str, connect: Conne
     await slow
 
 
-async def test_connections_are_used_again_and_never_more_than_the_pool(database_url: str, connect: Connect) -> None:
+async def test_connections_are_used_again_and_never_more_than_the_pool(
+    database_url: str, connect: Connect
+) -> None:
     database = connect(database_url, pool_size=3, deadline_seconds=5)
     assert sum(await asyncio.gather(*(database.run(ask) for _ in range(50)))) == 50
     assert 1 <= connections(database_url) <= 3
@@ -230,7 +237,9 @@ async def test_a_failed_statement_is_the_callers_matter_and_keeps_the_connection
     assert connections(database_url) == 1
 
 
-async def test_a_transaction_left_open_does_not_reach_the_next_caller(database_url: str, connect: Connect) -> None:
+async def test_a_transaction_left_open_does_not_reach_the_next_caller(
+    database_url: str, connect: Connect
+) -> None:
     async def leave_open(connection: Connection) -> None:
         await connection.execute("BEGIN")
 
@@ -249,7 +258,9 @@ async def test_no_server_is_said_at_once(tmp_path: Path, connect: Connect) -> No
 async def test_an_address_that_swallows_packets_costs_the_deadline(connect: Connect) -> None:
     # A listener whose queue is full answers nobody, like a host behind a firewall that drops.
     with _full_listener() as port:
-        times = await asyncio.gather(*(refused_in(connect(f"postgresql://x@127.0.0.1:{port}/x")) for _ in range(3)))
+        times = await asyncio.gather(
+            *(refused_in(connect(f"postgresql://x@127.0.0.1:{port}/x")) for _ in range(3))
+        )
     assert max(times) < DEADLINE + GRACE
 
 
@@ -258,8 +269,7 @@ async def test_a_server_that_is_killed_and_restarted_is_used_again(tmp_path: Pat
     with open_embedded(tmp_path) as url:
         database = connect(url, deadline_seconds=2)
         assert await database.run(ask) == 1
-        for process in server_processes(tmp_path / "postgres" / "data"):
-            os.kill(process, signal.SIGKILL)
+        _send(server_processes(tmp_path / "postgres" / "data"), signal.SIGKILL)
         assert await refused_in(database) < 2
         with open_embedded(tmp_path) as again:
             assert again == url
@@ -284,8 +294,8 @@ async def test_a_closed_database_refuses_and_holds_nothing(database_url: str, co
 def _running(url: str, text: str) -> int:
     with psycopg.connect(url) as connection:
         row = connection.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND application_name = 'lead-scoring'"
-            " AND query LIKE %s",
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE state = 'active' AND application_name = 'lead-scoring' AND query LIKE %s",
             [f"%{text}%"],
         ).fetchone()
         assert row is not None

@@ -19,11 +19,12 @@ _LEADS = f"""
     CREATE TYPE colour AS ENUM ('red', 'green');
     CREATE DOMAIN score AS integer CHECK (value >= 0);
     CREATE TABLE leads (
-        lead_id uuid, external_ref text, amount numeric, price float8, visits integer, points score, opted boolean,
-        seen timestamptz, born date, city text, tint colour, "Odd ""name" text, document jsonb
+        lead_id uuid, external_ref text, amount numeric, price float8, visits integer, points score,
+        opted boolean, seen timestamptz, born date, city text, tint colour, "Odd ""name" text, document jsonb
     );
     INSERT INTO leads VALUES
-        ('{A}', 'lead_1', 12.5, 1e-320, 3, 4, true, '2026-01-01 00:00:00.123456+00', '1970-01-02', 'Zürich', 'red', 'x'),
+        ('{A}', 'lead_1', 12.5, 1e-320, 3, 4, true, '2026-01-01 00:00:00.123456+00', '1970-01-02', 'Zürich',
+            'red', 'x'),
         ('{B}', 'lead_2', 'NaN', 'NaN', NULL, NULL, false, 'infinity', NULL, '', NULL, E'\\x01'),
         ('{C}', 'twice', 1e400, '-Infinity', -2147483648, 0, NULL, NULL, 'infinity', NULL, 'green', NULL),
         ('{D}', 'twice', 1e-400, NULL, 0, 1, true, '1969-12-31 23:59:59+00', '1899-12-30', 'a b', 'red', '🙂')
@@ -107,7 +108,9 @@ async def test_leads_are_found_by_either_id_and_the_others_are_told_apart(url: s
     assert found.leads.columns["tint"].values[rows[6]] == "green"
 
 
-@pytest.mark.parametrize("asked", [[A, B], ["lead_1", "lead_2"], [A, "lead_2"], [str(UUID(int=99))], ["nobody"]])
+@pytest.mark.parametrize(
+    "asked", [[A, B], ["lead_1", "lead_2"], [A, "lead_2"], [str(UUID(int=99))], ["nobody"]]
+)
 async def test_any_mixture_of_ids_is_answered(url: str, connect: Connect, asked: list[str]) -> None:
     found = await connect(url).fetch(asked, COLUMNS[:1])
     known = [row for row in found.row_of.tolist() if row != UNKNOWN_LEAD]
@@ -150,7 +153,10 @@ async def test_a_page_equals_a_batch_bit_for_bit(demo_url: str, connect: Connect
                 batched.values[found.row_of].tobytes() == paged.values.tobytes()
             )
         assert chunk.external_refs is not None
-        assert chunk.external_refs.values.tolist() == found.leads.columns["external_ref"].values[found.row_of].tolist()
+        assert (
+            chunk.external_refs.values.tolist()
+            == found.leads.columns["external_ref"].values[found.row_of].tolist()
+        )
 
 
 async def test_two_thousand_leads_equal_the_same_leads_one_by_one(demo_url: str, connect: Connect) -> None:
@@ -187,7 +193,9 @@ async def test_a_column_that_is_missing_or_of_another_kind_fails_the_prediction(
         list(fetch_all_chunks(url, "leads", [column]))
 
 
-async def test_a_column_that_disappears_fails_and_is_found_again_when_it_returns(url: str, connect: Connect) -> None:
+async def test_a_column_that_disappears_fails_and_is_found_again_when_it_returns(
+    url: str, connect: Connect
+) -> None:
     source = connect(url)
     await source.fetch([A], COLUMNS)
     with psycopg.connect(url) as connection:
@@ -228,7 +236,9 @@ async def test_a_relation_in_another_schema_is_read(url: str, connect: Connect) 
 
 async def test_nothing_the_driver_says_reaches_the_error(url: str, connect: Connect) -> None:
     with psycopg.connect(url) as connection:
-        connection.execute("CREATE VIEW bad AS SELECT lead_id, (1 / (visits - visits))::int AS ratio, city FROM leads")
+        connection.execute(
+            "CREATE VIEW bad AS SELECT lead_id, (1 / (visits - visits))::int AS ratio, city FROM leads"
+        )
     with pytest.raises(PredictionFailedError) as caught:
         await connect(url, "bad").fetch([A], [InputColumn("ratio", "number")])
     assert "division" not in str(caught.value)

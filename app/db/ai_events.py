@@ -1,7 +1,7 @@
 """Where events end up for good: the table `ai_events`.
 
-One statement a group, all or nothing, and harmless to repeat. Nothing here builds or reads an event. Called by the
-telemetry shipper, with a database room of its own.
+One statement a group, all or nothing, and harmless to repeat. Nothing here builds or reads an event. Called
+by the telemetry shipper, with a database room of its own.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,9 @@ from app.errors import DatabaseUnavailableError
 
 _INSERT = """
     INSERT INTO ai_events (id, action, meta, request_id, created_at)
-    SELECT * FROM unnest(%b::text[]::uuid[], %b::text[], %b::text[]::jsonb[], %b::text[], %b::text[]::timestamptz[])
+    SELECT * FROM unnest(
+        %b::text[]::uuid[], %b::text[], %b::text[]::jsonb[], %b::text[], %b::text[]::timestamptz[]
+    )
     ON CONFLICT (id) DO NOTHING
 """
 
@@ -47,5 +49,6 @@ class PostgresEventSink:
         try:
             await self._database.run(insert)
         except psycopg.errors.ProgrammingError as exc:
-            # The table is missing, or not ours to write: an operator's matter that ends, and no event is at fault.
+            # The table is missing, or not ours to write: an operator's matter that ends, and no event is at
+            # fault.
             raise DatabaseUnavailableError from exc

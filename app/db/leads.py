@@ -1,8 +1,8 @@
-"""Reads leads as columns: one statement for a batch, and the same cells in pages for training and bulk scoring.
+"""Reads leads as columns: one statement for a batch, and the same cells in pages for whoever reads them all.
 
-The relation is whatever `LEAD_SOURCE` names: it has `lead_id uuid`, perhaps `external_ref text`, and the columns a
-model asks for. Nothing here writes, or knows what a feature is. Used by the predictor through `LeadSource`, and by
-training and bulk scoring.
+The relation is whatever `LEAD_SOURCE` names: it has `lead_id uuid`, perhaps `external_ref text`, and the
+columns a model asks for. Nothing here writes, or knows what a feature is. Used by the predictor through
+`LeadSource`, and by training and bulk scoring.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +52,7 @@ class PostgresLeadSource:
         self._database = database
         self._relation = relation
         self._types: ColumnTypes = {}
+        self._stale = True
         self._statements: dict[tuple[object, ...], sql.Composed] = {}
 
     def source_columns(self) -> Mapping[str, ColumnKind]:
@@ -73,7 +74,7 @@ class PostgresLeadSource:
         types = await self._database.run(look)
         if types.get(LEAD_ID) != "uuid":
             raise self._failure("the relation is missing or has no lead_id of type uuid")
-        self._types, self._statements = types, {}
+        self._types, self._stale, self._statements = types, False, {}
         return column_kinds(types)
 
     async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn]) -> FetchedLeads:
@@ -85,7 +86,7 @@ class PostgresLeadSource:
             DatabaseUnavailableError: no answer within the deadline.
             PredictionFailedError: the relation no longer has a column, or it has another type.
         """
-        if not self._types:
+        if self._stale:
             await self.fetch_schema()
         uuids = [lead_id for lead_id in lead_ids if is_uuid(lead_id)]
         refs = (
@@ -102,7 +103,7 @@ class PostgresLeadSource:
         try:
             ids, found_refs, *cells = await self._database.run(read)
         except psycopg.Error as exc:
-            self._types = {}
+            self._stale = True
             raise self._failure("the statement failed", exc) from exc
         decoded = {
             column.name: decode_cells(column.kind, cell) for column, cell in zip(columns, cells, strict=True)
@@ -116,7 +117,7 @@ class PostgresLeadSource:
         if statement is None:
             wrong = wrong_columns(self._types, columns)
             if wrong:
-                self._types = {}  # looked at again next time: the relation may have been mended
+                self._stale = True  # looked at again next time: the relation may have been mended
                 raise self._failure(f"columns are missing or have another type: {', '.join(wrong)}")
             statement = batch_statement(self._relation, self._types, columns, by_id=by_id, by_ref=by_ref)
             self._statements[key] = statement

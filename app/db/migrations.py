@@ -1,8 +1,9 @@
 """Brings a database to the schema this code needs, and says how far it is.
 
-The revisions are in `alembic/versions`. All that are missing are applied in one transaction, under an advisory lock:
-of two processes that start at the same time, one migrates and the other finds the work done. Nothing here touches
-data, and serving never migrates a database it was given. Called by `app.cli`, `app.serve`, health and the tests.
+The revisions are in `alembic/versions`. All that are missing are applied in one transaction, under an
+advisory lock: of two processes that start at the same time, one migrates and the other finds the work done.
+Nothing here touches data, and serving never migrates a database it was given. Called by `app.cli`,
+`app.serve`, health and the tests.
 """
 
 from collections.abc import Iterator
@@ -49,8 +50,8 @@ def current_state(url: str) -> SchemaState:
     """Compares the database with the revisions of this checkout.
 
     Returns:
-        `empty`: never migrated; `behind`: `leadscore db upgrade` has work to do; `current`; `unknown`: migrated by
-        another version of this program.
+        `empty`: never migrated; `behind`: `leadscore db upgrade` has work to do; `current`; `unknown`:
+        migrated by another version of this program.
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached.

@@ -1,8 +1,8 @@
 """The user PostgreSQL runs as when we are root, and the right to enter what it needs.
 
-PostgreSQL refuses to run as root. A checkout often lies below a directory that only root may enter; such a directory
-gets one entry in its access list that lets this one user pass through, and stays closed to everybody else. Nothing
-here ever opens a private directory to others. Called by `app.db.embedded` alone.
+PostgreSQL refuses to run as root. A checkout often lies below a directory that only root may enter; such a
+directory gets one entry in its access list that lets this one user pass through, and stays closed to
+everybody else. Nothing here ever opens a private directory to others. Called by `app.db.embedded` alone.
 """
 
 import contextlib
@@ -40,7 +40,8 @@ class SystemUser:
 def find_user(data: Path) -> SystemUser | None:
     """Returns the user PostgreSQL must run as, or None when that is the user we are.
 
-    Root runs it as the owner of the data when there is data already, else as `pgserver`, which is made if need be.
+    Root runs it as the owner of the data when there is data already, else as `pgserver`, which is made if
+    need be.
 
     Raises:
         CommandError: the data belong to somebody else and we are not root.
@@ -62,10 +63,19 @@ def _dedicated_user() -> pwd.struct_passwd:
         return pwd.getpwnam(_NAME)
     make = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", _NAME]
     with contextlib.suppress(OSError):
-        subprocess.run(make, check=False, capture_output=True)  # noqa: S603 - another starter may win: look again
+        subprocess.run(make, check=False, capture_output=True)  # noqa: S603 - the answer is looked up below
     with contextlib.suppress(KeyError):
         return pwd.getpwnam(_NAME)
     return pwd.getpwnam("nobody")
+
+
+def open_installation(folder: Path) -> None:
+    """Lets everybody read and run PostgreSQL's own programs, which a strict umask may have closed."""
+    if (folder / "bin" / "postgres").stat().st_mode & stat.S_IXOTH:
+        return
+    for path in (folder, *folder.rglob("*")):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o444 | (0o111 if mode & stat.S_IXUSR else 0))
 
 
 def grant_search(path: Path, user: SystemUser) -> None:
@@ -89,7 +99,7 @@ def grant_search(path: Path, user: SystemUser) -> None:
 
 
 def _add_entry(folder: Path, mode: int, uid: int) -> bool:
-    """Adds search permission for `uid` to the directory's access list; returns False if it is there already."""
+    """Adds search permission for `uid` to the directory's access list; returns False if it has it already."""
     entries = _read_entries(folder) or {
         (_OWNER, _NOBODY_ID): mode >> 6 & 7,
         (_GROUP_OWNER, _NOBODY_ID): mode >> 3 & 7,
@@ -113,7 +123,7 @@ def _add_entry(folder: Path, mode: int, uid: int) -> bool:
 
 
 def _read_entries(folder: Path) -> dict[tuple[int, int], int]:
-    """Returns the access list as permission bits by (tag, id), in the layout of Linux's `posix_acl_xattr.h`."""
+    """Returns the access list as permission bits by (tag, id), laid out as in Linux's `posix_acl_xattr.h`."""
     if not hasattr(os, "getxattr"):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
     try:
