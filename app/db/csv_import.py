@@ -1,0 +1,190 @@
+"""Makes any CSV file a lead source: a typed table with `lead_id` and `external_ref`, all or nothing.
+
+The file is read twice: once to check every line and find the types, once to copy. Readers of a table that is
+replaced see the old one until the new one is complete. Never touches a table it did not make. Called by
+`leadscore import`.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+import psycopg
+from psycopg import sql
+
+from app.ai.domain import ColumnKind, canonical_lead_id, is_uuid
+from app.db.bulk_copy import CopyColumn, open_connection, write_rows
+from app.db.csv_columns import TO_POSTGRES
+from app.db.csv_file import CsvFile, Progress, Record, open_csv
+from app.db.csv_inspection import Inspection, inspect_csv
+from app.errors import CommandError, ImportFileError
+
+_RELATION = re.compile(r"(?:[a-z_][a-z0-9_]{0,62}\.)?[a-z_][a-z0-9_]{0,52}")
+_MARK = "Leads imported from a file by leadscore"
+_BLOCK = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedColumn:
+    """A column of the table: the header it comes from, its type, and in how many rows it is missing."""
+
+    name: str
+    header: str
+    kind: ColumnKind
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSummary:
+    """What was imported; `unaskable_ids` counts IDs no scoring request can carry, who are asked by `lead_id`."""
+
+    table: str
+    rows: int
+    label: str | None
+    unaskable_ids: int
+    columns: tuple[ImportedColumn, ...]
+
+
+def import_csv(
+    url: str,
+    path: Path,
+    *,
+    table: str,
+    id_column: str,
+    label_column: str | None = None,
+    missing: Sequence[str] = (),
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> ImportSummary:
+    """Loads a CSV file with a header into a new table, in one transaction.
+
+    Args:
+        url: the database.
+        path: the file, in UTF-8, separated by commas, semicolons, tabs or bars.
+        table: what to call the table, in lower case, optionally with its schema.
+        id_column: the column that identifies a lead. It becomes `external_ref`; `lead_id` is the same where that
+            is a UUID, and otherwise a UUID derived from it and the table's name.
+        label_column: the column of the outcome (yes/no, true/false, 1/0 ...); it becomes a boolean.
+        missing: texts that mean missing, beside the empty one.
+        replace: put the new table in the place of one that was imported before.
+        progress: told the stage, how much is done, and how much there is.
+
+    Raises:
+        ImportFileError: the file cannot be imported as it is; the message names the line.
+        CommandError: the table's name is taken or cannot be used.
+        DatabaseUnavailableError: the server cannot be reached, or went away.
+    """
+    if not _RELATION.fullmatch(table):
+        raise CommandError("the table needs a name in lower case, such as leads or crm.leads")
+    with open_csv(path) as file:
+        found = inspect_csv(file, id_column, label_column, missing, progress)
+        with open_connection(url) as connection:
+            _refuse_taken(connection, table, replace=replace)
+            try:
+                _load(connection, table, file, found, progress)
+            except (psycopg.ProgrammingError, psycopg.NotSupportedError, psycopg.InternalError) as exc:
+                raise CommandError(_explain(table, exc)) from exc
+    return _summarise(table, file.header, found)
+
+
+def _refuse_taken(connection: psycopg.Connection[Any], table: str, *, replace: bool) -> None:
+    row = connection.execute(
+        "SELECT to_regclass(%(table)s), obj_description(to_regclass(%(table)s), 'pg_class')", {"table": table}
+    ).fetchone()
+    existing, mark = row or (None, None)
+    if existing is not None and mark != _MARK:
+        raise CommandError(f"{table} exists and was not made by an import; choose another name")
+    if existing is not None and not replace:
+        raise CommandError(f"{table} exists already; --replace puts the new leads in its place")
+
+
+def _load(
+    connection: psycopg.Connection[Any],
+    table: str,
+    file: CsvFile,
+    found: Inspection,
+    progress: Progress | None,
+) -> None:
+    *schema, name = table.split(".")
+    target, draft = sql.Identifier(*schema, name), sql.Identifier(*schema, f"{name}__import")
+    types = {"lead_id": "uuid", "external_ref": "text"}
+    types |= {found.names[at]: TO_POSTGRES[found.kind(at)][0] for at in _kept(found)}
+    columns = sql.SQL(", ").join(
+        sql.SQL("{} {}").format(sql.Identifier(column), sql.SQL(type_name))
+        for column, type_name in types.items()
+    )
+    with connection.cursor() as cursor:
+        cursor.execute(sql.SQL("CREATE TABLE {} ({})").format(draft, columns))
+        for block in _read_blocks(file, found, table, progress):
+            write_rows(cursor, draft, block)
+        # Built once the rows are there, and not named: the table being replaced still has its own.
+        cursor.execute(sql.SQL("ALTER TABLE {} ADD PRIMARY KEY (lead_id)").format(draft))
+        cursor.execute(
+            sql.SQL("ALTER TABLE {} ALTER external_ref SET NOT NULL, ADD UNIQUE (external_ref)").format(draft)
+        )
+        cursor.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(draft, sql.Literal(_MARK)))
+        cursor.execute(sql.SQL("ANALYZE {}").format(draft))
+        cursor.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(target))
+        cursor.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(draft, sql.Identifier(name)))
+
+
+def _read_blocks(
+    file: CsvFile, found: Inspection, table: str, progress: Progress | None
+) -> Iterator[dict[str, CopyColumn]]:
+    """Reads the file for the second time, as columns ready for COPY."""
+    records, done = file.records("read again"), 0
+    while block := list(islice(records, _BLOCK)):
+        yield _build_columns(block, found, table)
+        done += len(block)
+        if progress is not None:
+            progress("load", done, found.rows)
+    if done != found.rows:
+        raise ImportFileError("the file changed while it was being read; nothing was imported")
+
+
+def _build_columns(block: Sequence[Record], found: Inspection, table: str) -> dict[str, CopyColumn]:
+    by_place = list(zip(*(record.fields for record in block), strict=True))
+    ids = by_place[found.id_at]
+    columns: dict[str, CopyColumn] = {"lead_id": [_lead_id(table, text) for text in ids], "external_ref": ids}
+    for at in _kept(found):
+        _, write = TO_POSTGRES[found.kind(at)]
+        columns[found.names[at]] = [
+            None if text in found.placeholders else write(text) for text in by_place[at]
+        ]
+    return columns
+
+
+def _kept(found: Inspection) -> list[int]:
+    return [at for at in range(len(found.names)) if at != found.id_at]
+
+
+def _lead_id(table: str, text: str) -> str:
+    """Returns the ID's UUID; the table is part of a derived one, so that two files may both number from 1."""
+    return (
+        canonical_lead_id(text)
+        if is_uuid(text)
+        else str(uuid5(NAMESPACE_URL, f"lead-scoring:{table}:{text}"))
+    )
+
+
+def _explain(table: str, exc: psycopg.Error) -> str:
+    if isinstance(exc, psycopg.errors.DependentObjectsStillExist):
+        return f"{table} cannot be replaced: a view or another table depends on it"
+    if isinstance(exc, psycopg.errors.InvalidSchemaName):
+        return f"{table} cannot be made: there is no such schema"
+    if isinstance(exc, psycopg.errors.InsufficientPrivilege):
+        return f"{table} cannot be made: the database user may not create tables there"
+    return f"{table} cannot be made (SQLSTATE {exc.sqlstate})"
+
+
+def _summarise(table: str, header: Sequence[str], found: Inspection) -> ImportSummary:
+    columns = tuple(
+        ImportedColumn(found.names[at], header[at], found.kind(at), found.rows - found.guesses[at].present)
+        for at in _kept(found)
+    )
+    label = None if found.label_at is None else found.names[found.label_at]
+    return ImportSummary(table, found.rows, label, found.unaskable_ids, columns)

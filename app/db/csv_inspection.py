@@ -1,0 +1,94 @@
+"""The first reading of a CSV file of leads: checks every line, and finds names, types, IDs and label.
+
+After it nothing in the file can make the copying fail. Touches no database. Called by `app.db.csv_import`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from app.ai.domain import ColumnKind, canonical_lead_id
+from app.db.csv_columns import TypeGuess, build_names, read_label
+from app.db.csv_file import CsvFile, Progress, Record
+from app.errors import ImportFileError
+
+# What a scoring request can carry.
+_ASKABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
+_LONGEST_ID = 500
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What the first reading found; `names` and `guesses` have one entry for each column of the file."""
+
+    names: list[str]
+    id_at: int
+    label_at: int | None
+    placeholders: frozenset[str]
+    guesses: list[TypeGuess]
+    rows: int = 0
+    unaskable_ids: int = 0
+    line_of_id: dict[str, int] = field(default_factory=dict)
+
+    def kind(self, at: int) -> ColumnKind:
+        """Returns the type of the column at this place."""
+        return "boolean" if at == self.label_at else self.guesses[at].kind
+
+
+def inspect_csv(
+    file: CsvFile, id_column: str, label_column: str | None, missing: Sequence[str], progress: Progress | None
+) -> Inspection:
+    """Reads the whole file; `missing` are texts that mean missing, beside the empty one.
+
+    Raises:
+        ImportFileError: a line is broken, an ID missing or used twice, a label neither yes nor no, or a column
+            not there.
+    """
+    id_at = _find(file.header, id_column)
+    label_at = None if label_column is None else _find(file.header, label_column)
+    if id_at == label_at:
+        raise ImportFileError("line 1: the id column cannot be the label as well")
+    names = build_names(file.header, taken={"lead_id", "external_ref"})
+    found = Inspection(names, id_at, label_at, frozenset(missing) | {""}, [TypeGuess() for _ in names])
+    for record in file.records("check", progress):
+        _take(found, record)
+    if not found.rows:
+        raise ImportFileError("line 1: the file has a header but no leads")
+    return found
+
+
+def _find(header: Sequence[str], wanted: str) -> int:
+    """Returns the place of a column, named as in the file or as it will be named in the table."""
+    matches = [at for at, name in enumerate(header) if name == wanted.strip()]
+    matches = matches or [at for at, name in enumerate(build_names(header)) if name == wanted]
+    if len(matches) != 1:
+        problem = "more than one column is" if matches else "no column is"
+        known = ", ".join(header)
+        raise ImportFileError(f"line 1: {problem} called {wanted!r}; the header names {known[:500]}")
+    return matches[0]
+
+
+def _take(found: Inspection, record: Record) -> None:
+    found.rows += 1
+    _check_id(found, record)
+    if found.label_at is not None:
+        label = record.fields[found.label_at]
+        if label not in found.placeholders and read_label(label) is None:
+            raise ImportFileError(
+                f"line {record.line}: the label is none of yes/no, true/false, y/n, t/f, 1/0"
+            )
+    for guess, value in zip(found.guesses, record.fields, strict=True):
+        if value not in found.placeholders:
+            guess.see(value)
+
+
+def _check_id(found: Inspection, record: Record) -> None:
+    lead_id = record.fields[found.id_at]
+    if lead_id in found.placeholders:
+        raise ImportFileError(f"line {record.line}: the id is missing")
+    if len(lead_id) > _LONGEST_ID:
+        raise ImportFileError(f"line {record.line}: the id is longer than {_LONGEST_ID} characters")
+    first = found.line_of_id.setdefault(canonical_lead_id(lead_id), record.line)
+    if first != record.line:
+        raise ImportFileError(f"line {record.line}: the id is the same as in line {first}")
+    found.unaskable_ids += _ASKABLE_ID.fullmatch(lead_id) is None
