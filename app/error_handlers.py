@@ -28,6 +28,9 @@ from app.errors import (
 MEDIA_TYPE = "application/problem+json"
 MAX_POSITIONS = 20
 
+FRAMEWORK_ERRORS = (HTTPException, RequestValidationError, Exception)
+"""What the framework answers in its own words unless `Problems.answer_framework_error` does."""
+
 _log = structlog.get_logger("app.errors")
 
 
@@ -104,6 +107,8 @@ class ErrorBoundary:
 
         try:
             await self._app(scope, receive, send_noting)
+        except ClientDisconnect:
+            return  # nobody is there to be answered
         except Exception as exc:
             if started:
                 raise
@@ -124,7 +129,5 @@ def _translate(exc: Exception) -> LeadScoringError:
 def _own(exc: Exception) -> LeadScoringError:
     if isinstance(exc, LeadScoringError):
         return exc
-    if isinstance(exc, ClientDisconnect):
-        return MalformedRequestError("The connection ended before the body did.")
     _log.error("unhandled_exception", exc_info=exc)
     return InternalError()

@@ -11,13 +11,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
-from starlette.exceptions import HTTPException
 
 from app import __version__
 from app.ai import advanced_ml, advanced_ml_hardened
-from app.error_handlers import ErrorBoundary, Problems
+from app.error_handlers import FRAMEWORK_ERRORS, ErrorBoundary, Problems
 from app.health import DatabaseProbe, Operations, build_router
 from app.log_setup import configure_logging
 from app.middleware.audit import AuditMiddleware
@@ -94,12 +92,19 @@ def _document(app: FastAPI, max_batch_size: int) -> None:
 def _wrap(app: FastAPI, settings: Settings) -> None:
     methods = _methods_by_path(app)
     problems = Problems(methods)
-    for kind in (HTTPException, RequestValidationError, Exception):
+    for kind in FRAMEWORK_ERRORS:
         app.add_exception_handler(kind, problems.answer_framework_error)
     # Each call wraps what is there already: the last one is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.ai_max_body_bytes)
     app.add_middleware(ErrorBoundary, problems=problems)
     app.add_middleware(ProblemCors, origins=settings.cors_origins, problem=problems)
+    app.add_middleware(
+        AuditMiddleware,
+        telemetry=lambda scope: scope["state"]["telemetry"],
+        problem=problems,
+        static_routes=frozenset(methods),
+    )
+    app.add_middleware(RequestIdMiddleware)
     if settings.ai_enable_legacy_advanced_ml:
         app.add_middleware(
             Deprecation,
@@ -108,13 +113,6 @@ def _wrap(app: FastAPI, settings: Settings) -> None:
             sunset=settings.ai_legacy_sunset,
             successor=f"{advanced_ml_hardened.PREFIX}/predict-batch",
         )
-    app.add_middleware(
-        AuditMiddleware,
-        telemetry=lambda scope: scope["state"]["telemetry"],
-        problem=problems,
-        static_routes=frozenset(methods),
-    )
-    app.add_middleware(RequestIdMiddleware)
 
 
 def _methods_by_path(app: FastAPI) -> Mapping[str, frozenset[str]]:

@@ -612,6 +612,7 @@ def test_a_lead_source_that_is_not_there_is_a_failed_prediction(crm_url: str, fo
 def test_no_answer_leaves_without_its_audit_record(broken: httpx2.Client) -> None:
     response = broken.post(SCORE, json=["lead_1"], headers={"Origin": ORIGIN})
     problem_of(response, 503, "TELEMETRY_UNAVAILABLE")
+    assert "deprecation" in broken.post(LEGACY, json=[]).headers
     assert response.headers["access-control-allow-origin"] == ORIGIN
     assert broken.get(HEALTH).json()["telemetry"]["status"] == "unavailable"
 
@@ -683,7 +684,7 @@ def test_every_request_for_scores_leaves_one_event(client: httpx2.Client, crm_ur
     with connect(client) as connection:
         head = f"POST {SCORE} HTTP/1.1\r\nHost: x\r\nX-Request-ID: contract-cut\r\nContent-Length: 99\r\n"
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n[".encode())
-    wanted = {"contract-good": None, "contract-bad": "EMPTY_BATCH", "contract-cut": "MALFORMED_REQUEST"}
+    wanted = {"contract-good": None, "contract-bad": "EMPTY_BATCH", "contract-cut": "CLIENT_CLOSED_REQUEST"}
     deadline = time.monotonic() + 10
     found: dict[str, str | None] = {}
     with psycopg.connect(crm_url, autocommit=True) as database:
