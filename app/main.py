@@ -22,6 +22,7 @@ from app.middleware.audit import AuditMiddleware
 from app.middleware.body_limit import BodyLimit
 from app.middleware.cors import ProblemCors
 from app.middleware.deprecation import Deprecation
+from app.middleware.in_flight import InFlightLimit
 from app.middleware.request_id import RequestIdMiddleware
 from app.schemas.openapi import complete_document
 from app.settings import Settings, load_settings
@@ -96,6 +97,7 @@ def _wrap(app: FastAPI, settings: Settings) -> None:
         app.add_exception_handler(kind, problems.answer_framework_error)
     # Each call wraps what is there already: the last one is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.ai_max_body_bytes)
+    app.add_middleware(InFlightLimit, limit=settings.ai_max_requests_in_flight)
     app.add_middleware(ErrorBoundary, problems=problems)
     app.add_middleware(ProblemCors, origins=settings.cors_origins, problem=problems)
     app.add_middleware(

@@ -66,6 +66,8 @@ class Settings(BaseSettings):
     """How long the breaker stays open before it lets one probe through."""
     ai_max_body_bytes: int = Field(262_144, ge=1024, le=16_777_216)
     """Largest request body that is read."""
+    ai_max_requests_in_flight: int = Field(256, ge=1, le=100_000)
+    """Scoring requests a worker answers at once; more are refused with 503 `OVERLOADED`."""
 
     ml_model_dir: Path = Path("models")
     """Directory of model artifacts and their manifests."""

@@ -25,6 +25,7 @@ from app.errors import (
     InvalidPayloadError,
     LeadScoringError,
     ModelNotReadyError,
+    OverloadedError,
     PredictionFailedError,
     TelemetryUnavailableError,
     UnsupportedMediaTypeError,
@@ -41,6 +42,7 @@ SCORING_ERRORS: tuple[type[LeadScoringError], ...] = (
     PredictionFailedError,
     ModelNotReadyError,
     DatabaseUnavailableError,
+    OverloadedError,
     TelemetryUnavailableError,
 )
 """Whatever a scoring route may answer with, for OpenAPI."""

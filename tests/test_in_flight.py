@@ -1,0 +1,67 @@
+"""The limit on requests in flight."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from app.errors import OverloadedError
+from app.middleware.in_flight import InFlightLimit
+
+POST, GET = {"type": "http", "method": "POST"}, {"type": "http", "method": "GET"}
+
+
+class _Busy:
+    """An application that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.begun: asyncio.Queue[None] = asyncio.Queue()
+        self.may_end = asyncio.Event()
+
+    async def __call__(self, _scope: Any, _receive: Any, _send: Any) -> None:
+        self.begun.put_nowait(None)
+        await self.may_end.wait()
+
+
+async def _never() -> Any:
+    raise AssertionError("nothing is received or sent here")
+
+
+async def _ignore(_message: Any) -> None:
+    await _never()
+
+
+async def test_one_more_than_the_limit_is_refused_and_the_place_is_given_back() -> None:
+    busy = _Busy()
+    limit = InFlightLimit(busy, limit=2)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(2):
+            group.create_task(limit(POST, _never, _ignore))
+        await busy.begun.get()
+        await busy.begun.get()
+        with pytest.raises(OverloadedError) as refused:
+            await limit(POST, _never, _ignore)
+        assert refused.value.retry_after == 1
+        group.create_task(limit(GET, _never, _ignore))
+        await busy.begun.get()
+        busy.may_end.set()
+    await limit(POST, _never, _ignore)
+
+
+async def test_a_request_that_fails_or_is_given_up_gives_its_place_back() -> None:
+    async def fail(_scope: Any, _receive: Any, _send: Any) -> None:
+        raise ConnectionError
+
+    limit = InFlightLimit(fail, limit=1)
+    for _ in range(3):
+        with pytest.raises(ConnectionError):
+            await limit(POST, _never, _ignore)
+    busy = _Busy()
+    limit = InFlightLimit(busy, limit=1)
+    given_up = asyncio.create_task(limit(POST, _never, _ignore))
+    await busy.begun.get()
+    given_up.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+    busy.may_end.set()
+    await limit(POST, _never, _ignore)
