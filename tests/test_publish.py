@@ -150,4 +150,4 @@ def test_golden_outputs_are_calibrated_probabilities_of_the_golden_inputs(tmp_pa
     manifest = read(publish(tmp_path, V1, "random_forest"))
     raw = fitted("random_forest").predict_proba(ROWS[:6])[:, 1]
     expected = np.clip(1 / (1 + np.exp(-(4 * raw - 2))), 0.01, 0.99)
-    np.testing.assert_allclose(manifest.golden_outputs[:6], expected, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(manifest.golden_outputs[:6], expected, rtol=0, atol=1e-12)
