@@ -40,7 +40,7 @@ class ImportedColumn:
 
 @dataclass(frozen=True, slots=True)
 class ImportSummary:
-    """What was imported; `unaskable_ids` counts IDs no scoring request can carry, who are asked by `lead_id`."""
+    """What was imported; `unaskable_ids` counts IDs that no scoring request can carry, unlike `lead_id`."""
 
     table: str
     rows: int
@@ -66,8 +66,8 @@ def import_csv(
         url: the database.
         path: the file, in UTF-8, separated by commas, semicolons, tabs or bars.
         table: what to call the table, in lower case, optionally with its schema.
-        id_column: the column that identifies a lead. It becomes `external_ref`; `lead_id` is the same where that
-            is a UUID, and otherwise a UUID derived from it and the table's name.
+        id_column: the column that identifies a lead. It becomes `external_ref`; `lead_id` is the same where
+            that is a UUID, and otherwise a UUID derived from it and the table's name.
         label_column: the column of the outcome (yes/no, true/false, 1/0 ...); it becomes a boolean.
         missing: texts that mean missing, beside the empty one.
         replace: put the new table in the place of one that was imported before.

@@ -41,8 +41,8 @@ def inspect_csv(
     """Reads the whole file; `missing` are texts that mean missing, beside the empty one.
 
     Raises:
-        ImportFileError: a line is broken, an ID missing or used twice, a label neither yes nor no, or a column
-            not there.
+        ImportFileError: a line is broken, an ID missing or used twice, a label neither yes nor no, or a
+            column not there.
     """
     id_at = _find(file.header, id_column)
     label_at = None if label_column is None else _find(file.header, label_column)
