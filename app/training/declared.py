@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from app.ai.domain import ColumnKind, InputColumn, IntArray, LeadColumns
 from app.ai.features import FeatureSet, FeatureSpec
+from app.errors import TrainingError
 from app.training.levels import learn_levels
 
 _COLUMNS_OF_KIND: Mapping[ColumnKind, tuple[str, ...]] = {
@@ -60,7 +61,11 @@ DECLARED_COLUMNS: tuple[InputColumn, ...] = tuple(InputColumn(name, kind) for na
 
 
 def build_declared_features(leads: LeadColumns, outcome: IntArray) -> FeatureSet:
-    """Returns the declared features, their levels learnt from these training rows and 0/1 outcomes (n,)."""
+    """Returns the declared features, their levels learnt from these training rows and 0/1 outcomes (n,).
+
+    Raises:
+        TrainingError: a text column is empty in all of these rows.
+    """
     return FeatureSet(
         tuple(
             FeatureSpec(
@@ -77,7 +82,10 @@ def build_declared_features(leads: LeadColumns, outcome: IntArray) -> FeatureSet
 
 def _params(feature: _Feature, leads: LeadColumns, outcome: IntArray) -> Mapping[str, Any]:
     if feature.transform == "level":
-        return learn_levels(leads.columns[feature.columns[0]], outcome)
+        try:
+            return learn_levels(leads.columns[feature.columns[0]], outcome)
+        except ValueError as exc:
+            raise TrainingError(f"{feature.columns[0]}: {exc}; train on derived features instead.") from exc
     if feature.transform == "ratio":
         # Of no contacts at all, nothing came from the lead.
         return {"zero_over_zero": 0.0}

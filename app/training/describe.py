@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from app.ai.domain import IntArray, JsonObject
-from app.ai.features import CellState, FeatureMatrix
+from app.ai.features import FeatureMatrix
 from app.ai.model_manifest import FeatureRow, ModelDescription, TrainingFacts
 from app.training.evaluate import build_reliability, evaluate, measure_importance
 from app.training.fit import CalibratedModel
@@ -82,14 +82,9 @@ def _report(
 
 
 def _golden_inputs(matrix: FeatureMatrix, seed: int) -> list[FeatureRow]:
-    """Draws rows of built features, half of them from those with a gap, and adds one that is all gaps."""
-    random = np.random.default_rng(seed)
-    usable = np.flatnonzero((matrix.states != CellState.INVALID).all(axis=1))
-    gaps = np.isnan(matrix.values[usable]).any(axis=1)
-    with_gaps = random.permutation(usable[gaps])[: (GOLDEN_ROWS - 1) // 2]
-    without = random.permutation(usable[~gaps])[: GOLDEN_ROWS - 1 - len(with_gaps)]
-    drawn = matrix.values[np.concatenate([without, with_gaps])]
-    rows = np.vstack([drawn, np.full(matrix.values.shape[1], np.nan)]).tolist()
+    """Draws rows of built features, gaps and all, and adds one that is nothing but gaps."""
+    drawn = np.random.default_rng(seed).permutation(len(matrix.values))[: GOLDEN_ROWS - 1]
+    rows = np.vstack([matrix.values[drawn], np.full(matrix.values.shape[1], np.nan)]).tolist()
     return [[value if np.isfinite(value) else None for value in row] for row in rows]
 
 

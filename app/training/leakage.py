@@ -59,7 +59,7 @@ DENIED_COLUMNS = frozenset(
 )
 """Columns written because of the outcome, or holding an earlier model's answer; compared in lower case."""
 
-_BINS = 32
+_BINS, _ROWS_PER_BIN = 32, 20
 _PRIOR_ROWS = 10.0
 
 
@@ -117,35 +117,50 @@ def measure_separation(name: str, column: Column, outcome: IntArray, as_of: Floa
     """Measures one column of `n` leads against the 0/1 outcome (both classes occur).
 
     A value stands for the outcome rate of its level or bin among the *other* half of the rows, so that a
-    column of many levels does not look telling merely because it remembers each row.
+    column of many levels does not look telling merely because it remembers each row. A number is measured by
+    its rank as well, which needs no bins.
     """
     present = column.present.astype(np.float64)
     emptiness = abs(float(roc_auc_score(outcome, present)) - 0.5) + 0.5
-    by_value = float(roc_auc_score(outcome, _rates_of_other_half(_codes(column, as_of), outcome)))
+    if column.kind == "text":
+        by_value = float(roc_auc_score(outcome, _rates_of_other_half(_level_codes(column), outcome)))
+    else:
+        numbers = _filled_numbers(column, as_of)
+        by_rank = abs(float(roc_auc_score(outcome, numbers)) - 0.5) + 0.5
+        by_bin = float(roc_auc_score(outcome, _rates_of_other_half(_bin_codes(numbers, column), outcome)))
+        by_value = max(by_rank, by_bin)
     return Separation(name, max(by_value, emptiness), by_emptiness=emptiness >= by_value - 0.01)
 
 
-def _codes(column: Column, as_of: FloatArray) -> IntArray:
-    """Numbers the levels of a text or the quantile bins of a number; missing cells share one code."""
+def _level_codes(column: Column) -> IntArray:
+    """Numbers the levels of a text (n,); missing cells are 0."""
     codes = np.zeros(len(column.present), dtype=np.int64)
-    if column.kind == "text":
-        texts = [normalise_text(text) for text in column.values[column.present].tolist()]
-        codes[column.present] = np.unique(np.array(texts, dtype=np.str_), return_inverse=True)[1] + 1
-        return codes
+    texts = [normalise_text(text) for text in column.values[column.present].tolist()]
+    codes[column.present] = np.unique(np.array(texts, dtype=np.str_), return_inverse=True)[1] + 1
+    return codes
+
+
+def _filled_numbers(column: Column, as_of: FloatArray) -> FloatArray:
+    """Returns the numbers (n,), timestamps as their age; whatever is missing or not finite is the median."""
     numbers = np.asarray(column.values, dtype=np.float64)
     if column.kind == "timestamp":
         numbers = as_of - numbers
     usable = column.present & np.isfinite(numbers)
-    if usable.any():
-        edges = np.unique(np.quantile(numbers[usable], np.linspace(0, 1, _BINS + 1)[1:-1]))
-        codes[usable] = np.searchsorted(edges, numbers[usable], side="left") + 1
-    return codes
+    return np.where(usable, numbers, np.median(numbers[usable]) if usable.any() else 0.0)
+
+
+def _bin_codes(numbers: FloatArray, column: Column) -> IntArray:
+    """Numbers the quantile bins of numbers (n,), fewer for few rows; missing cells are 0."""
+    bins = int(np.clip(len(numbers) // _ROWS_PER_BIN, 4, _BINS))
+    edges = np.unique(np.quantile(numbers, np.linspace(0, 1, bins + 1)[1:-1]))
+    return np.where(column.present, np.searchsorted(edges, numbers, side="left") + 1, 0)
 
 
 def _rates_of_other_half(codes: IntArray, outcome: IntArray) -> FloatArray:
     base, rates = outcome.mean(), np.empty(len(codes))
-    odd = np.arange(len(codes)) % 2 == 1
-    for seen in (odd, ~odd):
+    # Drawn, not alternating: rows may come in an order that knows the outcome.
+    half = np.random.default_rng(0).random(len(codes)) < 0.5
+    for seen in (half, ~half):
         rows = np.bincount(codes[seen], minlength=codes.max() + 1)
         positives = np.bincount(codes[seen], weights=outcome[seen], minlength=codes.max() + 1)
         rates[~seen] = ((positives + _PRIOR_ROWS * base) / (rows + _PRIOR_ROWS))[codes[~seen]]

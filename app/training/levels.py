@@ -29,7 +29,11 @@ def learn_levels(column: Column, outcome: IntArray) -> dict[str, Any]:
 
     Each number is `log(r / (1 - r))` with `r = (positives + m * base) / (rows + m)`, `m` = 10 rows of the
     base rate (additive smoothing; Micci-Barreca, SIGKDD Explorations 3(1), 2001). Missing cells get the
-    number of their own rate, unseen and rare levels that of all rare rows together.
+    number of their own rate, unseen and rare levels that of all rare rows together. The commonest level is
+    kept however few rows it has.
+
+    Raises:
+        ValueError: no row has a text.
     """
     keys: list[str | None] = [
         (normalise_text(value) or None) if there else None
@@ -39,7 +43,9 @@ def learn_levels(column: Column, outcome: IntArray) -> dict[str, Any]:
     positives: Counter[Hashable] = Counter(key for key, won in zip(keys, outcome, strict=True) if won)
     base = float(np.clip(outcome.mean(), 1e-6, 1 - 1e-6))
     ranked = sorted((key for key in rows if key is not None), key=lambda key: (-rows[key], str(key)))
-    kept = [key for key in ranked[:MAX_LEVELS] if rows[key] >= MIN_LEVEL_ROWS]
+    if not ranked:
+        raise ValueError("no row has a text to learn from")
+    kept = [key for key in ranked[:MAX_LEVELS] if rows[key] >= MIN_LEVEL_ROWS] or ranked[:1]
     rare = [key for key in rows if key is not None and key not in set(kept)]
     params: dict[str, Any] = {
         "levels": {str(key): _log_odds(rows[key], positives[key], base) for key in kept},

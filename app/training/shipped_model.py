@@ -1,7 +1,7 @@
 """Makes the model that ships in `models/`: the demo CRM, in a throwaway database, at one fixed moment.
 
-The same seed gives the same manifest fingerprint and the same predictions, so anybody can make it again and compare.
-Never touches the service's own database. Run by `make model`.
+The same seed gives the same manifest fingerprint and the same predictions, so anybody can make it again and
+compare. Never touches the service's own database. Run by `make model`.
 """
 
 import tempfile
@@ -23,18 +23,16 @@ PEOPLE, SEED = 10_000, 1
 MOMENT = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
-def train_shipped_model(
-    model_dir: Path, progress: Progress = lambda _stage, _done, _total: None
-) -> TrainingReport:
+def train_shipped_model(model_dir: Path, progress: Progress) -> TrainingReport:
     """Trains the shipped model from nothing and publishes it to `model_dir`."""
-    with tempfile.TemporaryDirectory(prefix="leadscore-model-") as folder, open_embedded(Path(folder)) as url:
+    with tempfile.TemporaryDirectory(prefix="leadscore-") as var, open_embedded(Path(var)) as url:
         upgrade(url)
         load_demo(url, people=PEOPLE, seed=SEED, until=MOMENT, progress=progress)
         return train(TrainingOptions(url=url, model_dir=model_dir, seed=SEED, now=MOMENT), progress)
 
 
 def replace_shipped_model(model_dir: Path, progress: Progress) -> TrainingReport:
-    """Makes the shipped model again in a directory that may hold it already; its manifest is replaced last."""
+    """Makes the shipped model again in a directory that may hold it already; the manifest goes last."""
     with tempfile.TemporaryDirectory(prefix="leadscore-model-") as folder:
         report = train_shipped_model(Path(folder), progress)
         manifest_name = report.manifest_path.name

@@ -1,0 +1,284 @@
+"""Training end to end on a real database: what is read, refused, learnt, published, and that it repeats."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import psycopg
+import pytest
+from rich.console import Console
+
+from app.ai.calibration import calibrate
+from app.ai.feature_safety import check_features
+from app.ai.features import build_features
+from app.ai.model_bundle import ModelBundle
+from app.ai.model_manifest import manifest_fingerprint
+from app.ai.model_registry import ModelRegistry
+from app.db.engine import Database
+from app.db.leads import PostgresLeadSource, fetch_all_chunks
+from app.errors import ArtifactError, TrainingError
+from app.training.declared import DECLARED_COLUMNS, build_declared_features
+from app.training.fit import choose_threshold, fit_calibrator
+from app.training.options import TrainingOptions
+from app.training.report import TrainingReport, print_report
+from app.training.rows import choose_columns, fetch_rows
+from app.training.train import train
+from tests.conftest import DEMO_PEOPLE, DEMO_UNTIL
+
+DAY = 86_400.0
+
+
+def build_options(url: str, model_dir: Path, **changes: object) -> TrainingOptions:
+    return replace(TrainingOptions(url=url, model_dir=model_dir, seed=3, now=DEMO_UNTIL), **changes)
+
+
+def load_only(model_dir: Path) -> ModelBundle:
+    return ModelRegistry(model_dir, pattern="advanced_ml_*").load()
+
+
+def quick_options(url: str, model_dir: Path, **changes: object) -> TrainingOptions:
+    """Options for the made-up relation with the model that is fitted fastest."""
+    return build_options(
+        url, model_dir, **{"source": "made_up", "label": "won", "model": "logistic_regression", **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def report(demo_url: str, tmp_path_factory: pytest.TempPathFactory) -> TrainingReport:
+    return train(build_options(demo_url, tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture
+def made_up(database_url: str) -> Callable[[int], str]:
+    """Makes the relation `made_up` with n leads, a third of them positive; returns the database's URL."""
+
+    def make(n: int) -> str:
+        with psycopg.connect(database_url) as connection:
+            connection.execute(
+                """
+                CREATE TABLE made_up AS SELECT
+                    md5(i::text)::uuid AS lead_id, 'ref-' || i AS external_ref, (i %% 3 = 0)::int AS won,
+                    'person ' || i AS full_name, sin(i) + 0.7 * (i %% 3 = 0)::int AS signal,
+                    CASE WHEN i %% 7 > 0 THEN cos(i) END AS noise,
+                    (i %% 3 = 0)::int * 100 + i %% 2 AS after_the_fact, (i %% 3 = 0)::text AS status
+                FROM generate_series(1, %s) i
+                """,
+                [n],
+            )
+        return database_url
+
+    return make
+
+
+def test_training_publishes_a_model_the_registry_loads(report: TrainingReport) -> None:
+    bundle = load_only(report.manifest_path.parent)
+    manifest = report.manifest
+    assert bundle.ref.model_id == "advanced_ml_20260601_000000"
+    assert bundle.ref.sha256 == manifest.sha256
+    assert len(bundle.feature_set.specs) == 20
+    assert manifest.horizon_days == 90
+    assert 0 < manifest.threshold < 1
+    assert manifest.metrics["roc_auc"] > 0.6
+    assert manifest.training.train_rows == manifest.training.calibrate_rows
+    assert len(manifest.golden_inputs) == 32
+    assert any(None in row for row in manifest.golden_inputs[:-1])
+    assert set(manifest.golden_inputs[-1]) == {None}
+
+
+def test_the_same_seed_and_data_give_the_same_fingerprint_and_predictions(
+    report: TrainingReport, demo_url: str, tmp_path: Path
+) -> None:
+    again = train(build_options(demo_url, tmp_path))
+    assert manifest_fingerprint(again.manifest) == manifest_fingerprint(report.manifest)
+    assert again.manifest.golden_outputs == report.manifest.golden_outputs
+    assert again.manifest.metrics == report.manifest.metrics
+    other = train(build_options(demo_url, tmp_path / "other", seed=4))
+    assert manifest_fingerprint(other.manifest) != manifest_fingerprint(report.manifest)
+
+
+async def test_training_rows_equal_serving_rows_bit_for_bit(demo_url: str) -> None:
+    chunk = next(iter(fetch_all_chunks(demo_url, "lead_source", DECLARED_COLUMNS, chunk_rows=DEMO_PEOPLE)))
+    assert len(chunk.lead_ids) == DEMO_PEOPLE
+    outcome = (np.arange(DEMO_PEOPLE) % 4 == 0).astype(np.int64)
+    feature_set = build_declared_features(chunk.leads, outcome)
+    as_of = DEMO_UNTIL.timestamp()
+    trained = build_features(chunk.leads, feature_set, np.full(DEMO_PEOPLE, as_of))
+    database = Database(demo_url, pool_size=1, deadline_seconds=30)
+    try:
+        fetched = await PostgresLeadSource(database, "lead_source").fetch(
+            chunk.lead_ids, feature_set.input_columns
+        )
+    finally:
+        await database.close()
+    served = build_features(fetched.leads, feature_set, as_of)
+    assert served.values[fetched.row_of].tobytes() == trained.values.tobytes()
+    assert served.states[fetched.row_of].tobytes() == trained.states.tobytes()
+
+
+def test_a_lead_is_decided_only_when_its_whole_horizon_has_passed(demo_url: str, tmp_path: Path) -> None:
+    options = build_options(demo_url, tmp_path)
+    columns, _ = choose_columns(options)
+    rows, undecided = fetch_rows(options, columns, lambda *_: None)
+    assert rows.as_of.max() + 90 * DAY <= DEMO_UNTIL.timestamp()
+    assert undecided > 0
+    with psycopg.connect(demo_url) as connection:
+        (expected, positives) = connection.execute(
+            """
+            SELECT count(*), count(*) FILTER (WHERE outcome_at <= as_of + interval '90 days')
+            FROM lead_training
+            WHERE as_of + interval '90 days' <= %s
+            """,
+            [DEMO_UNTIL],
+        ).fetchone() or (0, 0)
+    assert (rows.leads.n, rows.outcome.sum()) == (expected, positives)
+
+
+def test_an_outcome_that_comes_later_than_the_moment_of_training_is_not_known_yet(
+    report: TrainingReport, demo_url: str, tmp_path: Path
+) -> None:
+    earlier = build_options(demo_url, tmp_path, as_of=DEMO_UNTIL - timedelta(days=120))
+    rows, _ = fetch_rows(earlier, choose_columns(earlier)[0], lambda *_: None)
+    assert rows.leads.n < report.manifest.training.train_rows + report.manifest.training.test_rows
+    assert rows.as_of.max() + 90 * DAY <= (DEMO_UNTIL - timedelta(days=120)).timestamp()
+
+
+@pytest.mark.parametrize("model", ["logistic_regression", "hist_gradient_boosting"])
+def test_every_model_type_trains_and_loads(made_up: Callable[[int], str], tmp_path: Path, model: str) -> None:
+    options = quick_options(made_up(300), tmp_path, model=model, fmt="joblib")
+    report = train(replace(options, exclude=("after_the_fact",)))
+    assert load_only(tmp_path).manifest.model_type == model
+    assert report.manifest.metrics["roc_auc"] > 0.6
+
+
+def test_derived_features_leave_out_identity_outcome_and_denied_columns(
+    made_up: Callable[[int], str], tmp_path: Path
+) -> None:
+    options = build_options(
+        made_up(300), tmp_path, source="made_up", label="won", exclude=("after_the_fact",)
+    )
+    manifest = train(options).manifest
+    names = {spec["name"] for spec in manifest.feature_set}
+    assert names == {"signal", "noise", "noise__present"}
+    assert set(manifest.report["dropped"]) == {"status", "full_name"}
+    assert manifest.report["excluded"] == ["after_the_fact"]
+    assert (manifest.label, manifest.horizon_days) == ("won", None)
+
+
+def test_a_leaky_column_stops_training_unless_it_is_allowed(
+    made_up: Callable[[int], str], tmp_path: Path
+) -> None:
+    options = quick_options(made_up(300), tmp_path)
+    with pytest.raises(TrainingError, match="--exclude after_the_fact"):
+        train(options)
+    assert not list(tmp_path.iterdir())
+    manifest = train(replace(options, allow_leaky=("after_the_fact",))).manifest
+    assert any("after_the_fact" in warning for warning in manifest.report["warnings"])
+
+
+def test_too_few_leads_or_hardly_any_of_one_class_is_a_clear_refusal(
+    made_up: Callable[[int], str], tmp_path: Path
+) -> None:
+    url = made_up(45)
+    with pytest.raises(TrainingError, match=r"too few decided leads: 15 .* 30 without"):
+        train(quick_options(url, tmp_path, exclude=("after_the_fact",)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": "wonn"}, "no column wonn .*did you mean won"),
+        ({"label": "signal"}, "values other than 0 and 1"),
+        ({"label": "full_name"}, "expected a number or boolean"),
+        ({"label": "won", "exclude": ("nois",)}, "no column nois .*did you mean noise"),
+        ({"label": "won", "features": "declared"}, "no column created_at"),
+        ({}, "no column outcome_at"),
+        ({"label": "won", "exclude": ("full_name", "signal", "noise", "after_the_fact")}, "no column left"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    made_up: Callable[[int], str], tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        train(build_options(made_up(60), tmp_path, source="made_up", **changes))
+
+
+def test_a_published_version_is_never_overwritten(report: TrainingReport, demo_url: str) -> None:
+    with pytest.raises(ArtifactError, match="already exists"):
+        train(build_options(demo_url, report.manifest_path.parent))
+
+
+def test_the_report_and_the_card_say_the_held_out_figures_and_no_value_of_a_lead(
+    report: TrainingReport, demo_url: str
+) -> None:
+    out = StringIO()
+    print_report(report, Console(file=out, width=160))
+    html = report.card_path.read_text()
+    markdown = report.card_path.with_suffix(".md").read_text()
+    figure = f"{report.manifest.metrics['roc_auc']:.4f}"
+    assert all(figure in text for text in (out.getvalue(), html, markdown))
+    assert "http" not in html
+    json.dumps(report.facts())
+    with psycopg.connect(demo_url) as connection:
+        rows = connection.execute(
+            "SELECT id::text, external_ref, full_name, email, phone FROM people"
+        ).fetchall()
+    published = html + markdown + report.manifest_path.read_text()
+    values = {value for row in rows for value in row if value}
+    assert len(values) > DEMO_PEOPLE
+    assert not [value for value in values if value in published]
+
+
+def test_progress_tells_every_stage_to_its_end(made_up: Callable[[int], str], tmp_path: Path) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        seen[stage] = (done, total)
+
+    train(quick_options(made_up(300), tmp_path, exclude=("after_the_fact",)), progress)
+    assert seen["read"][0] == 300
+    assert seen["fit"][0] == seen["fit"][1] > 0
+    assert set(seen) == {"read", "fit"}
+
+
+def test_a_calibrator_is_chosen_on_scores_it_was_not_fitted_on() -> None:
+    rng = np.random.default_rng(0)
+    fold = np.arange(4000) % 5
+    raw = rng.random(4000)
+    bent = (rng.random(4000) < 0.9 * np.minimum(4 * raw, 1)).astype(np.int64)
+    calibrator, probability = fit_calibrator(raw, bent, fold)
+    assert calibrator.method == "isotonic"
+    assert 0 < calibrator.lower < calibrator.upper < 1
+    assert abs(probability.mean() - bent.mean()) < 0.02
+    few = rng.random(60)
+    outcome = (rng.random(60) < few).astype(np.int64)
+    assert fit_calibrator(few, outcome, fold[:60])[0].method == "sigmoid"
+
+
+def test_the_threshold_has_the_highest_f1_of_all_thresholds() -> None:
+    rng = np.random.default_rng(1)
+    probability = rng.random(300).round(2)
+    outcome = (rng.random(300) < probability).astype(np.int64)
+
+    def f1(threshold: float) -> float:
+        chosen = probability >= threshold
+        return 2 * (chosen & (outcome == 1)).sum() / (chosen.sum() + outcome.sum())
+
+    best = choose_threshold(probability, outcome)
+    assert f1(best) == max(f1(threshold) for threshold in np.unique(probability))
+
+
+def test_base_rate_and_calibrated_probabilities_agree_on_training_leads(
+    report: TrainingReport, demo_url: str
+) -> None:
+    bundle = load_only(report.manifest_path.parent)
+    options = build_options(demo_url, Path())
+    rows, _ = fetch_rows(options, choose_columns(options)[0], lambda *_: None)
+    matrix = build_features(rows.leads, bundle.feature_set, rows.as_of)
+    values = check_features(matrix, bundle.feature_set, bundle.statistics).values
+    probability = calibrate(bundle.scorer(values), bundle.calibrator)
+    assert abs(probability.mean() - bundle.manifest.base_rate) < 0.1
+    assert datetime.fromisoformat(bundle.manifest.created_at) == DEMO_UNTIL.astimezone(UTC)
