@@ -72,6 +72,8 @@ def print_report(report: TrainingReport, console: Console) -> None:
     table = Table(
         title=f"{manifest.model_id} ({manifest.model_type})", show_header=False, title_justify="left"
     )
+    table.add_column()
+    table.add_column(overflow="fold")
     for heading, text in describe_data(manifest):
         table.add_row(heading, escape(text))
     table.add_section()

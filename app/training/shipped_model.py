@@ -5,6 +5,7 @@ compare. Never touches the service's own database. Run by `make model`.
 """
 
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,7 +40,11 @@ def replace_shipped_model(model_dir: Path, progress: Progress) -> TrainingReport
         model_dir.mkdir(parents=True, exist_ok=True)
         for made in sorted(Path(folder).iterdir(), key=lambda path: path.name == manifest_name):
             _replace(made, model_dir / made.name)
-    return report
+    return replace(
+        report,
+        manifest_path=model_dir / manifest_name,
+        card_path=model_dir / report.card_path.name,
+    )
 
 
 def _replace(made: Path, target: Path) -> None:
