@@ -91,7 +91,10 @@ class CsvFile:
 
 
 def _count_fields(line: str, delimiter: str) -> int:
-    return len(next(csv.reader([line], delimiter=delimiter), []))
+    try:
+        return len(next(csv.reader([line], delimiter=delimiter), []))
+    except csv.Error:
+        return 0  # parsing the header tells what is wrong with it
 
 
 def _explain(reason: str, first_line: int, last_line: int) -> str:

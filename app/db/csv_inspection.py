@@ -63,7 +63,7 @@ def _find(header: Sequence[str], wanted: str) -> int:
     matches = matches or [at for at, name in enumerate(build_names(header)) if name == wanted]
     if len(matches) != 1:
         problem = "more than one column is" if matches else "no column is"
-        known = ", ".join(header)
+        known = " ".join(", ".join(header).split())
         raise ImportFileError(f"line 1: {problem} called {wanted!r}; the header names {known[:500]}")
     return matches[0]
 

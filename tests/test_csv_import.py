@@ -1,0 +1,328 @@
+"""CSV files become lead sources: typed, all or nothing, and every defect is named by its line."""
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from app.db.csv_columns import TypeGuess, build_names, read_number, read_timestamp
+from app.db.csv_import import ImportSummary, import_csv
+from app.db.leads import fetch_columns
+from app.errors import CommandError, ImportFileError
+
+Import = Callable[..., ImportSummary]
+
+LEADS = """\
+Lead No,Visits,Score (%),Opted In,Signed up,City,Postcode,City,Won
+L-1,3,12.5,Yes,2026-01-02,Zürich,01234,x,1
+L-2,0,-1e3,no,2026-01-02T03:04:05+02:00,Select,99999,,0
+L-3,,nan,,,"a ""quoted"", city",,y,Select
+"""
+
+
+@pytest.fixture(scope="module")
+def shared_url(create_database: Callable[..., str], migrated_template: str) -> str:
+    return create_database("imports", migrated_template)
+
+
+@pytest.fixture
+def csv_url(shared_url: str) -> Iterator[str]:
+    """A migrated database without imported tables."""
+    yield shared_url
+    with psycopg.connect(shared_url) as connection:
+        connection.execute("DROP TABLE IF EXISTS leads, others CASCADE; DROP SCHEMA IF EXISTS crm CASCADE")
+
+
+@pytest.fixture
+def load(csv_url: str, tmp_path: Path) -> Import:
+    """`load(content, **options)` imports a file with this content into the table `leads`."""
+
+    def run(content: str | bytes, **options: Any) -> ImportSummary:
+        path = tmp_path / "leads.csv"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return import_csv(csv_url, path, **{"table": "leads", "id_column": "Lead No", **options})
+
+    return run
+
+
+def _all(url: str, statement: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(url) as connection:
+        connection.execute("SET TIME ZONE 'UTC'")
+        return connection.execute(statement).fetchall()
+
+
+def _tables(url: str) -> set[str]:
+    return {name for (name,) in _all(url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")}
+
+
+def test_names_and_types_are_inferred_and_stated(load: Import, csv_url: str) -> None:
+    summary = load(LEADS, label_column="Won", missing=["Select"])
+    assert summary.rows == 3
+    assert summary.label == "won"
+    assert [(column.name, column.kind, column.missing) for column in summary.columns] == [
+        ("visits", "number", 1),
+        ("score", "number", 0),
+        ("opted_in", "boolean", 1),
+        ("signed_up", "timestamp", 1),
+        ("city", "text", 1),
+        ("postcode", "text", 1),
+        ("city_2", "text", 1),
+        ("won", "boolean", 1),
+    ]
+    kinds = {column.name: column.kind for column in summary.columns}
+    assert fetch_columns(csv_url, "leads") == {"external_ref": "text", **kinds}
+
+
+def test_values_arrive_as_they_stand_in_the_file(load: Import, csv_url: str) -> None:
+    load(LEADS, label_column="Won", missing=["Select"])
+    rows = _all(
+        csv_url,
+        "SELECT external_ref, visits, score::text, opted_in, signed_up::text, city, postcode, city_2, won"
+        " FROM leads ORDER BY external_ref",
+    )
+    assert rows == [
+        ("L-1", 3.0, "12.5", True, "2026-01-02 00:00:00+00", "Zürich", "01234", "x", True),
+        ("L-2", 0.0, "-1000", False, "2026-01-02 01:04:05+00", None, "99999", None, False),
+        ("L-3", None, "NaN", None, None, 'a "quoted", city', None, "y", None),
+    ]
+
+
+def test_an_id_that_is_a_uuid_is_the_lead_id_and_any_other_gets_one_that_stays(
+    load: Import, csv_url: str
+) -> None:
+    known = "7927B2DF-8bba-4d29-b9a2-b6e0beafe620"
+    content = f"Lead No,A\n{known},1\n17,2\n"
+    load(content)
+    ids = dict(_all(csv_url, "SELECT external_ref, lead_id FROM leads"))
+    assert ids[known] == UUID(known)
+    load(content, replace=True)
+    assert dict(_all(csv_url, "SELECT external_ref, lead_id FROM leads")) == ids
+    load(content, table="others")
+    others = dict(_all(csv_url, "SELECT external_ref, lead_id FROM others"))
+    assert others["17"] != ids["17"]
+
+
+def test_ids_no_request_can_carry_are_counted(load: Import) -> None:
+    assert load("Lead No,A\na b,1\n~x,2\nfine@example.com,3\n").unaskable_ids == 2
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_other_separators_byte_order_marks_and_line_ends_are_understood(
+    load: Import, csv_url: str, mark: str
+) -> None:
+    content = f'Lead No{mark}Note\r\n1{mark}"two\r\nlines, here"\r\n\r\n2{mark}x\r\n'
+    load(b"\xef\xbb\xbf" + content.encode())
+    assert _all(csv_url, "SELECT note FROM leads ORDER BY external_ref") == [
+        ("two\r\nlines, here",),
+        ("x",),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "line 1: the file is empty"),
+        (b"Lead No,A\n", "line 1: .* no leads"),
+        (b"Lead No,A\n1,x\n2,x,y\n", "line 3: 3 fields, but the header names 2"),
+        (b"Lead No,A\n1,x\n2\n", "line 3: 1 fields"),
+        (b'Lead No,A\n1,"x\ny"\n2\n', "line 4: 1 fields"),
+        (b'Lead No,A\n1,"x"y\n', "line 2: a closing quote"),
+        (b'Lead No,A\n1,x\n2,"x\n3,x\n', "line 3: a quote is opened here and never closed"),
+        (b'Lead No,A\n1,x\n2,"' + b"x" * 200_000, "line 3: a field is longer"),
+        (b"Lead No,A\r1,x\r", "line 1: a carriage return"),
+        (b"Lead No,A\n1,x\n2,\xe9\n", "line 3: not valid UTF-8"),
+        (b'Lead No,A\n1,"x\n\xe9"\n', "line 3: not valid UTF-8"),
+        (b"Lead No,A\n1,x\x00\n", "line 2: a NUL"),
+        ("Lead No,A\n1,x\n".encode("utf-16"), "line 1: "),
+        (b"Lead No,A\n1,x\n2,x\n1,y\n", "line 4: the id is the same as in line 2"),
+        (b"Lead No,A\nab,x\n ab ,y\n", "line 3: the id is the same as in line 2"),
+        (b"Lead No,A\n1,x\n ,y\n", "line 3: the id is missing"),
+        (b"Lead No,A\n1,x\nSelect,y\n", "line 3: the id is missing"),
+        (b"Lead No,A\n" + b"9" * 501 + b",y\n", "line 2: the id is longer"),
+        (b"No,A\n1,x\n", "line 1: no column is called 'Lead No'; the header names No, A"),
+        (b"x" * 200_000, "line 1: a field is longer"),
+        (b'"No\n",A\n1,x\n', "line 1: no column is called 'Lead No'; the header names No, A"),
+        (b"Lead No,Lead No\n1,x\n", "line 1: more than one column is called"),
+    ],
+)
+def test_a_bad_file_names_the_line_and_leaves_nothing(
+    load: Import, csv_url: str, content: bytes, message: str
+) -> None:
+    before = _tables(csv_url)
+    with pytest.raises(ImportFileError) as error:
+        load(content, missing=["Select"])
+    assert re.match(message, str(error.value))
+    assert "\n" not in str(error.value)
+    assert _tables(csv_url) == before
+
+
+def test_uuids_that_differ_in_case_are_the_same_id(load: Import) -> None:
+    one = "7927b2df-8bba-4d29-b9a2-b6e0beafe620"
+    with pytest.raises(ImportFileError, match="line 3: the id is the same as in line 2"):
+        load(f"Lead No,A\n{one},1\n{one.upper()},2\n")
+
+
+@pytest.mark.parametrize("label", ["maybe", "2", "-1", "nan"])
+def test_a_label_that_is_neither_yes_nor_no_is_refused(load: Import, label: str) -> None:
+    with pytest.raises(ImportFileError, match="line 3: the label") as error:
+        load(f"Lead No,Won\n1,1.0\n2,{label}\n", label_column="Won")
+    assert label not in str(error.value).split("none of")[0]
+
+
+def test_the_id_cannot_be_the_label(load: Import) -> None:
+    with pytest.raises(ImportFileError, match="label"):
+        load(LEADS, label_column="Lead No")
+
+
+def test_a_failure_half_way_leaves_the_old_table_as_it_was(
+    load: Import, csv_url: str, tmp_path: Path
+) -> None:
+    load("Lead No,A\n1,old\n")
+
+    def cut_short(stage: str, done: int, total: int) -> None:
+        # The file loses its tail between the two readings.
+        if stage == "check" and done == total:
+            with (tmp_path / "leads.csv").open("r+b") as file:
+                file.truncate(len("Lead No,A\n1,new\n"))
+
+    with pytest.raises(ImportFileError, match="changed"):
+        load("Lead No,A\n1,new\n2,new\n", replace=True, progress=cut_short)
+    assert _all(csv_url, "SELECT external_ref, a FROM leads") == [("1", "old")]
+    assert "leads__import" not in _tables(csv_url)
+
+
+def test_an_existing_table_is_replaced_only_when_asked(load: Import, csv_url: str) -> None:
+    load("Lead No,A\n1,x\n")
+    with pytest.raises(CommandError, match="--replace"):
+        load("Lead No,B\n1,2\n2,3\n")
+    assert _all(csv_url, "SELECT a FROM leads") == [("x",)]
+    for _ in range(2):
+        load("Lead No,B\n1,2\n2,3\n", replace=True)
+    assert _all(csv_url, "SELECT b FROM leads ORDER BY b") == [(2.0,), (3.0,)]
+
+
+@pytest.mark.parametrize("table", ["people", "lead_source", "ai_events", "lead_scores"])
+def test_a_table_no_import_made_is_never_replaced(load: Import, csv_url: str, table: str) -> None:
+    with pytest.raises(CommandError, match="not made by an import"):
+        load(LEADS, table=table, replace=True)
+    assert _all(csv_url, f"SELECT count(*) FROM {table}") == [(0,)]
+
+
+def test_a_table_a_view_depends_on_is_not_replaced(load: Import, csv_url: str) -> None:
+    load("Lead No,A\n1,x\n")
+    with psycopg.connect(csv_url) as connection:
+        connection.execute("CREATE VIEW mine AS SELECT * FROM leads")
+    with pytest.raises(CommandError, match="depends on it"):
+        load("Lead No,A\n1,y\n", replace=True)
+    assert _all(csv_url, "SELECT a FROM mine") == [("x",)]
+
+
+@pytest.mark.parametrize("table", ["Leads", "a.b.c", "x;drop", "", "lead-list", "a" * 54])
+def test_a_table_name_that_would_need_quoting_is_refused(load: Import, table: str) -> None:
+    with pytest.raises(CommandError, match="name in lower case"):
+        load(LEADS, table=table)
+
+
+def test_a_schema_can_be_named_and_must_exist(load: Import, csv_url: str) -> None:
+    with pytest.raises(CommandError, match="no such schema"):
+        load(LEADS, table="crm.leads")
+    with psycopg.connect(csv_url) as connection:
+        connection.execute("CREATE SCHEMA crm")
+    load(LEADS, table="crm.leads")
+    load(LEADS, table="crm.leads", replace=True)
+    assert _all(csv_url, "SELECT count(*) FROM crm.leads") == [(3,)]
+
+
+def test_a_missing_file_is_one_clear_line(csv_url: str, tmp_path: Path) -> None:
+    with pytest.raises(ImportFileError, match="cannot be read: No such file"):
+        import_csv(csv_url, tmp_path / "none.csv", table="leads", id_column="Lead No")
+
+
+def test_progress_ends_where_it_should(load: Import) -> None:
+    told: list[tuple[str, int, int]] = []
+    load(LEADS, progress=lambda *step: told.append(step))
+    size = len(LEADS.encode())
+    assert ("check", size, size) in told
+    assert told[-1] == ("load", 3, 3)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_any_text_survives_the_way_into_the_database(load: Import, csv_url: str, texts: list[str]) -> None:
+    file = io.StringIO()
+    writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+    writer.writerows([["Lead No", "Note"], *enumerate(texts), ["last", "some text"]])
+    load(file.getvalue(), replace=True)
+    stored = dict(_all(csv_url, "SELECT external_ref, note FROM leads"))
+    assert stored == {**{str(at): text.strip() or None for at, text in enumerate(texts)}, "last": "some text"}
+
+
+@given(st.lists(st.text(max_size=90), max_size=12))
+def test_column_names_are_distinct_plain_identifiers(headers: list[str]) -> None:
+    names = build_names(headers, taken={"lead_id"})
+    assert len({*names, "lead_id", "ctid"}) == len(headers) + 2
+    assert all(re.fullmatch(r"[a-z][a-z0-9_]{0,62}", name) for name in names)
+
+
+def test_names_read_like_their_headers() -> None:
+    headers = ["TotalVisits", "Page Views/Visit", "URLPath", "2nd choice", "%", "Größe", "lead_id", "xmin"]
+    assert build_names(headers, taken={"lead_id"}) == [
+        "total_visits", "page_views_visit", "url_path", "c_2nd_choice", "column_5", "groe", "lead_id_2",
+        "xmin_2",
+    ]  # fmt: skip
+
+
+@given(st.floats())
+def test_every_number_python_writes_is_read_back(number: float) -> None:
+    assert repr(read_number(repr(number))) == repr(number)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["1", "0"], "number"),
+        (["1", "-2.5e3", ".5", "7."], "number"),
+        (["1", "NaN", "-inf"], "number"),
+        (["NaN"], "text"),
+        (["007", "123"], "text"),
+        (["1,5"], "text"),
+        (["\u0661"], "text"),
+        (["1e999"], "text"),
+        (["."], "text"),
+        (["yes", "NO"], "boolean"),
+        (["yes"], "boolean"),
+        (["yes", "true"], "text"),
+        (["t", "f", "t"], "boolean"),
+        (["yes", "no", "maybe"], "text"),
+        (["2026-01-31", "2026-01-31 23:59", "2026-01-31T23:59:59.5Z"], "timestamp"),
+        (["2026-02-30"], "text"),
+        (["0001-01-01T00:00+05:00"], "text"),
+        (["31/01/2026"], "text"),
+        (["20260131"], "number"),
+        ([], "text"),
+    ],
+)
+def test_the_narrowest_type_that_fits_every_value_is_chosen(values: list[str], kind: str) -> None:
+    guess = TypeGuess()
+    for value in values:
+        guess.see(value)
+    assert guess.kind == kind
+
+
+def test_a_timestamp_without_an_offset_is_utc() -> None:
+    moments = {read_timestamp(text) for text in ("2026-01-31", "2026-01-31T00:00Z", "2026-01-31 01:00+01:00")}
+    assert len(moments) == 1
