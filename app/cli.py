@@ -136,7 +136,13 @@ def import_file(
             replace=replace,
             progress=progress,
         )
-    _print_facts(dataclasses.asdict(summary), as_json)
+    facts = dataclasses.asdict(summary)
+    columns = () if as_json else facts.pop("columns")
+    _print_facts(facts, as_json)
+    for column in columns:
+        click.echo(
+            f"  {column['name']}: {column['kind']}, {column['missing']:,} missing ({column['header']})"
+        )
 
 
 @cli.command()
