@@ -96,8 +96,14 @@ class _Server:
             self._stop()
 
     def url(self) -> str:
-        """Returns the address the running server announced in its process file."""
-        socket_dir = self._process_file()[4]
+        """Returns the address the running server announced in its process file.
+
+        Raises:
+            OSError, ValueError: it has not announced that it is ready.
+        """
+        _, _, _, _, socket_dir, _, _, status = self._process_file()
+        if status.strip() != "ready":
+            raise ValueError(status)
         return f"postgresql://postgres@/postgres?host={quote(socket_dir, safe='')}&port=5432"
 
     def _ensure_running(self) -> None:
@@ -135,7 +141,7 @@ class _Server:
     def _accepts(self) -> bool:
         try:
             psycopg.connect(self.url(), connect_timeout=2).close()
-        except (psycopg.OperationalError, OSError, IndexError):
+        except (psycopg.OperationalError, OSError, ValueError):
             return False
         return True
 
@@ -205,7 +211,8 @@ class _Server:
     def _socket_dir(self, user: SystemUser | None) -> Path:
         """Returns a directory for the socket that only the server's user and root may enter."""
         place = self._home / "socket"
-        if len(os.fsencode(place / _SOCKET)) > _LONGEST_SOCKET_PATH:
+        # To the client's library a comma separates servers.
+        if len(os.fsencode(place / _SOCKET)) > _LONGEST_SOCKET_PATH or "," in str(place):
             digest = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:16]
             place = Path("/tmp", f"leadscore-{os.geteuid()}-{digest}")  # noqa: S108 - looked at below
         owners = {os.geteuid(), user.uid if user else os.geteuid()}
@@ -229,7 +236,7 @@ class _Server:
                     return
 
     def _process_file(self) -> list[str]:
-        """Returns the lines of `postmaster.pid`: process number first, socket directory fifth."""
+        """Returns the lines of `postmaster.pid`: process number, socket directory fifth, status eighth."""
         return (
             (self._data / "postmaster.pid").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         )
