@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
 from app.ai.calibration import Calibrator, calibrate, fit_isotonic, fit_sigmoid
 from app.ai.domain import FloatArray, IntArray
@@ -78,7 +79,9 @@ def fit_model(rows: TrainingRows, build: FeatureBuilder, model: ModelType, seed:
     matrix = build_features(rows.leads, feature_set, rows.as_of)
     statistics = build_statistics(matrix)
     estimator = build_estimator(model, seed)
-    estimator.fit(check_features(matrix, feature_set, statistics).values, rows.outcome)
+    # OpenMP's threads wait for each other on shared cores: boosting took ten times as long. Not for forests.
+    with threadpool_limits(1):
+        estimator.fit(check_features(matrix, feature_set, statistics).values, rows.outcome)
     if isinstance(estimator, RandomForestClassifier):
         estimator.n_jobs = 1
     return FittedModel(estimator, feature_set, statistics, build_scorer(estimator))
