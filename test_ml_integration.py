@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -179,7 +178,6 @@ def start_server(var_dir: Path, **environment: str) -> tuple[subprocess.Popen[st
     assert process.stdout is not None
     for line in process.stdout:
         if found := re.search(r"listens on (http://\S+)", line):
-            threading.Thread(target=process.stdout.read, daemon=True).start()
             return process, found[1]
     raise AssertionError(f"the server ended with status {process.wait()} before it was ready")
 
@@ -191,6 +189,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield address
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0, "SIGTERM must end the service in order, with exit status 0"
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 @pytest.mark.parametrize("function", CHECKS, ids=lambda function: function.__name__)

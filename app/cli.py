@@ -323,10 +323,7 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        rows = value if isinstance(value, tuple | list) else ()
-        click.echo(f"{name.replace('_', ' '):<{width}}  {len(rows) if rows else value}")
-        for row in rows:
-            click.echo(f"{'':<{width}}    " + "  ".join(f"{key} {entry}" for key, entry in row.items()))
+        click.echo(f"{name.replace('_', ' '):<{width}}  {value}")
 
 
 def main() -> None:

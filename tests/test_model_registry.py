@@ -406,13 +406,13 @@ def test_a_model_that_is_no_classifier_is_refused(models, open_registry, reports
     assert reports[-1].reason == "not_a_classifier"
 
 
-def test_ten_thousand_mutated_artifacts_never_reach_the_deserialiser(models):
+def test_two_thousand_mutated_artifacts_never_reach_the_deserialiser(models):
     artifact = publish(models, V1)
     honest = artifact.read_bytes()
     catalogue = ModelCatalogue(models)
     (found,) = catalogue.find()
     rng = np.random.default_rng(6)
-    positions, masks = rng.integers(0, len(honest), 10_000), rng.integers(1, 256, 10_000)
+    positions, masks = rng.integers(0, len(honest), 2_000), rng.integers(1, 256, 2_000)
     refused = 0
     with deserialisations() as calls:
         for position, mask in zip(positions.tolist(), masks.tolist(), strict=True):
@@ -422,7 +422,7 @@ def test_ten_thousand_mutated_artifacts_never_reach_the_deserialiser(models):
             with pytest.raises(ArtifactError, match="SHA-256"):
                 catalogue._load(found)
             refused += 1
-    assert refused == 10_000
+    assert refused == 2_000
     assert calls == []
 
 
