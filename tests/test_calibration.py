@@ -101,6 +101,16 @@ def test_neighbouring_floats_are_never_ranked_the_wrong_way_round(calibrator: Ca
         assert (np.diff(calibrate(np.array(raw), calibrator)) >= 0).all()
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_rounding_never_lifts_a_score_over_the_point_above_it(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    points, rates = np.sort(random.random(40)), np.sort(random.random(40))
+    curve = Calibrator("isotonic", {"scores": points.tolist(), "probabilities": rates.tolist()})
+    below = np.nextafter(points, -1)
+    assert (calibrate(below, curve) <= calibrate(points, curve)).all()
+    assert calibrate(points, curve).tolist() == rates.tolist()
+
+
 @each_calibrator
 def test_a_score_that_is_not_a_number_ranks_no_lead_above_any_other(calibrator: Calibrator) -> None:
     nan, lowest = calibrate(np.array([NAN, -INF]), calibrator)
@@ -245,12 +255,13 @@ def test_whatever_is_fitted_is_a_valid_calibrator(rows: list[tuple[float, int]],
     assert ((p >= 0) & (p <= 1)).all()
 
 
-def test_scores_a_last_bit_apart_are_pooled_without_losing_their_order() -> None:
-    raw = np.array([0.1])
-    for _ in range(30):
-        raw = np.append(raw, np.nextafter(raw[-1], 1))
-    outcome = np.tile([1, 0, 0], 11)[:31] | (np.arange(31) > 20)
-    Calibrator("isotonic", fit_isotonic(raw, outcome))
+def test_scores_a_last_bit_apart_keep_their_order_though_means_are_rounded() -> None:
+    scores = np.random.default_rng(15).random(1000)
+    rows = 49
+    score = next(score for score in scores if score * rows / rows > score)
+    raw = np.array([score] * rows + [np.nextafter(score, 1)])
+    params = fit_isotonic(raw, np.array([0] * rows + [1]))
+    assert params == {"scores": [score, raw[-1]], "probabilities": [0.0, 1.0]}
 
 
 @pytest.mark.parametrize(("method", "fit"), [("sigmoid", fit_sigmoid), ("isotonic", fit_isotonic)])

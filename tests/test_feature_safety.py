@@ -85,6 +85,12 @@ def test_a_feature_that_was_never_there_is_imputed_with_zero() -> None:
     assert statistics.counts == (0, 5)
 
 
+def test_gaps_are_counted_apart_from_every_number() -> None:
+    (statistics,) = statistics_of(np.array([[1.0], [2.0], [2.0], [NAN]]))
+    assert statistics.edges == (np.nextafter(1.0, 0.0), 1.0, 2.0)
+    assert statistics.counts == (0, 1, 2, 0, 1)
+
+
 def test_statistics_survive_json_and_count_every_training_cell() -> None:
     built = build_features(plausible_leads(3000, seed=1), EVERY_TRANSFORM, AS_OF)
     for statistics in build_statistics(built):
@@ -320,6 +326,15 @@ def test_a_window_forgets_the_oldest_rows_first_however_they_come() -> None:
     assert window.statistics(reference, "a") == ("stable", 300)
     window.add(normal(1000, 23), "a")
     assert window.statistics(reference, "a") == ("stable", 300)
+
+
+def test_a_window_forgets_row_by_row() -> None:
+    reference, window = statistics_of(np.zeros((5000, 1))), DriftWindow(MIN_ROWS)
+    window.add(np.ones((3, 1)), "a")
+    window.add(np.zeros((MIN_ROWS - 3, 1)), "a")
+    assert window.statistics(reference, "a").status == "moderate"
+    window.add(np.zeros((1, 1)), "a")
+    assert window.statistics(reference, "a").status == "stable"
 
 
 def test_a_window_never_compares_rows_of_one_feature_set_with_another() -> None:
