@@ -10,9 +10,8 @@ connection = context.config.attributes.get("connection")
 if connection is None:
     raise SystemExit("Apply migrations with `leadscore db upgrade`.")
 
-# A migration that has to wait for a lock makes every later reader of that table wait behind it, so it gives
-# up.
-connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
+# A migration that waits for a lock makes every later reader of that table wait behind it, so it gives up.
+connection.exec_driver_sql("SET LOCAL lock_timeout = '1s'")
 context.configure(connection=connection, target_metadata=None)
 with context.begin_transaction():
     context.run_migrations()

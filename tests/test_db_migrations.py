@@ -4,9 +4,18 @@ import threading
 
 import psycopg
 import pytest
+from alembic import command
 
+from app.db import migrations
 from app.db.migrations import current_state, upgrade
 from app.errors import CommandError, DatabaseUnavailableError
+
+
+def downgrade(url: str, revision: str) -> None:
+    with migrations._connect(url) as connection:
+        config = migrations._config()
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
 
 
 def test_an_untouched_database_is_empty_and_current_after_an_upgrade(empty_database_url: str) -> None:
@@ -49,3 +58,30 @@ def test_a_database_of_another_version_is_left_alone(database_url: str) -> None:
 def test_a_database_that_is_not_there_is_unavailable(server_url: str) -> None:
     with pytest.raises(DatabaseUnavailableError):
         upgrade(server_url.replace("/postgres?", "/nowhere?"))
+
+
+def test_a_migration_gives_up_on_a_table_somebody_holds(database_url: str) -> None:
+    downgrade(database_url, "0002")
+    with psycopg.connect(database_url) as holder:
+        holder.execute("LOCK TABLE alembic_version IN EXCLUSIVE MODE")
+        with pytest.raises(CommandError, match="locked"):
+            upgrade(database_url)
+    upgrade(database_url)
+    assert current_state(database_url) == "current"
+
+
+def test_a_database_that_lacks_revisions_is_behind(database_url: str) -> None:
+    downgrade(database_url, "0001")
+    assert current_state(database_url) == "behind"
+
+
+def test_every_revision_can_be_undone_and_applied_again(database_url: str) -> None:
+    tables = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1"
+    with psycopg.connect(database_url) as connection:
+        before = connection.execute(tables).fetchall()
+    downgrade(database_url, "base")
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute(tables).fetchall() == [("alembic_version",), ("alembic_version_pkc",)]
+    upgrade(database_url)
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute(tables).fetchall() == before

@@ -48,7 +48,6 @@ class PostgresEventSink:
 
         try:
             await self._database.run(insert)
-        except psycopg.errors.ProgrammingError as exc:
-            # The table is missing, or not ours to write: an operator's matter that ends, and no event is at
-            # fault.
+        except (psycopg.ProgrammingError, psycopg.InternalError) as exc:
+            # The table is missing, not ours to write, or on a standby: that ends, and no event is at fault.
             raise DatabaseUnavailableError from exc
