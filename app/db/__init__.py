@@ -1,1 +1,1 @@
-"""PostgreSQL: the embedded server, the leads, the audit table. Implements the protocols of `app.ai.domain`."""
+"""PostgreSQL: the embedded server, leads, events. Implements the protocols of `app.ai.domain`."""
