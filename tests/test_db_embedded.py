@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from app.db.embedded import open_embedded
 from app.errors import CommandError
 
 ROOT = Path(__file__).parent.parent
+LIBRARIES = Path(psycopg.__file__).parent.parent
 GUEST = """
 import sys
 from pathlib import Path
@@ -78,14 +78,16 @@ class Guest:
             user=uid,
             extra_groups=None if uid is None else [],
             cwd="/",
-            env={"PATH": os.defpath, "PYTHONPATH": f"{ROOT}:{sysconfig.get_path('purelib')}"},
+            env={"PATH": os.defpath, "PYTHONPATH": f"{ROOT}:{LIBRARIES}"},
         )
         self.url = self.wait() if wait else ""
 
     def wait(self) -> str:
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip()
-        assert self.url, "the other process could not use the server; its standard error says why"
+        if not self.url:
+            self.process.communicate()
+            pytest.fail("the other process could not use the server; its standard error says why")
         return self.url
 
     def leave(self) -> int:
@@ -362,7 +364,7 @@ def may_list(folder: Path, uid: int, gid: int = 65534) -> bool:
 
 def python_for(uid: int) -> str:
     """A Python with our libraries that this user may run; a checkout below a private directory has none."""
-    environment = {"PYTHONPATH": f"{ROOT}:{sysconfig.get_path('purelib')}"}
+    environment = {"PYTHONPATH": f"{ROOT}:{LIBRARIES}"}
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     for python in (sys.executable, f"/usr/bin/python{version}", f"/usr/local/bin/python{version}"):
         with suppress(OSError):
