@@ -165,6 +165,26 @@ async def test_a_caller_that_is_cancelled_while_the_server_is_frozen_leaves_at_o
     assert open_files() <= before
 
 
+async def test_a_caller_cancelled_as_the_answer_comes_leaves_the_connection_to_the_next_one(
+    database_url: str, connect: Connect
+) -> None:
+    async def process_number(connection: Connection) -> int:
+        return connection.info.backend_pid
+
+    async def ask_and_be_cancelled(connection: Connection) -> int:
+        answer = await ask(connection)
+        asyncio.get_running_loop().call_soon(caller.cancel)
+        return answer
+
+    database = connect(database_url, pool_size=1)
+    before = await database.run(process_number)
+    caller = asyncio.create_task(database.run(ask_and_be_cancelled))
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert await database.run(process_number) == before
+    assert await database.run(ask) == 1
+
+
 async def test_cancelled_callers_give_their_places_back(database_url: str, connect: Connect) -> None:
     database = connect(database_url, pool_size=2, deadline_seconds=5)
     for _ in range(20):

