@@ -1,6 +1,6 @@
 """Every environment variable the service reads: typed, frozen, checked once at start.
 
-Only `main`, `cli` and `wiring` import this module; everything else is handed plain values.
+Only `main`, `cli`, `serve` and `wiring` import this module; everything else is handed plain values.
 A wrong value raises `SettingsError`, whose text is one line that names the variable.
 """
 
