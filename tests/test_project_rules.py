@@ -82,6 +82,23 @@ def test_local_links_in_the_documents_lead_somewhere() -> None:
     assert not broken
 
 
+def test_every_file_of_ours_that_a_document_names_is_there() -> None:
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "app/ai/REPORT_ML_AUDIT.md"]
+    named = {
+        (document.name, path)
+        for document in documents
+        for path in re.findall(
+            r"`((?:app|tests|bench|alembic|docs)/[\w./*]+|test_\w+\.py)`", document.read_text()
+        )
+    }
+    assert len(named) > 40
+    assert not [
+        f"{document}: {path}"
+        for document, path in named
+        if not list(ROOT.glob(path)) and not (ROOT / "tests" / path).exists()
+    ]
+
+
 def test_nothing_is_patched_in_tests_and_no_http_exception_is_raised_below_the_edge() -> None:
     offenders = []
     for path in PYTHON:

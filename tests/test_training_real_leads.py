@@ -3,11 +3,14 @@
 The file may not be redistributed, so it lies outside the repository; CI has it and must run this.
 """
 
+import csv
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
+import httpx2 as httpx
 import pytest
 
 from app.ai.features import build_features
@@ -19,6 +22,7 @@ from app.errors import TrainingError
 from app.training.options import TrainingOptions
 from app.training.report import TrainingReport
 from app.training.train import train
+from tests.in_process import build_settings, serve
 
 CSV = Path(__file__).resolve().parents[2] / "shared" / "data" / "x_education_leads.csv"
 TRAPS = (
@@ -84,6 +88,30 @@ def test_a_trap_under_the_limit_is_flagged(options: TrainingOptions, tmp_path: P
     kept_in = tuple(name for name in TRAPS if name != "lead_quality")
     report = train(replace(options, exclude=kept_in, model="logistic_regression", model_dir=tmp_path))
     assert any("lead_quality" in warning for warning in report.manifest.report["warnings"])
+
+
+def test_every_lead_of_the_file_is_scored_over_http(
+    options: TrainingOptions, report: TrainingReport, tmp_path: Path
+) -> None:
+    with CSV.open(encoding="utf-8", newline="") as file:
+        converted = {row["Prospect ID"]: row["Converted"] == "1" for row in csv.DictReader(file)}
+    ids = list(converted)
+    settings = build_settings(
+        tmp_path, options.url, ml_model_dir=report.manifest_path.parent, lead_source="x_education"
+    )
+    probabilities: dict[str, float] = {}
+    with serve(settings) as address, httpx.Client(base_url=address, timeout=30) as client:
+        for start in range(0, len(ids), 2000):
+            answer = client.post("/ai/advanced-ml/predict-batch", json=ids[start : start + 2000]).json()
+            assert answer["errors"] == []
+            assert answer["model_sha256"] == report.manifest.sha256
+            probabilities |= {entry["lead_id"]: entry["probability"] for entry in answer["predictions"]}
+    assert list(probabilities) == ids
+    mean = {
+        won: fmean(probabilities[lead] for lead in ids if converted[lead] is won) for won in (True, False)
+    }
+    assert mean[True] - mean[False] > 0.3
+    assert fmean(probabilities.values()) == pytest.approx(fmean(converted.values()), abs=0.02)
 
 
 async def test_rows_read_for_training_equal_rows_read_for_serving(
