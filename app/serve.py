@@ -14,17 +14,20 @@ from datetime import UTC, datetime
 from types import FrameType
 
 import click
+import structlog
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from app.db.embedded import open_embedded
-from app.db.migrations import upgrade
-from app.errors import SettingsError
+from app.db.migrations import current_state, upgrade
+from app.errors import DatabaseUnavailableError, SettingsError
 from app.log_setup import configure_logging
 from app.settings import Settings
 
 DEMO_PEOPLE = 10_000
 DEMO_SEED = 1
+
+_log = structlog.get_logger("app.serve")
 
 
 class _Stopped(BaseException):
@@ -46,6 +49,8 @@ def serve(settings: Settings) -> None:
             url = stack.enter_context(open_database(settings))
             if settings.database_url is None:
                 _seed_once(url)
+            else:
+                _warn_unless_migrated(url)
             _prepare_workers(settings, url)
             stack.callback(_ignore_signals)  # closed first: a second Ctrl-C must not cut the closing short
             _run(settings, listener)
@@ -70,6 +75,17 @@ def _seed_once(url: str) -> None:
     if not has_people(url):
         click.echo(f"Filling the empty database with a demo CRM of {DEMO_PEOPLE:,} people ...", err=True)
         load_demo(url, people=DEMO_PEOPLE, seed=DEMO_SEED, until=datetime.now(UTC))
+
+
+def _warn_unless_migrated(url: str) -> None:
+    # Only a warning: cached answers and health need no database, and the service recovers when it is mended.
+    try:
+        state = current_state(url)
+    except DatabaseUnavailableError:
+        _log.warning("database_unavailable", meaning="leads cannot be looked up until it answers")
+        return
+    if state != "current":
+        _log.warning("database_not_migrated", state=state, remedy="run `leadscore db upgrade`")
 
 
 def _prepare_workers(settings: Settings, url: str) -> None:

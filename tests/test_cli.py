@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from app.cli import cli
+from tests.service import Service
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., Result]
@@ -141,6 +142,19 @@ def test_upgrade_migrates_a_database_without_a_schema_and_seeds_nothing(empty_da
     with psycopg.connect(empty_database_url) as connection:
         assert connection.execute("SELECT count(*) FROM people").fetchone() == (0,)
         assert connection.execute("SELECT count(*) FROM ai_events").fetchone() == (0,)
+
+
+def test_serving_a_database_of_your_own_neither_migrates_nor_seeds_it_and_says_what_is_missing(
+    empty_database_url: str, tmp_path: Path
+) -> None:
+    with Service(tmp_path, empty_database_url, ROOT / "models") as service:
+        assert service.stop() == 0
+    warnings = [line for line in service.stderr.read_text().splitlines() if "database_not_migrated" in line]
+    assert len(warnings) == 1
+    assert "leadscore db upgrade" in warnings[0]
+    with psycopg.connect(empty_database_url) as connection:
+        tables = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
+        assert connection.execute(tables).fetchone() == (0,)
 
 
 @pytest.mark.parametrize(

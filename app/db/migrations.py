@@ -24,6 +24,7 @@ from app.errors import CommandError, DatabaseUnavailableError
 SchemaState = Literal["empty", "behind", "current", "unknown"]
 
 _REVISIONS = Path(__file__).resolve().parents[2] / "alembic"
+_CONNECT_SECONDS = 5
 _LOCK = 0x6C656164  # any number, as long as every release uses this one
 
 
@@ -76,7 +77,11 @@ def _config() -> Config:
 @contextmanager
 def _connect(url: str) -> Iterator[Connection]:
     """Yields one connection in a transaction that commits when the block ends well."""
-    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    engine = create_engine(
+        make_url(url).set(drivername="postgresql+psycopg"),
+        poolclass=NullPool,
+        connect_args={"connect_timeout": _CONNECT_SECONDS},
+    )
     try:
         with engine.begin() as connection:
             yield connection
