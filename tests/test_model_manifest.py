@@ -44,6 +44,8 @@ def build_manifest(**changes):
         "golden_inputs": [[1.0, None], [0.25, -3.5]],
         "created_at": "2026-01-01T12:00:00Z",
         "report": {"notes": ["of no consequence"]},
+        "venn_abers": {"scores": [0.5], "p0": [0.0, 0.25], "p1": [0.5, 1.0]},
+        "feature_weights": [0.75, 0.25],
         "manifest_version": 1,
         "model_id": f"advanced_ml_{VERSION}",
         "file_name": f"advanced_ml_random_forest_{VERSION}.skops",
@@ -198,6 +200,7 @@ def test_the_fingerprint_ignores_the_file_the_time_and_the_figures():
         {"statistics": [{"impute": 0.5}, {"impute": 0.2}]},
         {"feature_set": [{"name": "a"}, {"name": "c"}]},
         {"library_versions": {"scikit-learn": "1.9.2"}},
+        {"venn_abers": {"scores": [], "p0": [0.0], "p1": [1.0]}},
     ],
 )
 def test_the_fingerprint_changes_with_whatever_determines_predictions(changes):

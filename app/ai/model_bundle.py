@@ -8,6 +8,7 @@ what it is about to publish.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from app.ai.artifact_loading import load_estimator, verify_library_versions
@@ -17,6 +18,7 @@ from app.ai.feature_safety import FeatureStatistics, check_features
 from app.ai.features import CellState, FeatureMatrix, FeatureSet
 from app.ai.inference import Scorer, build_scorer
 from app.ai.model_manifest import FeatureRow, ModelDescription, ModelManifest
+from app.ai.venn_abers import VennAbersTable
 from app.errors import ArtifactError
 
 GOLDEN_TOLERANCE = 1e-12
@@ -30,6 +32,7 @@ class ModelParts:
     feature_set: FeatureSet
     statistics: tuple[FeatureStatistics, ...]
     calibrator: Calibrator
+    venn_abers: VennAbersTable | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +40,7 @@ class ModelBundle:
     """One verified model; a request holds on to the bundle it began with.
 
     `scorer` takes safe feature values (n, k) and gives raw scores (n,); `calibrator` turns those into
-    probabilities.
+    probabilities. `venn_abers` has the intervals of raw scores, if the model was published with them.
     """
 
     ref: ModelRef
@@ -46,6 +49,7 @@ class ModelBundle:
     statistics: tuple[FeatureStatistics, ...]
     calibrator: Calibrator
     scorer: Scorer
+    venn_abers: VennAbersTable | None = None
 
     @property
     def input_columns(self) -> tuple[InputColumn, ...]:
@@ -54,7 +58,7 @@ class ModelBundle:
 
 
 def build_parts(description: ModelDescription) -> ModelParts:
-    """Builds feature set, statistics and calibrator of a description.
+    """Builds feature set, statistics, calibrator and Venn-Abers table of a description.
 
     Raises:
         ArtifactError: `manifest_invalid`, when one of them is not what it should be.
@@ -64,6 +68,7 @@ def build_parts(description: ModelDescription) -> ModelParts:
             FeatureSet.from_json(description.feature_set),
             tuple(FeatureStatistics.from_json(entry) for entry in description.statistics),
             Calibrator.from_json(description.calibrator),
+            _build_venn_abers(description),
         )
     except Exception as exc:
         raise ArtifactError(
@@ -89,6 +94,7 @@ def load_bundle(manifest: ModelManifest, data: bytes) -> ModelBundle:
         statistics=parts.statistics,
         calibrator=parts.calibrator,
         scorer=_build_safe_scorer(load_estimator(data, manifest.format)),
+        venn_abers=parts.venn_abers,
     )
     self_test(bundle)
     return bundle
@@ -121,6 +127,11 @@ def score_rows(parts: ModelParts, scorer: Scorer, rows: Sequence[FeatureRow]) ->
     if checked.rejected.any():
         raise ValueError("a row is rejected by feature safety")
     return calibrate(scorer(checked.values), parts.calibrator)
+
+
+def _build_venn_abers(description: ModelDescription) -> VennAbersTable | None:
+    table = description.venn_abers
+    return None if isinstance(table, msgspec.UnsetType) else VennAbersTable.from_json(table)
 
 
 def _build_safe_scorer(estimator: object) -> Scorer:

@@ -51,7 +51,10 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     `feature_set`, `statistics` and `calibrator` are the `to_json()` of their classes, in feature order.
     `golden_inputs` are rows of built feature values before feature safety, None where a value is missing.
-    `created_at` is RFC 3339 UTC; `report` is free for figures that only people read.
+    `created_at` is RFC 3339 UTC; `report` is free for figures that only people read. `venn_abers` is the
+    `to_json()` of the table intervals are looked up in; a model where it is unset has no intervals.
+    `feature_weights`, which sum to 1, say what each feature is worth to the model; without them all are worth
+    the same.
     """
 
     model_type: ModelType
@@ -69,6 +72,8 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     golden_inputs: list[FeatureRow]
     created_at: str
     report: dict[str, Any] = {}
+    venn_abers: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    feature_weights: list[Share] | None = None
 
     def __post_init__(self) -> None:
         width = len(self.feature_set)
@@ -76,6 +81,9 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             raise ValueError("needs at least one feature, and statistics for every one of them")
         if not self.golden_inputs or any(len(row) != width for row in self.golden_inputs):
             raise ValueError("needs golden inputs, each with one value for every feature")
+        weights = self.feature_weights
+        if weights is not None and (len(weights) != width or abs(math.fsum(weights) - 1) > 1e-6):
+            raise ValueError("the feature weights are one for every feature, and sum to 1")
         numbers = [value for row in self.golden_inputs for value in row if value is not None]
         if not all(map(math.isfinite, [self.threshold, self.base_rate, *self.metrics.values(), *numbers])):
             raise ValueError("a number is not finite")
@@ -173,8 +181,10 @@ def manifest_fingerprint(manifest: ModelManifest) -> str:
     give the same fingerprint. The estimator is represented by its golden outputs.
     """
     names = ("model_type", "feature_set", "statistics", "calibrator", "threshold", "base_rate",
-             "library_versions", "golden_inputs", "golden_outputs")  # fmt: skip
-    return _digest({name: msgspec.to_builtins(getattr(manifest, name)) for name in names})
+             "feature_weights", "venn_abers", "library_versions", "golden_inputs",
+             "golden_outputs")  # fmt: skip
+    content = msgspec.to_builtins(manifest)
+    return _digest({name: content[name] for name in names if content[name] is not None})
 
 
 def _content_digest(manifest: ModelManifest) -> str:
