@@ -47,6 +47,7 @@ def describe_model(
         feature_set=fitted.feature_set.to_json(),
         statistics=[entry.to_json() for entry in fitted.statistics],
         calibrator=model.calibrator.to_json(),
+        venn_abers=model.venn_abers.to_json(),
         threshold=model.threshold,
         base_rate=float(train_part.outcome.mean()),
         horizon_days=None if options.label else options.horizon_days,

@@ -22,6 +22,7 @@ from app.ai.domain import FloatArray, IntArray
 from app.ai.feature_safety import FeatureStatistics, build_statistics, check_features
 from app.ai.features import FeatureMatrix, FeatureSet, build_features
 from app.ai.inference import Scorer, build_scorer
+from app.ai.venn_abers import VennAbersTable, build_table
 from app.training.options import ModelType
 from app.training.rows import TrainingRows
 
@@ -89,11 +90,15 @@ def fit_model(rows: TrainingRows, build: FeatureBuilder, model: ModelType, seed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibratedModel:
-    """A fitted model, the calibrator of its scores, and the probability from which on a lead is positive."""
+    """A fitted model, the calibrator of its scores, and the probability from which on a lead is positive.
+
+    `venn_abers` is the table of the same out-of-fold scores the calibrator was fitted on.
+    """
 
     fitted: FittedModel
     calibrator: Calibrator
     threshold: float
+    venn_abers: VennAbersTable
 
     def probabilities(self, matrix: FeatureMatrix) -> FloatArray:
         """Returns the calibrated probabilities (n,) of built features."""
@@ -114,7 +119,8 @@ def fit_calibrated(
     progress(FOLDS, FOLDS + 1)
     fitted = fit_model(rows, build, model, seed)
     progress(FOLDS + 1, FOLDS + 1)
-    return CalibratedModel(fitted, calibrator, choose_threshold(probability, rows.outcome))
+    threshold = choose_threshold(probability, rows.outcome)
+    return CalibratedModel(fitted, calibrator, threshold, build_table(raw, rows.outcome))
 
 
 def fit_calibrator(raw: FloatArray, outcome: IntArray, fold: IntArray) -> tuple[Calibrator, FloatArray]:
