@@ -344,3 +344,44 @@ def test_a_window_never_compares_rows_of_one_feature_set_with_another() -> None:
     assert window.statistics(wide, "b") == ("unknown", 0)
     window.add(np.hstack([normal(250, 3), normal(250, 4)]), "b")
     assert window.statistics(wide, "b") == ("stable", 250)
+
+
+def test_weighted_coverage_counts_what_the_present_features_are_worth() -> None:
+    rows = matrix([[1, 2, 3], [1, NAN, NAN], [NAN, 2, 3], [NAN, NAN, NAN]])
+    checked = check_features(rows, number_features("a", "b", "c"), build_statistics(rows), [0.75, 0.25, 0.0])
+    assert checked.weighted_coverage == pytest.approx([1.0, 0.75, 0.25, 0.0])
+    assert checked.weighted_coverage[0] == 1.0
+    assert checked.coverage == pytest.approx([1.0, 1 / 3, 2 / 3, 0.0])
+
+
+def test_without_weights_all_features_are_worth_the_same() -> None:
+    rows = matrix([[1, 2, 3], [1, NAN, NAN], [NAN, 2, 3], [NAN, NAN, NAN]])
+    checked = check_features(rows, number_features("a", "b", "c"), build_statistics(rows))
+    assert checked.weighted_coverage.tolist() == checked.coverage.tolist()
+
+
+def test_an_unseen_text_and_a_value_far_outside_lend_no_weight() -> None:
+    params = {"levels": {"web": 1.0}, "unseen": 0.5}
+    features = FeatureSet((
+        spec("level", ("source", "text"), name="source", params=params),
+        spec("value", ("gpa", "number"), name="gpa"),
+    ))  # fmt: skip
+    trained = build_features(
+        leads(source=column("text", "web", "web"), gpa=column("number", 1.0, 2.0)), features, AS_OF
+    )
+    new = build_features(
+        leads(source=column("text", "owl", "web"), gpa=column("number", 1.5, 99.0)), features, AS_OF
+    )
+    checked = check_features(new, features, build_statistics(trained), [0.6, 0.4])
+    assert checked.coverage.tolist() == [1.0, 1.0]
+    assert checked.weighted_coverage == pytest.approx([0.4, 0.6])
+
+
+def test_weighted_coverage_of_a_batch_equals_that_of_each_lead_bit_for_bit() -> None:
+    many = build_features(plausible_leads(500, seed=5), EVERY_TRANSFORM, AS_OF)
+    statistics = build_statistics(many)
+    weights = np.random.default_rng(5).dirichlet(np.ones(many.values.shape[1])).tolist()
+    batch = check_features(many, EVERY_TRANSFORM, statistics, weights).weighted_coverage
+    for row in range(500):
+        alone = FeatureMatrix(many.values[row : row + 1], many.states[row : row + 1])
+        assert check_features(alone, EVERY_TRANSFORM, statistics, weights).weighted_coverage[0] == batch[row]

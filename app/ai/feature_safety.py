@@ -24,6 +24,7 @@ Siddiqi, Credit Risk Scorecards, 2006): below 0.1 no change worth acting on, fro
 _TAIL = 0.001
 _OK, _CAUTION, _ABSTAIN = (VERDICTS.index(verdict) for verdict in ("ok", "caution", "abstain"))
 _ONE_IN_A_THOUSAND = 3.0902
+_WEIGHT_UNITS = 2.0**40
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +79,15 @@ class CheckedFeatures:
     """Features of `n` leads as the model gets them.
 
     `values` (n, k) is finite except where a spec says `keep`. `coverage` (n,) is the share of features that
-    rest on data. `rejected_feature` (n,) is the first feature that rejects the lead, -1 for none; a rejected
-    lead's values mean nothing. `out_of_range` (n,) counts values far outside the training range.
+    rest on data. `weighted_coverage` (n,) weighs each by what it is worth to the model, and counts only what
+    is like the values the model has learnt from: nothing far outside the training range, no unseen text.
+    `rejected_feature` (n,) is the first feature that rejects the lead, -1 for none; a rejected lead's values
+    mean nothing. `out_of_range` (n,) counts values far outside the training range.
     """
 
     values: FloatArray
     coverage: FloatArray
+    weighted_coverage: FloatArray
     rejected: BoolArray
     rejected_feature: IntArray
     out_of_range: IntArray
@@ -122,12 +126,16 @@ def build_statistics(matrix: FeatureMatrix) -> tuple[FeatureStatistics, ...]:
 
 
 def check_features(
-    matrix: FeatureMatrix, feature_set: FeatureSet, statistics: Sequence[FeatureStatistics]
+    matrix: FeatureMatrix,
+    feature_set: FeatureSet,
+    statistics: Sequence[FeatureStatistics],
+    weights: Sequence[float] | None = None,
 ) -> CheckedFeatures:
     """Applies each feature's strategies to `n` leads.
 
     A number beyond the training range is bounded, replaced, kept or rejected first; then every gap is filled.
-    "Far outside" is farther from the range than the range is wide.
+    "Far outside" is farther from the range than the range is wide. `weights` (k,) say
+    what each feature is worth, none less than nothing; without them all are worth the same.
     """
     rules = _Rules.of(feature_set.specs, statistics)
     numbers = matrix.values
@@ -141,9 +149,12 @@ def check_features(
     values[rows, features] = rules.fill[states, features]
     reasons[rows, features] = rules.reject_gap[states, features]
     rejected: BoolArray = np.any(reasons, axis=1)
+    there = _really_there(matrix, rules.indicator)
+    learnt = there & ~far & (matrix.states != CellState.UNSEEN)
     return CheckedFeatures(
         values=values,
-        coverage=_count_really_there(matrix, rules.indicator) / len(feature_set.specs),
+        coverage=there.sum(axis=1) / len(feature_set.specs),
+        weighted_coverage=_weigh(learnt, weights),
         rejected=rejected,
         rejected_feature=np.where(rejected, reasons.argmax(axis=1), -1),
         out_of_range=far.sum(axis=1),
@@ -151,7 +162,7 @@ def check_features(
 
 
 def build_verdicts(coverage: FloatArray, out_of_range: IntArray, min_coverage: float) -> CodeArray:
-    """Returns the verdict of each lead (n,) as an index into `VERDICTS`.
+    """Returns the verdict of each lead (n,) as an index into `VERDICTS`; `coverage` (n,) is the weighted one.
 
     `abstain` where nothing is there, or less than a quarter of `min_coverage`: there is nothing to go on.
     `caution` where coverage is under `min_coverage`, or a value lies far outside the training range.
@@ -220,12 +231,20 @@ class _Rules(NamedTuple):
         )
 
 
-def _count_really_there(matrix: FeatureMatrix, indicator: BoolArray) -> IntArray:
-    """Counts the cells (n,) that rest on data: an indicator of absence does not, a rare text does."""
+def _really_there(matrix: FeatureMatrix, indicator: BoolArray) -> BoolArray:
+    """Tells which cells (n, k) rest on data: an indicator of absence does not, a rare text does."""
     there = (matrix.states == CellState.PRESENT) & ~(indicator & (matrix.values == 0))
     pooled = (matrix.states == CellState.UNSEEN) & ~np.isnan(matrix.values)
-    count: IntArray = (there | pooled).sum(axis=1)
-    return count
+    cells: BoolArray = there | pooled
+    return cells
+
+
+def _weigh(cells: BoolArray, weights: Sequence[float] | None) -> FloatArray:
+    """Returns the share (n,) of all weight that lies in these cells (n, k)."""
+    # Whole numbers add up the same in any order, so a lead's share cannot depend on its batch.
+    units = np.rint(np.asarray(weights or [1.0] * cells.shape[1]) * _WEIGHT_UNITS).astype(np.int64)
+    share: FloatArray = (cells @ units) / units.sum()
+    return share
 
 
 def _describe(values: FloatArray, present_share: float) -> FeatureStatistics:

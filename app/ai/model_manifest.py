@@ -53,8 +53,8 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     `golden_inputs` are rows of built feature values before feature safety, None where a value is missing.
     `created_at` is RFC 3339 UTC; `report` is free for figures that only people read. `venn_abers` is the
     `to_json()` of the table intervals are looked up in; a model where it is unset has no intervals.
-    `feature_weights`, which sum to 1, say what each feature is worth to the model; without them all are worth
-    the same.
+    `feature_weights`, which sum to 1, say what each feature is worth to the model; unset, all are worth the
+    same.
     """
 
     model_type: ModelType
@@ -73,7 +73,7 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     created_at: str
     report: dict[str, Any] = {}
     venn_abers: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
-    feature_weights: list[Share] | None = None
+    feature_weights: list[Share] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         width = len(self.feature_set)
@@ -82,7 +82,7 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         if not self.golden_inputs or any(len(row) != width for row in self.golden_inputs):
             raise ValueError("needs golden inputs, each with one value for every feature")
         weights = self.feature_weights
-        if weights is not None and (len(weights) != width or abs(math.fsum(weights) - 1) > 1e-6):
+        if weights is not msgspec.UNSET and (len(weights) != width or abs(math.fsum(weights) - 1) > 1e-6):
             raise ValueError("the feature weights are one for every feature, and sum to 1")
         numbers = [value for row in self.golden_inputs for value in row if value is not None]
         if not all(map(math.isfinite, [self.threshold, self.base_rate, *self.metrics.values(), *numbers])):
@@ -184,7 +184,7 @@ def manifest_fingerprint(manifest: ModelManifest) -> str:
              "feature_weights", "venn_abers", "library_versions", "golden_inputs",
              "golden_outputs")  # fmt: skip
     content = msgspec.to_builtins(manifest)
-    return _digest({name: content[name] for name in names if content[name] is not None})
+    return _digest({name: content[name] for name in names if name in content})
 
 
 def _content_digest(manifest: ModelManifest) -> str:

@@ -236,8 +236,9 @@ def score_leads(
     """
     matrix = build_features(leads, bundle.feature_set, as_of)
     lap("features")
-    checked = check_features(matrix, bundle.feature_set, bundle.statistics)
-    verdict = build_verdicts(checked.coverage, checked.out_of_range, policy.min_coverage)
+    weights = bundle.manifest.feature_weights or None
+    checked = check_features(matrix, bundle.feature_set, bundle.statistics, weights)
+    verdict = build_verdicts(checked.weighted_coverage, checked.out_of_range, policy.min_coverage)
     lap("safety")
     safe = np.flatnonzero(~checked.rejected)
     raw = np.zeros(leads.n)

@@ -15,6 +15,7 @@ from app.training.evaluate import build_reliability, evaluate, measure_importanc
 from app.training.fit import CalibratedModel
 from app.training.options import TrainingOptions
 from app.training.rows import TrainingRows
+from app.training.weights import build_weights
 
 GOLDEN_ROWS = 32
 """Rows a published model must answer the same for ever; the last one has nothing in it."""
@@ -39,6 +40,7 @@ def describe_model(
     """Returns everything the manifest says but the facts of the file."""
     fitted = model.fitted
     matrix = fitted.build_matrix(test_part)
+    importance = measure_importance(fitted, matrix, test_part.outcome, options.seed)
     moments = np.concatenate([train_part.as_of, test_part.as_of])
     positives = int(train_part.outcome.sum() + test_part.outcome.sum())
     return ModelDescription(
@@ -65,7 +67,11 @@ def describe_model(
         metrics=evaluate(model.probabilities(matrix), test_part.outcome, model.threshold),
         golden_inputs=_golden_inputs(matrix, options.seed),
         created_at=_moment(options.now.timestamp()),
-        report=_report(options, model, matrix, test_part.outcome, notes),
+        report={
+            **_report(options, model, matrix, test_part.outcome, notes),
+            "importance": importance,
+        },
+        feature_weights=build_weights(importance, fitted.feature_set.names),
     )
 
 
@@ -78,7 +84,6 @@ def _report(
         "warnings": list(notes.warnings),
         "undecided": notes.undecided,
         "reliability": build_reliability(model.probabilities(matrix), outcome),
-        "importance": measure_importance(model.fitted, matrix, outcome, options.seed),
     }
 
 
