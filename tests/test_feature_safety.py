@@ -245,6 +245,19 @@ def test_a_verdict_follows_coverage_and_values_far_outside(coverage, far, verdic
     assert VERDICTS[codes[0]] == verdict
 
 
+@pytest.mark.parametrize(
+    ("coverage", "verdict"), [(0.6, "ok"), (0.59, "caution"), (0.4, "caution"), (0.39, "abstain")]
+)
+def test_a_model_that_knows_how_little_is_too_little_abstains_below_it(coverage, verdict) -> None:
+    codes = build_verdicts(np.array([coverage]), np.array([0]), 0.6, abstain_below=0.4)
+    assert VERDICTS[codes[0]] == verdict
+
+
+def test_a_lead_with_the_least_coverage_asked_for_is_never_abstained_from() -> None:
+    codes = build_verdicts(np.array([0.2, 0.19, 0.0]), np.array([0, 0, 0]), 0.2, abstain_below=0.4)
+    assert [VERDICTS[code] for code in codes] == ["ok", "abstain", "abstain"]
+
+
 def test_with_no_least_coverage_only_an_empty_lead_is_abstained_from() -> None:
     codes = build_verdicts(np.array([0.0, 0.01]), np.array([0, 0]), 0.0)
     assert [VERDICTS[code] for code in codes] == ["abstain", "ok"]

@@ -46,6 +46,7 @@ def build_manifest(**changes):
         "report": {"notes": ["of no consequence"]},
         "venn_abers": {"scores": [0.5], "p0": [0.0, 0.25], "p1": [0.5, 1.0]},
         "feature_weights": [0.75, 0.25],
+        "abstain_below": 0.3,
         "manifest_version": 1,
         "model_id": f"advanced_ml_{VERSION}",
         "file_name": f"advanced_ml_random_forest_{VERSION}.skops",
@@ -201,6 +202,8 @@ def test_the_fingerprint_ignores_the_file_the_time_and_the_figures():
         {"feature_set": [{"name": "a"}, {"name": "c"}]},
         {"library_versions": {"scikit-learn": "1.9.2"}},
         {"venn_abers": {"scores": [], "p0": [0.0], "p1": [1.0]}},
+        {"abstain_below": 0.4},
+        {"feature_weights": [0.5, 0.5]},
     ],
 )
 def test_the_fingerprint_changes_with_whatever_determines_predictions(changes):

@@ -134,8 +134,8 @@ def check_features(
     """Applies each feature's strategies to `n` leads.
 
     A number beyond the training range is bounded, replaced, kept or rejected first; then every gap is filled.
-    "Far outside" is farther from the range than the range is wide. `weights` (k,) say
-    what each feature is worth, none less than nothing; without them all are worth the same.
+    "Far outside" is farther from the range than the range is wide. `weights` (k,)
+    say what each feature is worth, none less than nothing; without them all are worth the same.
     """
     rules = _Rules.of(feature_set.specs, statistics)
     numbers = matrix.values
@@ -161,13 +161,17 @@ def check_features(
     )
 
 
-def build_verdicts(coverage: FloatArray, out_of_range: IntArray, min_coverage: float) -> CodeArray:
+def build_verdicts(
+    coverage: FloatArray, out_of_range: IntArray, min_coverage: float, abstain_below: float | None = None
+) -> CodeArray:
     """Returns the verdict of each lead (n,) as an index into `VERDICTS`; `coverage` (n,) is the weighted one.
 
-    `abstain` where nothing is there, or less than a quarter of `min_coverage`: there is nothing to go on.
-    `caution` where coverage is under `min_coverage`, or a value lies far outside the training range.
+    `abstain` where nothing is there, or less than `abstain_below`, which the training measured, or without
+    that less than a quarter of `min_coverage`: there is nothing to go on. `caution` where coverage is under
+    `min_coverage`, or a value lies far outside the training range.
     """
-    abstain = (coverage == 0) | (coverage < min_coverage / 4)
+    enough = min_coverage / 4 if abstain_below is None else min(abstain_below, min_coverage)
+    abstain = (coverage == 0) | (coverage < enough)
     caution = (coverage < min_coverage) | (out_of_range > 0)
     return np.where(abstain, _ABSTAIN, np.where(caution, _CAUTION, _OK)).astype(np.uint8)
 

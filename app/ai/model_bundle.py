@@ -56,6 +56,12 @@ class ModelBundle:
         """The columns of the lead source the features read, distinct and ordered."""
         return self.feature_set.input_columns
 
+    @property
+    def abstain_below(self) -> float | None:
+        """The weighted coverage below which the base rate is the better answer, None if not measured."""
+        below = self.manifest.abstain_below
+        return None if below is msgspec.UNSET else below
+
 
 def build_parts(description: ModelDescription) -> ModelParts:
     """Builds feature set, statistics, calibrator and Venn-Abers table of a description.

@@ -54,7 +54,7 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     `created_at` is RFC 3339 UTC; `report` is free for figures that only people read. `venn_abers` is the
     `to_json()` of the table intervals are looked up in; a model where it is unset has no intervals.
     `feature_weights`, which sum to 1, say what each feature is worth to the model; unset, all are worth the
-    same.
+    same. `abstain_below` is the coverage, so weighted, below which the base rate is the better answer.
     """
 
     model_type: ModelType
@@ -74,6 +74,7 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     report: dict[str, Any] = {}
     venn_abers: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
     feature_weights: list[Share] | msgspec.UnsetType = msgspec.UNSET
+    abstain_below: Share | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         width = len(self.feature_set)
@@ -181,7 +182,7 @@ def manifest_fingerprint(manifest: ModelManifest) -> str:
     give the same fingerprint. The estimator is represented by its golden outputs.
     """
     names = ("model_type", "feature_set", "statistics", "calibrator", "threshold", "base_rate",
-             "feature_weights", "venn_abers", "library_versions", "golden_inputs",
+             "feature_weights", "abstain_below", "venn_abers", "library_versions", "golden_inputs",
              "golden_outputs")  # fmt: skip
     content = msgspec.to_builtins(manifest)
     return _digest({name: content[name] for name in names if name in content})

@@ -6,6 +6,7 @@ Pure. This is the only place the test part is scored. Called by `app.training.tr
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import msgspec
 import numpy as np
 
 from app.ai.domain import IntArray, JsonObject
@@ -15,7 +16,7 @@ from app.training.evaluate import build_reliability, evaluate, measure_importanc
 from app.training.fit import CalibratedModel
 from app.training.options import TrainingOptions
 from app.training.rows import TrainingRows
-from app.training.weights import build_weights
+from app.training.verdict import build_weights, measure_abstain_below
 
 GOLDEN_ROWS = 32
 """Rows a published model must answer the same for ever; the last one has nothing in it."""
@@ -41,6 +42,9 @@ def describe_model(
     fitted = model.fitted
     matrix = fitted.build_matrix(test_part)
     importance = measure_importance(fitted, matrix, test_part.outcome, options.seed)
+    weights = build_weights(importance, fitted.feature_set.names)
+    base_rate = float(train_part.outcome.mean())
+    abstain_below = measure_abstain_below(model, base_rate, weights, test_part, options.seed)
     moments = np.concatenate([train_part.as_of, test_part.as_of])
     positives = int(train_part.outcome.sum() + test_part.outcome.sum())
     return ModelDescription(
@@ -51,7 +55,7 @@ def describe_model(
         calibrator=model.calibrator.to_json(),
         venn_abers=model.venn_abers.to_json(),
         threshold=model.threshold,
-        base_rate=float(train_part.outcome.mean()),
+        base_rate=base_rate,
         horizon_days=None if options.label else options.horizon_days,
         source=options.source,
         label=options.label or options.outcome,
@@ -71,7 +75,8 @@ def describe_model(
             **_report(options, model, matrix, test_part.outcome, notes),
             "importance": importance,
         },
-        feature_weights=build_weights(importance, fitted.feature_set.names),
+        feature_weights=weights,
+        abstain_below=msgspec.UNSET if abstain_below is None else abstain_below,
     )
 
 

@@ -1,0 +1,68 @@
+"""What a model's verdicts rest on: the worth of each feature, and how little data is too little.
+
+Both are measured on held-out leads; neither changes a score. Pure. Called by `app.training.describe`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from app.ai.domain import Column, LeadColumns
+from app.ai.feature_safety import check_features
+from app.ai.features import build_features
+from app.training.fit import CalibratedModel
+from app.training.rows import TrainingRows
+
+_MIN_ROWS, _MIN_SAMPLES = 100, 10_000
+_THRESHOLDS = np.arange(1, 13) / 20
+
+
+def build_weights(importance: Mapping[str, float], names: Sequence[str]) -> list[float]:
+    """Returns one weight for each feature, not negative, which sum to 1.
+
+    `importance` is what shuffling a feature loses on held-out rows (permutation importance; Breiman, Random
+    Forests, Machine Learning 45, 2001). Such a loss grows with the square of a feature's effect, so the
+    weight is in proportion to its root: one strong feature does not stand for all the others together. A
+    feature whose shuffling loses nothing weighs nothing. Where none loses anything all weigh the same.
+    """
+    effects = np.sqrt([max(importance[name], 0.0) for name in names])
+    if effects.sum() <= 0:
+        return [1 / len(names)] * len(names)
+    weights: list[float] = (effects / effects.sum()).tolist()
+    return weights
+
+
+def measure_abstain_below(
+    model: CalibratedModel, base_rate: float, weights: Sequence[float], rows: TrainingRows, seed: int
+) -> float | None:
+    """Returns the weighted coverage below which the base rate is the better answer, None for too few rows.
+
+    Columns are taken away from held-out leads at random, each lead losing another share of them. Of all
+    thresholds up to 0.6 it is the one that makes the Brier score lowest when leads below it get the base
+    rate and all others the model's probability; of equally good ones the lowest.
+    """
+    if rows.leads.n < _MIN_ROWS:
+        return None
+    random = np.random.default_rng(seed)
+    fitted, losses, count = model.fitted, np.zeros(len(_THRESHOLDS)), 0
+    while count < _MIN_SAMPLES:
+        matrix = build_features(remove_cells(rows.leads, random), fitted.feature_set, rows.as_of)
+        checked = check_features(matrix, fitted.feature_set, fitted.statistics, weights)
+        by_model = (model.probabilities(matrix) - rows.outcome) ** 2
+        by_base_rate = (base_rate - rows.outcome) ** 2
+        for place, threshold in enumerate(_THRESHOLDS):
+            losses[place] += np.where(checked.weighted_coverage < threshold, by_base_rate, by_model).sum()
+        count += rows.leads.n
+    return float(_THRESHOLDS[losses.argmin()])
+
+
+def remove_cells(leads: LeadColumns, random: np.random.Generator) -> LeadColumns:
+    """Returns the leads with cells made missing at random: of each lead a share of its own, 0 to 1."""
+    lost = random.random(leads.n)
+    columns = {}
+    for name, column in leads.columns.items():
+        kept = column.present & (random.random(leads.n) >= lost)
+        values = column.values.copy()
+        values[~kept] = "" if column.kind == "text" else np.nan
+        columns[name] = Column(column.kind, values, kept)
+    return LeadColumns(leads.n, columns)
