@@ -13,6 +13,7 @@ from app.ai.feature_safety import build_statistics
 from app.ai.features import FeatureMatrix, FeatureSet, FeatureSpec, build_features
 from app.ai.model_bundle import ModelBundle, load_bundle
 from app.ai.model_manifest import ModelDescription, TrainingFacts, read_manifest
+from app.ai.venn_abers import build_table
 from app.training.publish import build_manifest, publish_model
 from tests.fakes import build_columns
 
@@ -72,6 +73,7 @@ def describe_model(version: str = VERSION, seed: int = 1) -> tuple[RandomForestC
     chance = 1 / (1 + np.exp(-(filled[:, 0] - 2.5 + 0.2 * (filled[:, 2] - 4))))
     outcome = (np.random.default_rng(seed).random(len(chance)) < chance).astype(int)
     forest = RandomForestClassifier(12, max_depth=5, random_state=seed, class_weight="balanced")
+    forest.fit(filled, outcome)
     statistics = build_statistics(FeatureMatrix(matrix.values, matrix.states))
     description = ModelDescription(
         model_type="random_forest",
@@ -96,8 +98,9 @@ def describe_model(version: str = VERSION, seed: int = 1) -> tuple[RandomForestC
         metrics={"accuracy": 0.7, "precision": 0.6, "recall": 0.5, "f1_score": 0.55, "roc_auc": 0.75},
         golden_inputs=[[None if math.isnan(v) else v for v in row] for row in matrix.values[:5].tolist()],
         created_at="2026-01-01T12:00:00Z",
+        venn_abers=build_table(forest.predict_proba(filled)[:, 1], outcome).to_json(),
     )
-    return forest.fit(filled, outcome), description
+    return forest, description
 
 
 def publish_lead_model(directory: Path, version: str = VERSION, seed: int = 1) -> Path:

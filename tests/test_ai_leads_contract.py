@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import psycopg
 import pytest
 from fastapi import FastAPI
@@ -27,8 +28,9 @@ from app.schemas.ai_ml import (
     PredictBatchResponse,
     Problem,
 )
+from app.training.publish import publish_model
 from tests.in_process import add_odd_leads, build_settings, serve
-from tests.lead_models import VERSION, publish_lead_model
+from tests.lead_models import VERSION, describe_model, publish_lead_model
 
 PEOPLE = 400
 UUID = "6f1c0c1e-5f0b-4a57-9a1c-0c6a3f0e9b11"
@@ -197,8 +199,10 @@ def test_order_and_duplicates_are_kept_and_equal_ids_get_equal_outcomes(client: 
 
 
 @BOTH
-@pytest.mark.parametrize("query", ["include=interval", "include=reasons,features", "x=1", "include=&x"])
-def test_what_is_not_served_yet_and_unknown_parameters_are_invalid(
+@pytest.mark.parametrize(
+    "query", ["include=nonsense", "include=interval,nonsense", "include=interval,", "x=1", "include=&x"]
+)
+def test_what_is_not_served_and_unknown_parameters_are_invalid(
     client: httpx2.Client, path: str, query: str
 ) -> None:
     problem_of(client.post(f"{path}?{query}", json=["lead_1"]), 422, "INVALID_PARAMETER")
@@ -331,15 +335,66 @@ def test_a_batch_of_two_thousand_equals_single_requests_bit_for_bit(uncached: ht
     assert next(errors, None) is None
 
 
-@pytest.mark.parametrize("method", ["margin", "entropy"])
+def test_whoever_asks_gets_an_interval_that_holds_the_probability(
+    client: httpx2.Client, uncached: httpx2.Client, manifest: ModelManifest
+) -> None:
+    asked = [*(f"lead_{number}" for number in range(1, 100)), "nobody", "odd_empty", "lead_1"]
+    response = client.post(f"{SCORE}?include=interval", json=asked)
+    PredictBatchResponse.model_validate_json(response.content)
+    full = response.json()["predictions"]
+    plain = ask(client, *asked)["predictions"]
+    assert [
+        {**prediction, "interval": f["interval"]} for prediction, f in zip(plain, full, strict=True)
+    ] == full
+    for prediction in full:
+        low, high = prediction["interval"]
+        assert 0.01 <= low <= prediction["probability"] <= high <= 0.99
+        alone = uncached.post(f"{SCORE}?include=interval", json=[prediction["lead_id"]])
+        assert alone.json()["predictions"] == [prediction]
+    assert len({tuple(prediction["interval"]) for prediction in full}) > 10
+    assert full[-2]["verdict"] == "abstain"
+    assert full[-2]["interval"] == [0.01, 0.99]
+
+
+def test_the_legacy_route_keeps_its_old_shape(client: httpx2.Client) -> None:
+    problem_of(client.post(f"{LEGACY}?include=interval", json=["lead_1"]), 422, "INVALID_PARAMETER")
+
+
+def test_a_model_published_without_intervals_says_so_and_answers_without_them(
+    crm_url: str, tmp_path: Path
+) -> None:
+    estimator, description = describe_model()
+    publish_model(
+        tmp_path / "models", estimator, msgspec.structs.replace(description, venn_abers=msgspec.UNSET)
+    )
+    with serve(build_settings(tmp_path, crm_url)) as base:
+        refused = httpx2.post(f"{base}{SCORE}?include=interval", json=["lead_1"])
+        answered = httpx2.post(base + SCORE, json=["lead_1"])
+    assert "without intervals" in problem_of(refused, 422, "INVALID_PARAMETER")["detail"]
+    assert "interval" not in answered.json()["predictions"][0]
+
+
+def test_the_document_names_what_may_be_included(client: httpx2.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    (parameter,) = paths[SCORE]["post"]["parameters"]
+    assert (parameter["name"], parameter["in"], parameter["required"]) == ("include", "query", False)
+    assert "interval" in parameter["schema"]["items"]["enum"]
+    assert not paths[LEGACY]["post"].get("parameters")
+
+
+@pytest.mark.parametrize("method", ["margin", "entropy", "interval"])
 def test_the_other_confidence_methods_can_be_chosen(crm_url: str, folder: Path, method: str) -> None:
     with serve(build_settings(folder, crm_url, ml_confidence_method=method)) as base:
-        answer = httpx2.post(base + SCORE, json=["lead_1", "lead_2", "lead_3"]).json()
+        asked = ["lead_1", "lead_2", "lead_3"]
+        answer = httpx2.post(f"{base}{SCORE}?include=interval", json=asked).json()
     assert answer["calibration_metadata"]["confidence_method"] == method
     for prediction in answer["predictions"]:
         assert 0 <= prediction["confidence"] <= 1
         if method == "margin":
             assert prediction["confidence"] == pytest.approx(2 * abs(prediction["probability"] - 0.5))
+        if method == "interval":
+            low, high = prediction["interval"]
+            assert prediction["confidence"] == 1 - (high - low)
 
 
 # --- 1. Scoring: the legacy route -------------------------------------------------------------------------

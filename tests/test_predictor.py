@@ -10,14 +10,22 @@ import pytest
 
 from app.ai.domain import VERDICTS, FloatArray, Predictions, RequestContext
 from app.ai.drift_window import DriftWindow
+from app.ai.model_bundle import ModelBundle
 from app.ai.prediction_cache import AnswerCache, NullCache, PredictionCache
-from app.ai.predictor import INLINE_LEADS, Predictor, ScoringPolicy, score_leads
-from app.errors import DatabaseUnavailableError, ModelNotReadyError, PredictionFailedError
+from app.ai.predictor import INLINE_LEADS, Predictor, ScoringPolicy, find_intervals, score_leads
+from app.ai.venn_abers import look_up
+from app.errors import (
+    DatabaseUnavailableError,
+    InvalidParameterError,
+    ModelNotReadyError,
+    PredictionFailedError,
+)
 from tests.fakes import FakeClock, FakeLeadSource, FakeModels, build_columns
 from tests.lead_models import AS_OF, FEATURES, build_lead_bundle, build_lead_rows
 
 UUID = "6f1c0c1e-5f0b-4a57-9a1c-0c6a3f0e9b11"
 CONTEXT = RequestContext("request-1", AS_OF)
+WITH_INTERVALS = RequestContext("request-1", AS_OF, frozenset({"interval"}))
 POLICY = ScoringPolicy(0.6, "max_probability")
 BUNDLE = build_lead_bundle()
 
@@ -35,8 +43,14 @@ class World:
             self.models, self.source, cache, self.drift, executor=executor, policy=POLICY, clock=FakeClock()
         )
 
-    async def ask(self, *lead_ids: str) -> Predictions:
-        return await self.predictor.predict(lead_ids, CONTEXT)
+    async def ask(self, *lead_ids: str, context: RequestContext = CONTEXT) -> Predictions:
+        return await self.predictor.predict(lead_ids, context)
+
+    async def ask_intervals(self, *lead_ids: str) -> list[list[float]]:
+        predictions = await self.ask(*lead_ids, context=WITH_INTERVALS)
+        assert predictions.intervals is not None
+        intervals: list[list[float]] = predictions.intervals.tolist()
+        return intervals
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +186,78 @@ async def test_another_model_does_not_answer_from_the_old_ones_cache(caching_wor
     swapped = await caching_world.ask("lead_1")
     assert swapped.cache_hits == 0
     assert swapped.model.version == "20260202_120000"
+
+
+async def test_nobody_gets_an_interval_who_did_not_ask_for_it(world: World) -> None:
+    assert (await world.ask("lead_1")).intervals is None
+
+
+async def test_an_interval_is_the_pair_of_the_raw_score_bounded_and_holds_the_probability(
+    world: World,
+) -> None:
+    asked = [f"lead_{number}" for number in range(60)]
+    predictions = await world.ask(*asked, context=WITH_INTERVALS)
+    assert BUNDLE.venn_abers is not None
+    assert predictions.intervals is not None
+    p0, p1 = look_up(BUNDLE.venn_abers, predictions.raw_score)
+    low, high = predictions.intervals.T
+    probability = predictions.probability
+    told = predictions.verdict != VERDICTS.index("abstain")
+    assert np.array_equal(low[told], np.minimum(np.clip(p0, 0.01, 0.99), probability)[told])
+    assert np.array_equal(high[told], np.maximum(np.clip(p1, 0.01, 0.99), probability)[told])
+    assert np.all((low <= probability) & (probability <= high) & (low >= 0.01) & (high <= 0.99))
+    assert np.count_nonzero((p0 < probability) & (probability < p1))
+    assert np.count_nonzero((p0 > probability) | (probability > p1))
+
+
+async def test_intervals_of_a_batch_equal_those_of_its_leads_alone_bit_for_bit(world: World) -> None:
+    asked = [*(f"lead_{number}" for number in range(INLINE_LEADS + 1)), "empty", UUID]
+    together = await world.ask_intervals(*asked)
+    assert together == [(await world.ask_intervals(lead_id))[0] for lead_id in asked]
+
+
+async def test_intervals_keep_to_the_answered_positions(world: World) -> None:
+    mixed = await world.ask_intervals("nobody", "lead_1", "twice", "lead_2", "lead_1")
+    one, two = await world.ask_intervals("lead_1", "lead_2")
+    assert mixed == [one, two, one]
+    assert await world.ask_intervals("nobody") == []
+
+
+async def test_a_lead_without_any_data_has_the_widest_interval(world: World) -> None:
+    assert await world.ask_intervals("empty") == [[0.01, 0.99]]
+
+
+async def test_an_answer_remembered_for_somebody_else_still_has_its_interval(caching_world: World) -> None:
+    await caching_world.ask("lead_1", "empty")
+    caching_world.source.error = DatabaseUnavailableError()
+    remembered = await caching_world.ask_intervals("lead_1", "empty")
+    caching_world.source.error = None
+    caching_world.models.bundle = dataclasses.replace(
+        BUNDLE, ref=dataclasses.replace(BUNDLE.ref, sha256="f" * 64)
+    )
+    assert remembered == await caching_world.ask_intervals("lead_1", "empty")
+
+
+async def test_a_model_without_a_table_refuses_intervals_and_answers_everything_else(world: World) -> None:
+    before = rows_of(await world.ask("lead_1"))
+    world.models.bundle = dataclasses.replace(BUNDLE, venn_abers=None)
+    with pytest.raises(InvalidParameterError, match="published without intervals"):
+        await world.ask("lead_1", context=WITH_INTERVALS)
+    assert rows_of(await world.ask("lead_1")) == before
+    assert len(world.source.asked) == 2
+
+
+@pytest.mark.parametrize("bundle", [BUNDLE, dataclasses.replace(BUNDLE, venn_abers=None)])
+def test_the_confidence_method_interval_is_one_less_the_width(bundle: ModelBundle) -> None:
+    rows = [*build_lead_rows(50, seed=9), {}]
+    policy = ScoringPolicy(0.6, "interval")
+    answers = score_leads(bundle, build_columns(rows, FEATURES.input_columns), AS_OF, policy).answers
+    low, high = find_intervals(bundle, answers).T
+    assert np.array_equal(answers["confidence"], 1 - (high - low))
+    assert np.all((answers["confidence"] >= 0) & (answers["confidence"] <= 1))
+    assert answers["confidence"][-1] == 1 - (0.99 - 0.01)
+    if bundle.venn_abers is None:
+        assert np.all(answers["confidence"] == answers["confidence"][-1])
 
 
 async def test_no_model_is_told_before_the_database_is_asked(world: World) -> None:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers, QueryParams
 
-from app.ai.scoring_requests import LEAD_ID_PATTERN, check_media_type, check_query, decode_lead_ids
+from app.ai.domain import Extra
+from app.ai.scoring_requests import LEAD_ID_PATTERN, check_media_type, decode_lead_ids, read_include
 from app.errors import (
     BatchSizeExceededError,
     CallerError,
@@ -156,15 +157,37 @@ def test_anything_else_than_plain_json_is_an_unsupported_media_type(headers: lis
         check_media_type(Headers(raw=raw))
 
 
-@pytest.mark.parametrize("query", ["", "include="])
-def test_no_query_and_an_empty_include_are_accepted(query: str) -> None:
-    check_query(QueryParams(query))
+OFFERED: frozenset[Extra] = frozenset({"interval"})
 
 
 @pytest.mark.parametrize(
-    "query", ["include=reasons", "include=&include=interval", "include=%20", "x=", "Include="]
+    ("query", "include"),
+    [
+        ("", set()),
+        ("include=", set()),
+        ("include=interval", {"interval"}),
+        ("include=interval,interval", {"interval"}),
+        ("include=&include=interval", {"interval"}),
+    ],
+)
+def test_what_is_offered_may_be_included(query: str, include: set[str]) -> None:
+    assert read_include(QueryParams(query), OFFERED) == include
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("include=nonsense", "include=&include=nonsense", "include=interval,nonsense", "include=%20"),
+        *("include=interval,", "include=Interval", "include= interval", "x=", "Include="),
+    ],
 )
 def test_any_other_query_is_an_invalid_parameter_whose_text_is_ours(query: str) -> None:
     with pytest.raises(InvalidParameterError) as caught:
-        check_query(QueryParams(query))
-    assert "reasons" not in str(caught.value)
+        read_include(QueryParams(query), OFFERED)
+    assert "nonsense" not in str(caught.value)
+
+
+def test_a_route_that_offers_nothing_lets_nothing_be_included() -> None:
+    assert read_include(QueryParams("include="), frozenset()) == set()
+    with pytest.raises(InvalidParameterError):
+        read_include(QueryParams("include=interval"), frozenset())

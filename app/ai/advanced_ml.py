@@ -33,7 +33,7 @@ def build_router(max_batch_size: int) -> APIRouter:
         request: Request, record: CurrentRecord, predictor: LeadPredictor, breaker: LegacyBreaker
     ) -> Response:
         """Answers like the hardened route, with the same numbers; leads without an answer are left out."""
-        lead_ids = await read_lead_ids(request, max_batch_size)
+        lead_ids, _ = await read_lead_ids(request, max_batch_size)
         record.asked = len(lead_ids)
         context = RequestContext(record.request_id, record.as_of)
         try:

@@ -2,17 +2,19 @@
 
 import time
 from collections.abc import Callable
+from typing import get_args
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from app.ai.dependencies import CurrentRecord, LeadPredictor
-from app.ai.domain import VERDICTS, Predictions, RequestContext
+from app.ai.domain import VERDICTS, Extra, Predictions, RequestContext
 from app.ai.scoring_requests import SCORING_ERRORS, read_lead_ids
 from app.schemas.ai_ml import PredictBatchResponse
 from app.schemas.openapi import describe_answers, describe_scoring_body
 
 PREFIX = "/ai/advanced-ml"
+EXTRAS: frozenset[Extra] = frozenset(get_args(Extra))
 
 
 def build_router(max_batch_size: int, clock: Callable[[], float] = time.perf_counter) -> APIRouter:
@@ -23,13 +25,13 @@ def build_router(max_batch_size: int, clock: Callable[[], float] = time.perf_cou
         "/predict-batch",
         summary="Score leads",
         responses=describe_answers("One outcome for each ID asked.", PredictBatchResponse, SCORING_ERRORS),
-        openapi_extra=describe_scoring_body(max_batch_size),
+        openapi_extra=describe_scoring_body(max_batch_size, sorted(EXTRAS)),
     )
     async def predict_batch(request: Request, record: CurrentRecord, predictor: LeadPredictor) -> Response:
         """Answers each lead ID with a calibrated probability, or with the reason why there is none."""
-        lead_ids = await read_lead_ids(request, max_batch_size)
+        lead_ids, include = await read_lead_ids(request, max_batch_size, EXTRAS)
         record.asked = len(lead_ids)
-        context = RequestContext(record.request_id, record.as_of)
+        context = RequestContext(record.request_id, record.as_of, include)
         record.predictions = await predictor.predict(lead_ids, context)
         elapsed_ms = (clock() - record.started) * 1000
         body = encode_answer(record.predictions, record.request_id, elapsed_ms)
@@ -46,6 +48,10 @@ class _Prediction(msgspec.Struct):
     features_present_ratio: float
     prediction: bool
     verdict: str
+
+
+class _FullPrediction(_Prediction):
+    interval: tuple[float, float] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Error(msgspec.Struct):
@@ -90,11 +96,12 @@ def encode_answer(predictions: Predictions, request_id: str, elapsed_ms: float) 
 
 
 def _build_predictions(predictions: Predictions) -> list[_Prediction]:
+    extras = [] if predictions.intervals is None else [map(tuple, predictions.intervals.tolist())]
     probability = predictions.probability.tolist()
     verdict = [VERDICTS[code] for code in predictions.verdict.tolist()]
     return list(
         map(
-            _Prediction,
+            _FullPrediction if extras else _Prediction,
             predictions.lead_ids,
             probability,
             predictions.confidence.tolist(),
@@ -102,5 +109,6 @@ def _build_predictions(predictions: Predictions) -> list[_Prediction]:
             predictions.coverage.tolist(),
             predictions.prediction.tolist(),
             verdict,
+            *extras,
         )
     )

@@ -90,13 +90,19 @@ def calibrate(raw: FloatArray, calibrator: Calibrator) -> FloatArray:
     return np.minimum(np.maximum(scores, calibrator.lower), calibrator.upper) + 0.0
 
 
-def confidence(p: FloatArray, method: ConfidenceMethod) -> FloatArray:
+def confidence(p: FloatArray, method: ConfidenceMethod, intervals: FloatArray | None = None) -> FloatArray:
     """Returns how sure each probability (n,) is of its side, in [0, 1].
 
     - `max_probability`: max(p, 1 - p), never under a half.
     - `margin`: |2 p - 1|, twice the distance from a half.
     - `entropy`: one less the binary entropy in bits (Shannon 1948).
+    - `interval`: one less the width of `intervals` (n, 2), which this method alone needs.
     """
+    if method == "interval":
+        if intervals is None:
+            raise ValueError("the confidence method interval needs intervals")
+        width: FloatArray = intervals[:, 1] - intervals[:, 0]
+        return 1.0 - width
     safe = np.where(np.isnan(p), 0.5, np.minimum(np.maximum(p, 0.0), 1.0))
     likelier = np.maximum(safe, 1.0 - safe)
     if method == "max_probability":

@@ -19,7 +19,8 @@ CodeArray = NDArray[np.uint8]
 TextArray = NDArray[np.object_]
 
 ColumnKind = Literal["number", "boolean", "timestamp", "text"]
-ConfidenceMethod = Literal["max_probability", "margin", "entropy"]
+ConfidenceMethod = Literal["max_probability", "margin", "entropy", "interval"]
+Extra = Literal["interval"]
 Verdict = Literal["ok", "caution", "abstain"]
 
 VERDICTS: tuple[Verdict, ...] = ("ok", "caution", "abstain")
@@ -145,10 +146,14 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """What a prediction is asked for: its request ID, and the moment its features are true for (s UTC)."""
+    """What a prediction is asked for.
+
+    Its request ID, the moment its features are true for (s UTC), and what it carries beyond the usual.
+    """
 
     request_id: str
     as_of: float
+    include: frozenset[Extra] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,7 +161,7 @@ class Predictions:
     """The outcome of one batch; the arrays have one entry for each answered position, in request order.
 
     `lead_ids` are as they were sent. `verdict` holds indices into `VERDICTS`. `stages_ms` is wall time by
-    stage, in milliseconds.
+    stage, in milliseconds. `intervals` (m, 2), the ends of each interval, are there when they were asked for.
     """
 
     asked: int
@@ -174,6 +179,7 @@ class Predictions:
     confidence_method: ConfidenceMethod
     bounds: tuple[float, float]
     stages_ms: Mapping[str, float]
+    intervals: FloatArray | None = None
 
 
 JsonObject = dict[str, Any]

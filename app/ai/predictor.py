@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -39,7 +39,8 @@ from app.ai.feature_safety import build_verdicts, check_features
 from app.ai.features import build_features
 from app.ai.model_bundle import ModelBundle
 from app.ai.prediction_cache import AnswerCache
-from app.errors import LeadScoringError, PredictionFailedError
+from app.ai.venn_abers import build_intervals
+from app.errors import InvalidParameterError, LeadScoringError, PredictionFailedError
 
 _log = structlog.get_logger("app.predictor")
 
@@ -139,6 +140,7 @@ class Predictor:
 
         Raises:
             ModelNotReadyError: no verified model is loaded.
+            InvalidParameterError: intervals are asked for, and the model has none.
             DatabaseUnavailableError: a lead is not in the cache and the lead source does not answer.
             PredictionFailedError: anything else went wrong; the cause is chained and logged.
         """
@@ -153,6 +155,10 @@ class Predictor:
     async def _predict(self, lead_ids: Sequence[str], context: RequestContext) -> Predictions:
         watch = Stopwatch(self._clock)
         bundle = await self._models.active()
+        if "interval" in context.include and bundle.venn_abers is None:
+            raise InvalidParameterError(
+                "The model that serves was published without intervals; leave interval out of include."
+            )
         watch.lap("model")
         canonical = [canonical_lead_id(lead_id) for lead_id in lead_ids]
         place = {lead_id: index for index, lead_id in enumerate(dict.fromkeys(canonical))}
@@ -166,7 +172,11 @@ class Predictor:
             answers[missing], fate[missing] = await self._answer(bundle, asked, context.as_of, watch)
         positions = np.fromiter((place[lead_id] for lead_id in canonical), np.int64, len(canonical))
         outcome = _Outcome(answers[positions], fate[positions], hit[positions])
-        return self._assemble(bundle, lead_ids, outcome, watch.stages_ms)
+        predictions = self._assemble(bundle, lead_ids, outcome, watch.stages_ms)
+        if "interval" in context.include:
+            kept = outcome.answers[outcome.fate == _ANSWERED]
+            predictions = replace(predictions, intervals=find_intervals(bundle, kept))
+        return predictions
 
     async def _answer(
         self, bundle: ModelBundle, lead_ids: Sequence[str], as_of: float, watch: Stopwatch
@@ -238,9 +248,7 @@ def score_leads(
     lap("features")
     weights = bundle.manifest.feature_weights or None
     checked = check_features(matrix, bundle.feature_set, bundle.statistics, weights)
-    verdict = build_verdicts(
-        checked.weighted_coverage, checked.out_of_range, policy.min_coverage, bundle.abstain_below
-    )
+    verdict = build_verdicts(checked.weighted_coverage, checked.out_of_range, policy.min_coverage)
     lap("safety")
     safe = np.flatnonzero(~checked.rejected)
     raw = np.zeros(leads.n)
@@ -252,9 +260,24 @@ def score_leads(
     answers = np.empty(leads.n, ANSWER)
     answers["raw_score"] = raw
     answers["probability"] = probability
-    answers["confidence"] = confidence(probability, policy.confidence_method)
     answers["coverage"] = checked.coverage
     answers["prediction"] = probability >= bundle.manifest.threshold
     answers["verdict"] = verdict
+    intervals = find_intervals(bundle, answers) if policy.confidence_method == "interval" else None
+    answers["confidence"] = confidence(probability, policy.confidence_method, intervals)
     lap("calibration")
     return ScoredLeads(answers, checked.rejected, matrix.values)
+
+
+def find_intervals(bundle: ModelBundle, answers: AnswerArray) -> FloatArray:
+    """Returns the ends (n, 2) of the intervals of answers (n,), which hold all that is needed for it.
+
+    So an answer out of the cache gets its interval without the lead being scored again.
+    """
+    return build_intervals(
+        bundle.venn_abers,
+        answers["raw_score"],
+        answers["probability"],
+        unknown=answers["verdict"] == _ABSTAIN,
+        bounds=(bundle.calibrator.lower, bundle.calibrator.upper),
+    )

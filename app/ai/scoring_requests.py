@@ -14,6 +14,7 @@ import msgspec
 from starlette.datastructures import Headers, QueryParams
 from starlette.requests import Request
 
+from app.ai.domain import Extra
 from app.errors import (
     BatchSizeExceededError,
     BodyTooLargeError,
@@ -54,19 +55,21 @@ LEAD_ID_PATTERN = "[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}"
 _is_lead_id = re.compile(LEAD_ID_PATTERN).fullmatch
 
 
-async def read_lead_ids(request: Request, max_batch_size: int) -> list[str]:
-    """Returns the lead IDs of a scoring request, in order, duplicates kept.
+async def read_lead_ids(
+    request: Request, max_batch_size: int, offered: frozenset[Extra] = frozenset()
+) -> tuple[list[str], frozenset[Extra]]:
+    """Returns the lead IDs of a scoring request, in order, duplicates kept, and what it wants included.
 
     Raises:
         UnsupportedMediaTypeError: the body is not declared as plain UTF-8 JSON.
-        InvalidParameterError: a query parameter other than an empty `include`.
+        InvalidParameterError: see `read_include`.
         BodyTooLargeError: more bytes than the service reads (raised while the body comes in).
         InvalidPayloadError, EmptyBatchError, BatchSizeExceededError, InvalidLeadIdError: see
             `decode_lead_ids`.
     """
     check_media_type(request.headers)
-    check_query(request.query_params)
-    return decode_lead_ids(await request.body(), max_batch_size)
+    include = read_include(request.query_params, offered)
+    return decode_lead_ids(await request.body(), max_batch_size), include
 
 
 def check_media_type(headers: Headers) -> None:
@@ -86,17 +89,22 @@ def check_media_type(headers: Headers) -> None:
         raise UnsupportedMediaTypeError
 
 
-def check_query(query: QueryParams) -> None:
-    """Accepts no parameter, or `include` with nothing in it: what it may name is not served yet.
+def read_include(query: QueryParams, offered: frozenset[Extra]) -> frozenset[Extra]:
+    """Returns what the comma-separated `include` names; without the parameter, or with an empty one, nothing.
 
     Raises:
-        InvalidParameterError: anything else.
+        InvalidParameterError: another parameter, or a name that is not `offered`.
     """
+    if not query:
+        return frozenset()
+    wanted: set[str] = set()
     for name, value in query.multi_items():
         if name != "include":
             raise InvalidParameterError("There is a query parameter that this path does not know.")
-        if value:
-            raise InvalidParameterError("The parameter include names something that is not available.")
+        wanted.update(value.split(",") if value else ())
+    if not wanted <= offered:
+        raise InvalidParameterError("The parameter include names something that is not available.")
+    return frozenset(extra for extra in offered if extra in wanted)
 
 
 def decode_lead_ids(body: bytes, max_batch_size: int) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app.ai.domain import FloatArray, IntArray, JsonObject
+from app.ai.domain import BoolArray, FloatArray, IntArray, JsonObject
 
 _FIELDS = frozenset({"scores", "p0", "p1"})
 
@@ -100,6 +100,29 @@ def look_up(table: VennAbersTable, raw: FloatArray) -> tuple[FloatArray, FloatAr
         return table.p0[below], table.p1[below]
     met = table.scores[np.minimum(below, len(table.scores) - 1)] == scores
     return table.p0[below + met], table.p1[below]
+
+
+def build_intervals(
+    table: VennAbersTable | None,
+    raw: FloatArray,
+    probability: FloatArray,
+    *,
+    unknown: BoolArray,
+    bounds: tuple[float, float],
+) -> FloatArray:
+    """Returns the lower and the upper end (n, 2) of each lead's interval, within `bounds`.
+
+    From p0 to p1 of its raw score (n,), made wide enough to hold the `probability` (n,) that is shown:
+    another calibrator may have been chosen, and nobody should read a number outside its own interval. A lead
+    of which all is `unknown` (n,) could have any score, so its interval reaches from the lowest p0 to the
+    highest p1, which is as wide as the bounds; without a table that holds for every lead.
+    """
+    low, high = look_up(table, raw) if table else (np.zeros(len(raw)), np.ones(len(raw)))
+    ends: FloatArray = np.column_stack([np.where(unknown, 0.0, low), np.where(unknown, 1.0, high)])
+    ends = np.minimum(np.maximum(ends, bounds[0]), bounds[1])
+    ends[:, 0] = np.minimum(ends[:, 0], probability)
+    ends[:, 1] = np.maximum(ends[:, 1], probability)
+    return ends
 
 
 def merge(p0: FloatArray, p1: FloatArray) -> FloatArray:

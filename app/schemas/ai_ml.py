@@ -5,9 +5,10 @@ Answers to scoring requests are not built from them but encoded by msgspec, stra
 building pydantic objects for 2,000 predictions costs more than scoring them.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
+from pydantic.json_schema import SkipJsonSchema
 
 LeadId = Annotated[
     str,
@@ -20,10 +21,16 @@ LeadId = Annotated[
     ),
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
+Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
 Count = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=["0f" * 32])]
 Version = Annotated[str, Field(examples=["20260101_120000"])]
 RequestId = Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")]
+
+
+def _never_null(schema: dict[str, Any]) -> None:
+    # The field is there or it is not; None stands for absent in Python only.
+    del schema["default"]
 
 
 class _Message(BaseModel):
@@ -58,6 +65,8 @@ class LeadPrediction(_Message):
     """Whether the probability reaches the model's decision threshold."""
     verdict: Literal["ok", "caution", "abstain"]
     """`caution`: few features or unusual values; `abstain`: nothing to go on, the number is the base rate."""
+    interval: Interval | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)
+    """With `include=interval` only: where the probability may lie, lower end first; holds `probability`."""
 
 
 class LeadError(_Message):
@@ -78,7 +87,7 @@ class CalibrationMetadata(_Message):
     avg_feature_coverage: Share
     """Mean `features_present_ratio`; 0 when no position is answered."""
     confidence_method: Literal["max_probability", "margin", "entropy", "interval"]
-    bounds: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    bounds: Interval
 
 
 class PredictBatchResponse(_Message):

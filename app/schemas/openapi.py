@@ -46,8 +46,11 @@ def describe_answers(
     return answers
 
 
-def describe_scoring_body(max_batch_size: int) -> dict[str, Any]:
-    """Returns the `openapi_extra` of a scoring route: either shape of body, with its limits."""
+def describe_scoring_body(max_batch_size: int, extras: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the `openapi_extra` of a scoring route: either shape of body, with its limits.
+
+    `extras` are what the query parameter `include` may name; without any there is no parameter.
+    """
     array, wrapped = (
         {"$ref": _REFERENCES.format(model=model.__name__)} for model in (LeadIdArray, LeadIdObject)
     )
@@ -57,7 +60,21 @@ def describe_scoring_body(max_batch_size: int) -> dict[str, Any]:
     }
     description = f"1 to {max_batch_size} lead IDs; order and duplicates are kept."
     content = {"application/json": {"schema": {"anyOf": [array, wrapped]}, "examples": examples}}
-    return {"requestBody": {"required": True, "description": description, "content": content}}
+    parameters = [_describe_include(extras)] if extras else []
+    body = {"required": True, "description": description, "content": content}
+    return {"parameters": parameters, "requestBody": body}
+
+
+def _describe_include(extras: Sequence[str]) -> dict[str, Any]:
+    return {
+        "name": "include",
+        "in": "query",
+        "required": False,
+        "description": "What each prediction is to carry besides the usual, separated by commas.",
+        "style": "form",
+        "explode": False,
+        "schema": {"type": "array", "items": {"type": "string", "enum": list(extras)}},
+    }
 
 
 def complete_document(document: dict[str, Any], max_batch_size: int) -> dict[str, Any]:
