@@ -248,7 +248,9 @@ def score_leads(
     lap("features")
     weights = bundle.manifest.feature_weights or None
     checked = check_features(matrix, bundle.feature_set, bundle.statistics, weights)
-    verdict = build_verdicts(checked.weighted_coverage, checked.out_of_range, policy.min_coverage)
+    verdict = build_verdicts(
+        checked.weighted_coverage, checked.out_of_range, policy.min_coverage, bundle.abstain_below
+    )
     lap("safety")
     safe = np.flatnonzero(~checked.rejected)
     raw = np.zeros(leads.n)
