@@ -193,3 +193,55 @@ def test_a_declared_column_without_any_text_is_a_clear_refusal() -> None:
 def test_the_commonest_level_is_kept_however_small_the_data() -> None:
     leads, _ = build_leads(["a", "a", "b", None], "text")
     assert list(learn_levels(leads.columns["it"], np.array([1, 0, 0, 1]))["levels"]) == ["a"]
+
+
+def dropped_beside(first: Sequence[object], second: Sequence[object], *kinds: ColumnKind) -> dict[str, str]:
+    """Derives features of two columns; returns why any of them was left out."""
+    columns = [InputColumn(name, kind) for name, kind in zip(("first", "second"), kinds, strict=True)]
+    rows = [{"first": one, "second": two} for one, two in zip(first, second, strict=True)]
+    derived = derive_features(build_columns(rows, columns), OUTCOME, AS_OF, columns)
+    read = {column.name for column in derived.feature_set.input_columns}
+    assert read == {"first", "second"} - set(derived.dropped)
+    return derived.dropped
+
+
+NOISE = [float(number) for number in np.random.default_rng(8).normal(size=N)]
+LETTERS = [("a", "b", "c")[index % 7 % 3] for index in range(N)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kinds"),
+    [
+        (NOISE, NOISE, ("number", "number")),
+        (NOISE, [-3 * number + 1 for number in NOISE], ("number", "number")),
+        (NOISE, [math.exp(number) for number in NOISE], ("number", "number")),
+        (LETTERS, [f" {letter.upper()}" for letter in LETTERS], ("text", "text")),
+        (LETTERS, [{"a": 20.0, "b": -1.0, "c": 3.5}[letter] for letter in LETTERS], ("text", "number")),
+        (every(3, True, False), every(3, "yes", "no"), ("boolean", "text")),
+        ([AS_OF[0] - abs(x) * DAY for x in NOISE], [abs(x) for x in NOISE], ("timestamp", "number")),
+    ],
+)
+def test_a_column_that_repeats_another_is_left_out_and_said(
+    first: Sequence[object], second: Sequence[object], kinds: tuple[ColumnKind, ColumnKind]
+) -> None:
+    assert dropped_beside(first, second, *kinds) == {"second": "says the same as first"}
+
+
+def test_of_two_columns_that_say_the_same_the_fuller_one_is_kept() -> None:
+    dropped = dropped_beside(every(3, None, "b"), every(3, "no", "yes"), "text", "text")
+    assert dropped == {"first": "says the same as second"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kinds"),
+    [
+        (NOISE, list(reversed(NOISE)), ("number", "number")),
+        (NOISE, [abs(number) for number in NOISE], ("number", "number")),
+        (LETTERS, ["z" if index == 5 else letter for index, letter in enumerate(LETTERS)], ("text", "text")),
+        (NOISE, [None if index % 20 == 0 else x for index, x in enumerate(NOISE)], ("number", "number")),
+    ],
+)
+def test_columns_that_differ_anywhere_both_stay(
+    first: Sequence[object], second: Sequence[object], kinds: tuple[ColumnKind, ColumnKind]
+) -> None:
+    assert dropped_beside(first, second, *kinds) == {}

@@ -7,14 +7,13 @@ relation. Never reads the database. Called by `app.training.train`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from app.ai.domain import Column, FloatArray, InputColumn, IntArray, LeadColumns
-from app.ai.feature_transforms import normalise_text
 from app.ai.features import FeatureSet, FeatureSpec
 from app.training.levels import MIN_LEVEL_ROWS, learn_levels
+from app.training.repeats import distinct_codes, find_repeats
 
 _IDENTIFIER_SHARE = 0.5
 _HEAVY_TAIL = 3.0
@@ -38,9 +37,12 @@ def derive_features(
     """
     specs: list[FeatureSpec] = []
     dropped: dict[str, str] = {}
+    repeats = find_repeats({column.name: leads.columns[column.name] for column in columns})
     for column in columns:
         cells = leads.columns[column.name]
         reason = _reason_to_drop(cells)
+        if reason is None and column.name in repeats:
+            reason = f"says the same as {repeats[column.name]}"
         if reason is not None:
             dropped[column.name] = reason
             continue
@@ -49,7 +51,7 @@ def derive_features(
 
 
 def _reason_to_drop(cells: Column) -> str | None:
-    codes = _distinct_codes(cells)
+    codes = distinct_codes(cells)
     rows = np.bincount(codes)
     odd_ones = len(codes) - int(rows.max(initial=0))
     if odd_ones == 0:
@@ -68,7 +70,7 @@ def _reason_to_drop(cells: Column) -> str | None:
 
 def _specs(column: InputColumn, cells: Column, outcome: IntArray, as_of: FloatArray) -> list[FeatureSpec]:
     specs = []
-    if len(np.unique(_distinct_codes(cells)[cells.present])) > 1:
+    if len(np.unique(distinct_codes(cells)[cells.present])) > 1:
         specs.append(_value_spec(column, cells, outcome, as_of))
     if _emptiness_varies(cells) and not (specs and specs[0].transform == "level"):
         # A level already has a number of its own for a missing cell.
@@ -101,16 +103,6 @@ def _transform(column: InputColumn, cells: Column, as_of: FloatArray) -> tuple[s
     if _heavy_tailed(numbers[cells.present & np.isfinite(numbers)]):
         return "log1p", f"log(1 + {name}), because its largest values are far from the rest"
     return "value", name
-
-
-def _distinct_codes(cells: Column) -> IntArray:
-    """Numbers the distinct cells of a column (n,); all missing cells are 0."""
-    codes = np.zeros(len(cells.present), dtype=np.int64)
-    values: Any = cells.values[cells.present]
-    if cells.kind == "text":
-        values = np.array([normalise_text(text) for text in values], dtype=np.str_)
-    codes[cells.present] = np.unique(values, return_inverse=True)[1] + 1
-    return codes
 
 
 def _emptiness_varies(cells: Column) -> bool:
