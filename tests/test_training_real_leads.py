@@ -68,6 +68,13 @@ def test_the_model_ranks_and_calibrates_leads_it_has_never_seen(report: Training
     assert metrics["lift_at_10_percent"] > 2.2
 
 
+def test_the_intervals_cover_leads_the_model_has_never_seen(report: TrainingReport) -> None:
+    told = report.manifest.report["intervals"]
+    assert told["bins"] == 15
+    assert told["covered"] >= 14
+    assert 0 < told["mean_width"] < 0.05
+
+
 def test_constants_and_identifiers_of_the_file_feed_no_feature(report: TrainingReport) -> None:
     dropped, read = (
         report.manifest.report["dropped"],

@@ -5,24 +5,37 @@ from pathlib import Path
 import pytest
 
 from app.ai.model_registry import ModelRegistry
+from app.training.report import TrainingReport
 from app.training.shipped_model import replace_shipped_model
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 
 
-def test_the_shipped_model_is_made_again_with_the_same_predictions(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> TrainingReport:
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "advanced_ml_random_forest_20260101_120000.skops").write_bytes(b"an older one, to be replaced")
+    return replace_shipped_model(folder, lambda *_: None)
+
+
+def test_the_intervals_cover_the_demos_held_out_leads_in_14_of_15_bins(report: TrainingReport) -> None:
+    told = report.manifest.report["intervals"]
+    assert told["bins"] == 15
+    assert told["covered"] >= 14
+    assert 0 < told["mean_width"] < 0.05
+    assert sum(leads for *_, leads in told["rows"]) == report.manifest.training.test_rows > 1000
+
+
+def test_the_shipped_model_is_made_again_with_the_same_predictions(report: TrainingReport) -> None:
     shipped = ModelRegistry(MODELS, pinned_version="20260101_120000").load().manifest
-    (tmp_path / "advanced_ml_random_forest_20260101_120000.skops").write_bytes(
-        b"an older one, to be replaced"
-    )
-    report = replace_shipped_model(tmp_path, lambda *_: None)
-    made = ModelRegistry(tmp_path).load().manifest
+    folder = report.manifest_path.parent
+    made = ModelRegistry(folder).load().manifest
     hint = "the shipped model is not what the code makes: run `make model` and commit models/"
     assert made.feature_fingerprint == shipped.feature_fingerprint, hint
     assert made.training == shipped.training, hint
     # Not the fingerprint: another processor may round the last bit of a logarithm differently.
     assert made.golden_outputs == pytest.approx(shipped.golden_outputs, abs=1e-9), hint
-    assert report.manifest_path == tmp_path / "advanced_ml_random_forest_20260101_120000.manifest.json"
+    assert report.manifest_path == folder / "advanced_ml_random_forest_20260101_120000.manifest.json"
     assert report.card_path.exists()
 
 

@@ -9,11 +9,14 @@ from datetime import UTC, datetime
 import msgspec
 import numpy as np
 
+from app.ai.calibration import calibrate
 from app.ai.domain import IntArray, JsonObject
 from app.ai.features import FeatureMatrix
 from app.ai.model_manifest import FeatureRow, ModelDescription, TrainingFacts
+from app.ai.venn_abers import build_intervals
 from app.training.evaluate import build_reliability, evaluate, measure_importance
 from app.training.fit import CalibratedModel
+from app.training.interval_coverage import measure_coverage
 from app.training.options import TrainingOptions
 from app.training.rows import TrainingRows
 from app.training.verdict import build_weights, measure_abstain_below
@@ -74,6 +77,7 @@ def describe_model(
         report={
             **_report(options, model, matrix, test_part.outcome, notes),
             "importance": importance,
+            "intervals": _intervals(model, matrix, test_part.outcome),
         },
         feature_weights=weights,
         abstain_below=msgspec.UNSET if abstain_below is None else abstain_below,
@@ -90,6 +94,20 @@ def _report(
         "undecided": notes.undecided,
         "reliability": build_reliability(model.probabilities(matrix), outcome),
     }
+
+
+def _intervals(model: CalibratedModel, matrix: FeatureMatrix, outcome: IntArray) -> JsonObject:
+    raw = model.fitted.raw_scores(matrix)
+    calibrator = model.calibrator
+    probability = calibrate(raw, calibrator)
+    intervals = build_intervals(
+        model.venn_abers,
+        raw,
+        probability,
+        unknown=np.zeros(len(raw), np.bool_),
+        bounds=(calibrator.lower, calibrator.upper),
+    )
+    return measure_coverage(intervals, probability, outcome)
 
 
 def _golden_inputs(matrix: FeatureMatrix, seed: int) -> list[FeatureRow]:
