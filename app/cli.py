@@ -153,6 +153,11 @@ def import_file(
     "--label", metavar="COLUMN", help="0/1 outcome; by default: outcome_at within the horizon after as_of."
 )
 @click.option(
+    "--outcome",
+    metavar="COLUMN",
+    help="Time of the outcome, empty where there is none (yet); counted from as_of or else created_at.",
+)
+@click.option(
     "--horizon-days", type=click.IntRange(1, 3650), default=90, show_default=True, help="Outcome horizon."
 )
 @click.option("--exclude", metavar="A,B", default="", callback=_names, help="Columns the model must not see.")
@@ -176,6 +181,7 @@ def train(
     *,
     source: str,
     label: str | None,
+    outcome: str | None,
     horizon_days: int,
     exclude: tuple[str, ...],
     allow_leaky: tuple[str, ...],
@@ -192,6 +198,8 @@ def train(
     from app.training.report import print_report
     from app.training.train import train as run
 
+    if label and outcome:
+        raise click.UsageError("Give --label or --outcome: one column says what became of a lead.")
     settings = load_settings()
     with _database(settings) as url, _progress() as progress:
         options = TrainingOptions(
@@ -199,6 +207,7 @@ def train(
             model_dir=settings.ml_model_dir,
             source=source,
             label=label,
+            outcome=outcome or "outcome_at",
             horizon_days=horizon_days,
             exclude=exclude,
             allow_leaky=allow_leaky,

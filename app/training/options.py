@@ -15,9 +15,10 @@ DEFAULT_SOURCE = "lead_training"
 class TrainingOptions:
     """One training.
 
-    Without `label` the source must have `as_of` and the column `outcome` (a time or NULL): a lead is positive
-    when its outcome comes within `horizon_days` after its as-of time. With `label` that 0/1 column is the
-    outcome.
+    Without `label` the source must have the column `outcome` (a time or NULL) and `as_of`, or else
+    `created_at`, which is then the as-of time: a lead is positive when its outcome comes within
+    `horizon_days` after its as-of time, and neither positive nor negative before these have passed. With
+    `label` that 0/1 column is the outcome.
 
     `as_of` is the moment up to which anything is known (default: `now`); `features` defaults to the declared
     set for the default source without a label and to derived features otherwise. `exclude` never feeds the

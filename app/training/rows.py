@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 MIN_ROWS, MIN_OF_EACH_CLASS = 50, 10
 TEST_SHARE = 0.2
-_AS_OF, _EXTERNAL_REF = "as_of", "external_ref"
+_AS_OF, _CREATED_AT, _EXTERNAL_REF = "as_of", "created_at", "external_ref"
 _SECONDS_PER_DAY = 86_400.0
 
 
@@ -66,6 +66,8 @@ def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], d
             )
         return DECLARED_COLUMNS, {}
     reserved = {_EXTERNAL_REF, _AS_OF, options.label or options.outcome, *options.exclude}
+    if not options.label:
+        reserved.add(_start_column(kinds))
     free = [name for name in kinds if name not in reserved]
     denied = {name: "on the deny-list: it knows the outcome" for name in free if is_denied(name)}
     columns = tuple(InputColumn(name, kinds[name]) for name in free if name not in denied)
@@ -81,7 +83,8 @@ def fetch_rows(
 
     With a label, a lead without one is undecided. Otherwise it is decided once its whole horizon has passed,
     also when its outcome came early: taking young leads that applied, and not those that may yet, would make
-    applications look more frequent than they are.
+    applications look more frequent than they are. A lead whose outcome came before its as-of time is left
+    out too: there was nothing left to predict.
 
     Raises:
         TrainingError: there are too few decided leads, or hardly any of one class, or a label is not 0 or 1.
@@ -108,7 +111,7 @@ def _extra_columns(options: TrainingOptions, kinds: Mapping[str, ColumnKind]) ->
     """Returns the columns that are read beside the features: the label or the outcome, and the as-of time."""
     wanted: dict[str, tuple[ColumnKind, ...]] = (
         {options.label: ("number", "boolean")} if options.label
-        else {options.outcome: ("timestamp",), _AS_OF: ("timestamp",)}
+        else {options.outcome: ("timestamp",), _start_column(kinds): ("timestamp",)}
     )  # fmt: skip
     _require_columns(options.source, kinds, wanted)
     if kinds.get(_AS_OF) == "timestamp":
@@ -117,6 +120,11 @@ def _extra_columns(options: TrainingOptions, kinds: Mapping[str, ColumnKind]) ->
         if kinds[name] not in allowed:
             raise TrainingError(f"{name} is a {kinds[name]}; expected a {' or '.join(allowed)}.")
     return [InputColumn(name, kinds[name]) for name in wanted]
+
+
+def _start_column(kinds: Mapping[str, ColumnKind]) -> str:
+    """Returns the column with the moment a lead's horizon begins: its as-of time, or else its creation."""
+    return _CREATED_AT if _AS_OF not in kinds and _CREATED_AT in kinds else _AS_OF
 
 
 def _read_all(options: TrainingOptions, columns: Sequence[InputColumn], progress: Progress) -> LeadColumns:
@@ -136,11 +144,14 @@ def _read_all(options: TrainingOptions, columns: Sequence[InputColumn], progress
 
 
 def _as_of(options: TrainingOptions, leads: LeadColumns) -> FloatArray:
-    if _AS_OF not in leads.columns:
+    start = (
+        _AS_OF if options.label else _start_column({name: one.kind for name, one in leads.columns.items()})
+    )
+    if start not in leads.columns:
         return np.full(leads.n, options.known_until)
-    moments = leads.columns[_AS_OF]
+    moments = leads.columns[start]
     if not moments.present.all():
-        raise TrainingError(f"{_AS_OF} is empty for some leads; every row needs the moment it is true for.")
+        raise TrainingError(f"{start} is empty for some leads; every row needs the moment it is true for.")
     return np.asarray(moments.values, dtype=np.float64)
 
 
@@ -156,7 +167,8 @@ def _outcomes(options: TrainingOptions, leads: LeadColumns, as_of: FloatArray) -
     column = leads.columns[options.outcome]
     end = as_of + options.horizon_days * _SECONDS_PER_DAY
     happened = np.where(column.present, np.asarray(column.values, dtype=np.float64), np.inf)
-    return ((happened > as_of) & (happened <= end)).astype(np.int64), end <= options.known_until
+    decided = (end <= options.known_until) & (happened >= as_of)
+    return (happened <= end).astype(np.int64), decided
 
 
 def _require_columns(source: str, known: Iterable[str], wanted: Iterable[str]) -> None:

@@ -1,0 +1,133 @@
+"""A lead younger than the horizon is neither won nor lost; taking it for lost would teach a rate too low."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import psycopg
+import pytest
+from click.testing import CliRunner
+from scipy.stats import lognorm
+
+from app.ai.domain import FloatArray
+from app.ai.model_registry import ModelRegistry
+from app.ai.predictor import ScoringPolicy, score_leads
+from app.cli import cli
+from app.errors import TrainingError
+from app.training.options import TrainingOptions
+from app.training.rows import choose_columns, fetch_rows
+from app.training.train import train
+from tests.builders import DAY, column, leads
+
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+N, HORIZON_DAYS, WINDOW_DAYS = 60_000, 90, 150
+DELAYS = lognorm(s=0.9, scale=30)
+"""Days until a lead that will come does come: half within 30, one in nine only after 90."""
+
+
+@pytest.fixture
+def options(database_url: str, tmp_path: Path) -> Callable[..., TrainingOptions]:
+    return lambda **changes: replace(
+        TrainingOptions(url=database_url, model_dir=tmp_path, source="delayed", outcome="won_at", now=NOW,
+                        horizon_days=HORIZON_DAYS, model="logistic_regression"),
+        **changes,
+    )  # fmt: skip
+
+
+def eventually(interest: FloatArray) -> FloatArray:
+    return 1 / (1 + np.exp(-interest))
+
+
+def create_delayed_leads(url: str) -> FloatArray:
+    """Makes `delayed`: leads of the last 150 days as they are known now; returns each one's true chance."""
+    random = np.random.default_rng(6)
+    interest, age = random.normal(0, 1, N), random.uniform(0, WINDOW_DAYS, N)
+    delay = np.where(random.random(N) < eventually(interest), DELAYS.rvs(N, random_state=random), np.inf)
+    with psycopg.connect(url) as connection:
+        connection.execute(
+            "CREATE TABLE delayed (lead_id uuid, created_at timestamptz, interest float8, won_at timestamptz)"
+        )
+        with connection.cursor().copy("COPY delayed FROM STDIN") as copy:
+            for row in range(N):
+                created = NOW.timestamp() - age[row] * DAY
+                won = (
+                    datetime.fromtimestamp(created + delay[row] * DAY, UTC)
+                    if delay[row] <= age[row]
+                    else None
+                )
+                copy.write_row((f"{row:032x}", datetime.fromtimestamp(created, UTC), interest[row], won))
+        connection.execute(
+            "CREATE VIEW taken_for_lost AS "
+            "SELECT lead_id, interest, (won_at IS NOT NULL)::int AS won FROM delayed"
+        )
+    return interest
+
+
+def calibration_error(options: TrainingOptions, interest: FloatArray) -> float:
+    """Returns the error against the true chance to come within the horizon, over 15 bins of equal mass."""
+    train(options)
+    bundle = ModelRegistry(options.model_dir).load()
+    scored = score_leads(
+        bundle, leads(interest=column("number", *interest.tolist())), NOW.timestamp(),
+        ScoringPolicy(0.0, "margin"),
+    )  # fmt: skip
+    predicted = scored.answers["probability"]
+    truth = eventually(interest) * DELAYS.cdf(HORIZON_DAYS)
+    bins = np.array_split(np.argsort(interest), 15)
+    return float(np.mean([abs(predicted[part].mean() - truth[part].mean()) for part in bins]))
+
+
+def test_waiting_for_the_horizon_calibrates_and_taking_young_leads_for_lost_does_not(
+    options: Callable[..., TrainingOptions], tmp_path: Path
+) -> None:
+    interest = create_delayed_leads(options().url)
+    patient = calibration_error(options(), interest)
+    naive = options(source="taken_for_lost", label="won", model_dir=tmp_path / "naive")
+    taken_for_lost = calibration_error(naive, interest)
+    assert patient < 0.02
+    assert taken_for_lost > 0.05
+
+
+def create_few(url: str, rows: str, time: str = "created_at") -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute(
+            f"CREATE TABLE delayed AS SELECT md5(concat({time}, won_at, i))::uuid AS lead_id, "
+            f"{time}::timestamptz, won_at::timestamptz, sin(i) AS signal "
+            f"FROM (VALUES {rows}) AS given({time}, won_at), generate_series(1, 60) i"
+        )
+
+
+@pytest.mark.parametrize("time", ["created_at", "as_of"])
+def test_each_lead_is_won_lost_or_open_by_its_own_horizon(
+    options: Callable[..., TrainingOptions], time: str
+) -> None:
+    create_few(
+        options().url,
+        """('2026-01-01', '2026-02-01'), ('2026-01-02', '2026-01-02'), ('2026-01-03', '2026-05-01'),
+           ('2026-01-04', NULL), ('2026-01-05', '2026-01-04'), ('2026-05-01', '2026-05-02'),
+           ('2026-05-02', NULL)""",
+        time,
+    )
+    asked = options()
+    rows, undecided = fetch_rows(asked, choose_columns(asked)[0], lambda *_: None)
+    by_day = {
+        datetime.fromtimestamp(moment, UTC).day: int(won)
+        for moment, won in zip(rows.as_of, rows.outcome, strict=True)
+    }
+    assert by_day == {1: 1, 2: 1, 3: 0, 4: 0}, "in time, the same day, too late, never"
+    assert undecided == 3 * 60, "won before it began; young and won; young and open"
+    assert rows.leads.n == 4 * 60
+
+
+def test_a_source_without_any_beginning_is_a_clear_refusal(options: Callable[..., TrainingOptions]) -> None:
+    create_few(options().url, "('2026-01-01', '2026-02-01')", "begun_at")
+    with pytest.raises(TrainingError, match="no column as_of"):
+        train(options())
+
+
+def test_label_and_outcome_at_once_are_refused_before_anything_is_opened() -> None:
+    result = CliRunner().invoke(cli, ["train", "--label", "won", "--outcome", "won_at"])
+    assert result.exit_code == 2
+    assert "--label or --outcome" in result.output
