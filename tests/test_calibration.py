@@ -18,6 +18,7 @@ from app.ai.calibration import (
     fit_isotonic,
     fit_sigmoid,
 )
+from app.ai.venn_abers import build_table, look_up, merge
 from tests.builders import INF, NAN, ODD_FLOATS
 
 
@@ -38,6 +39,8 @@ CALIBRATORS = {
     "wide": Calibrator(
         "isotonic", {"scores": [-1e150, 5e-324, 1e-323, 1e150], "probabilities": [0.0, 0.1, 0.7, 1.0]}
     ),
+    "venn-abers": Calibrator("venn_abers", build_table(*sample(500)).to_json(), 0.001, 0.999, 1e-6),
+    "ties broken": Calibrator("isotonic", fit_isotonic(*sample(500)), 0.1, 0.8, 1e-6),
     "none": Calibrator("none", {}, 0.01, 0.99),
     "unbounded": Calibrator("none", {}),
 }  # fmt: skip
@@ -135,6 +138,40 @@ def test_a_calibrator_survives_json(calibrator: Calibrator) -> None:
 def test_none_is_the_score_itself_within_bounds() -> None:
     p = calibrate(np.array([0.5, 0.0, 1.0, -3.0, 7.0]), CALIBRATORS["none"])
     assert p.tolist() == [0.5, 0.01, 0.99, 0.01, 0.99]
+
+
+def test_venn_abers_is_the_merged_pair_of_its_table_within_bounds() -> None:
+    table = build_table(*sample(300))
+    raw = np.random.default_rng(2).random(1000)
+    expected = np.clip(merge(*look_up(table, raw)), 0.05, 0.95)
+    assert np.array_equal(calibrate(raw, Calibrator("venn_abers", table.to_json(), 0.05, 0.95)), expected)
+
+
+@pytest.mark.parametrize("method", ["isotonic", "venn_abers", "sigmoid", "none"])
+def test_broken_ties_leave_the_ranking_as_it_was(method: str) -> None:
+    raw, outcome = sample(1000)
+    params = {
+        "isotonic": fit_isotonic(raw, outcome),
+        "venn_abers": build_table(raw, outcome).to_json(),
+        "sigmoid": fit_sigmoid(raw, outcome),
+        "none": {},
+    }[method]
+    tied = calibrate(raw, Calibrator(method, params, 0.2, 0.7))
+    apart = calibrate(raw, Calibrator(method, params, 0.2, 0.7, 1e-6))
+    assert len(np.unique(tied)) < len(np.unique(raw)) == len(np.unique(apart))
+    assert np.array_equal(np.argsort(apart), np.argsort(raw))
+    assert np.abs(apart - tied).max() < 1e-6
+    assert 0.2 <= apart.min() <= apart.max() <= 0.7
+
+
+@pytest.mark.parametrize("share", [-1e-9, 0.01, NAN])
+def test_a_tie_break_that_would_change_probabilities_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="tie"):
+        Calibrator("none", {}, 0.0, 1.0, share)
+
+
+def test_a_calibrator_without_a_tie_break_is_written_as_it_always_was() -> None:
+    assert set(Calibrator("none", {}).to_json()) == {"method", "params", "lower", "upper"}
 
 
 def test_spread_is_one_half_at_the_centre_symmetric_and_as_steep_as_asked() -> None:
@@ -310,6 +347,8 @@ def test_a_sample_that_cannot_be_fitted_is_refused(fit, raw: list, outcome: list
         ("isotonic", {"scores": [0.1, 0.2], "probabilities": [0.1, 1.1]}, (0, 1)),
         ("isotonic", {"scores": [0.1, INF], "probabilities": [0.1, 0.2]}, (0, 1)),
         ("isotonic", {"scores": 0.1, "probabilities": 0.1}, (0, 1)),
+        ("venn_abers", {"scores": [0.5], "p0": [0.0, 0.2]}, (0, 1)),
+        ("venn_abers", {"scores": [0.5], "p0": [0.5, 0.2], "p1": [0.6, 0.7]}, (0, 1)),
     ],
 )
 def test_a_calibrator_that_could_mislead_is_refused(method: str, params: dict, bounds: tuple) -> None:

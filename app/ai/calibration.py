@@ -14,15 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from app.ai.domain import ConfidenceMethod, FloatArray, IntArray, JsonObject
+from app.ai.venn_abers import VennAbersTable, look_up, merge
 
-CalibrationMethod = Literal["sigmoid", "spread", "isotonic", "none"]
+CalibrationMethod = Literal["sigmoid", "spread", "isotonic", "venn_abers", "none"]
 
 _PARAMS: Mapping[str, frozenset[str]] = {
     "sigmoid": frozenset({"slope", "intercept"}),
     "spread": frozenset({"steepness", "centre"}),
     "isotonic": frozenset({"scores", "probabilities"}),
+    "venn_abers": frozenset({"scores", "p0", "p1"}),
     "none": frozenset(),
 }
+MAX_TIE_BREAK = 1e-3
 _HUGE = 1e150
 """Scores beyond it are taken for it, so that differences and products of two are finite."""
 _LOGISTIC_STEP, _LOGISTIC_END = 2.0**-40, 750.0
@@ -37,7 +40,12 @@ class Calibrator:
       round `centre`; steepness > 0. It makes numbers easier to tell apart, not truer.
     - `isotonic`: linear between the points (`scores`, `probabilities`), both ascending; level beyond them;
       fitted by `fit_isotonic`.
+    - `venn_abers`: p1 / (1 - p0 + p1) out of the table (`scores`, `p0`, `p1`) of `app.ai.venn_abers`.
     - `none`: the score itself.
+
+    Steps and bounds give one probability to leads that the model tells apart. `tie_break` is the small share
+    in which the score itself, laid out between the bounds, is mixed into every probability: a ranking that is
+    kept to the last lead, for a change no larger than that share. 0 leaves ties as they are.
 
     Raises:
         ValueError: unknown method, missing, superfluous or unusable parameters, or bounds outside [0, 1].
@@ -47,6 +55,7 @@ class Calibrator:
     params: Mapping[str, Any]
     lower: float = 0.0
     upper: float = 1.0
+    tie_break: float = 0.0
 
     def __post_init__(self) -> None:
         if self.method not in get_args(CalibrationMethod):
@@ -55,11 +64,15 @@ class Calibrator:
             raise ValueError(f"{self.method} has the parameters {sorted(_PARAMS[self.method])}")
         if not 0 <= self.lower <= self.upper <= 1:
             raise ValueError("the bounds of a probability are 0 <= lower <= upper <= 1")
+        if not 0 <= self.tie_break <= MAX_TIE_BREAK:
+            raise ValueError(f"a tie is broken by a share of 0 to {MAX_TIE_BREAK}")
         _check_params(self.method, self.params)
 
     def to_json(self) -> JsonObject:
         """Returns the calibrator as JSON values; `from_json` gives an equal one."""
-        return {"method": self.method, "params": dict(self.params), "lower": self.lower, "upper": self.upper}
+        data = {"method": self.method, "params": dict(self.params), "lower": self.lower, "upper": self.upper}
+        # Only where it is used: manifests written before there was one keep their digest.
+        return {**data, "tie_break": self.tie_break} if self.tie_break else data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Calibrator":
@@ -68,8 +81,8 @@ class Calibrator:
         Raises:
             ValueError: a field is missing or unknown, or see the class.
         """
-        if set(data) != {"method", "params", "lower", "upper"}:
-            raise ValueError("a calibrator has the fields lower, method, params and upper")
+        if set(data) - {"tie_break"} != {"method", "params", "lower", "upper"}:
+            raise ValueError("a calibrator has the fields lower, method, params, upper and perhaps tie_break")
         return cls(**data)
 
 
@@ -86,8 +99,11 @@ def calibrate(raw: FloatArray, calibrator: Calibrator) -> FloatArray:
         scores = _logistic(params["steepness"] * (scores - params["centre"]))
     elif calibrator.method == "isotonic":
         scores = _interpolate(scores, params["scores"], params["probabilities"])
+    elif calibrator.method == "venn_abers":
+        scores = merge(*look_up(_table(params), scores))
     # Adding zero turns -0.0 into 0.0: which of the two a maximum returns is not defined.
-    return np.minimum(np.maximum(scores, calibrator.lower), calibrator.upper) + 0.0
+    probability = np.minimum(np.maximum(scores, calibrator.lower), calibrator.upper) + 0.0
+    return _break_ties(probability, raw, calibrator) if calibrator.tie_break else probability
 
 
 def confidence(p: FloatArray, method: ConfidenceMethod, intervals: FloatArray | None = None) -> FloatArray:
@@ -204,6 +220,14 @@ def calibration_statistics(p: FloatArray, outcome: IntArray, bins: int = 15) -> 
     }
 
 
+def _break_ties(probability: FloatArray, raw: FloatArray, calibrator: Calibrator) -> FloatArray:
+    """Moves each probability towards its score's place between the bounds, by the share that breaks ties."""
+    place = np.minimum(np.fmax(np.ascontiguousarray(raw, dtype=np.float64), 0.0), 1.0)
+    target = calibrator.lower + place * (calibrator.upper - calibrator.lower)
+    moved: FloatArray = (1 - calibrator.tie_break) * probability + calibrator.tie_break * target
+    return np.minimum(np.maximum(moved, calibrator.lower), calibrator.upper) + 0.0
+
+
 def _logistic(z: FloatArray) -> FloatArray:
     """Returns 1 / (1 + exp(-z)), and never less for a greater z.
 
@@ -300,12 +324,19 @@ def _check_params(method: CalibrationMethod, params: Mapping[str, Any]) -> None:
     if method == "isotonic":
         _check_curve(*(np.array(params[name], dtype=np.float64) for name in ("scores", "probabilities")))
         return
+    if method == "venn_abers":
+        _table(params)
+        return
     if not all(isinstance(number, int | float) and abs(number) <= _HUGE for number in params.values()):
         raise ValueError(f"a parameter of {method} is not a finite number")
     if method == "sigmoid" and params["slope"] < 0:
         raise ValueError("a negative slope would reverse the ranking")
     if method == "spread" and params["steepness"] <= 0:
         raise ValueError("the steepness must be above 0")
+
+
+def _table(params: Mapping[str, Any]) -> VennAbersTable:
+    return VennAbersTable.from_json(params)
 
 
 def _check_curve(x: FloatArray, y: FloatArray) -> None:

@@ -81,7 +81,7 @@ class LeadError(_Message):
 class CalibrationMetadata(_Message):
     """How the probabilities of this answer came about."""
 
-    calibration_method: Literal["sigmoid", "spread", "isotonic", "none"]
+    calibration_method: Literal["sigmoid", "spread", "isotonic", "venn_abers", "none"]
     raw_probabilities_count: Count
     calibrated_probabilities_count: Count
     avg_feature_coverage: Share
