@@ -371,6 +371,13 @@ def test_confidence_by_each_method() -> None:
     np.testing.assert_allclose(confidence(p, "entropy"), [1, 1 - bits, 0, 1 - bits, 1], atol=1e-15)
 
 
+def test_the_confidence_method_interval_is_one_less_the_width_of_what_it_is_given() -> None:
+    p, intervals = np.array([0.1, 0.5]), np.array([[0.0, 0.25], [0.5, 0.5]])
+    assert confidence(p, "interval", intervals).tolist() == [0.75, 1.0]
+    with pytest.raises(ValueError, match="needs intervals"):
+        confidence(p, "interval")
+
+
 @settings(max_examples=200, deadline=None)
 @given(any_float, st.sampled_from(METHODS))
 def test_confidence_is_in_bounds_for_any_float(p: float, method: str) -> None:

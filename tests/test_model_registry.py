@@ -297,6 +297,10 @@ DAMAGE = {
     "sealed: no versions": (forged(library_versions={}), "library_mismatch"),
     "sealed: feature fingerprint": (forged(feature_fingerprint="0" * 64), "manifest_invalid"),
     "sealed: calibrator of no kind": (forged(calibrator={"method": "magic"}), "manifest_invalid"),
+    "sealed: intervals upside down": (
+        forged(venn_abers={"scores": [], "p0": [1.0], "p1": [0.0]}),
+        "manifest_invalid",
+    ),
     "sealed: digest": (forged(sha256="0" * 64), "digest_mismatch"),
     "sealed: size": (forged(file_size=100), "size_mismatch"),
 }  # fmt: skip

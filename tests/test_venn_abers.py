@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
 from app.ai.domain import FloatArray, IntArray
-from app.ai.venn_abers import VennAbersTable, build_table, look_up, merge
+from app.ai.venn_abers import VennAbersTable, build_intervals, build_table, look_up, merge
 
 Sample = list[tuple[int, int]]
 samples = st.lists(st.tuples(st.integers(-12, 12), st.integers(0, 1)), min_size=1, max_size=40)
@@ -86,6 +86,23 @@ def test_the_merged_probability_lies_between_the_pair(sample: Sample) -> None:
     merged = merge(p0, p1)
     assert np.all((p0 - 1e-15 <= merged) & (merged <= p1 + 1e-15))
     assert np.all(p0 <= p1)
+
+
+@given(samples, st.lists(st.floats(), max_size=20), st.floats(0, 1), st.floats(0, 1), st.data())
+def test_an_interval_of_any_score_keeps_to_the_bounds_and_holds_what_is_shown(
+    sample: Sample, raw: list[float], one: float, other: float, data: st.DataObject
+) -> None:
+    table = build_table([score for score, _ in sample], [happened for _, happened in sample])
+    bounds = min(one, other), max(one, other)
+    shown = np.array([data.draw(st.floats(*bounds)) for _ in raw])
+    unknown = np.array([data.draw(st.booleans()) for _ in raw], np.bool_)
+    ends = build_intervals(table, np.array(raw), shown, unknown=unknown, bounds=bounds)
+    low, high = ends.T
+    assert ends.shape == (len(raw), 2)
+    assert np.all((bounds[0] <= low) & (low <= shown) & (shown <= high) & (high <= bounds[1]))
+    assert np.all(ends[unknown] == bounds)
+    without = build_intervals(None, np.array(raw), shown, unknown=unknown, bounds=bounds)
+    assert np.all(without == bounds)
 
 
 @given(samples)

@@ -51,7 +51,7 @@ class _Prediction(msgspec.Struct):
 
 
 class _FullPrediction(_Prediction):
-    interval: tuple[float, float] | msgspec.UnsetType = msgspec.UNSET
+    interval: list[float] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Error(msgspec.Struct):
@@ -96,7 +96,7 @@ def encode_answer(predictions: Predictions, request_id: str, elapsed_ms: float) 
 
 
 def _build_predictions(predictions: Predictions) -> list[_Prediction]:
-    extras = [] if predictions.intervals is None else [map(tuple, predictions.intervals.tolist())]
+    extras = [] if predictions.intervals is None else [predictions.intervals.tolist()]
     probability = predictions.probability.tolist()
     verdict = [VERDICTS[code] for code in predictions.verdict.tolist()]
     return list(
