@@ -281,6 +281,21 @@ def test_spelling_of_levels_and_whole_numbers_do_not_change_the_fingerprint() ->
     assert one.fingerprint == two.fingerprint
 
 
+def test_features_that_read_the_same_columns_are_one_group_under_the_columns_name() -> None:
+    features = FeatureSet(
+        (
+            spec("level", ("source", "text"), name="source", params={"levels": {"web": 0.0}}),
+            spec("value", ("gpa", "number"), name="grade"),
+            spec("one_of", ("source", "text"), name="source=web", params={"values": ["web"]}),
+            spec("ratio", ("gpa", "number"), ("minutes", "number"), name="ratio"),
+            spec("value", ("minutes", "number"), name="minutes"),
+            spec("is_present", ("minutes", "number"), name="minutes__present"),
+        )
+    )
+    assert features.groups == ((0, 2), (1,), (3,), (4, 5))
+    assert features.group_names == ("source", "grade", "ratio", "minutes")
+
+
 def test_a_column_read_twice_is_asked_for_once_in_order_of_first_use() -> None:
     names = [entry.name for entry in EVERY_TRANSFORM.input_columns]
     assert names == ["gpa", "minutes", "opted_in", "source", "created", "intake"]

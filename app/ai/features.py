@@ -97,8 +97,10 @@ class FeatureSpec:
 class FeatureSet:
     """The ordered features of a model.
 
-    `input_columns` are the columns they read, distinct and in order of first use; `fingerprint` is the
-    SHA-256 of the canonical JSON of the specs.
+    `input_columns` are the columns they read, distinct and in order of first use. `groups` are the indices of
+    features that read the same columns, and so come and go together, in order of first use; a group's first
+    feature speaks for it. `group_names` are their names: a lone feature's own, or else the columns read.
+    `fingerprint` is the SHA-256 of the canonical JSON of the specs.
 
     Raises:
         ValueError: there is no feature, two share a name, or a column is read as two kinds.
@@ -107,6 +109,8 @@ class FeatureSet:
     specs: tuple[FeatureSpec, ...]
     names: tuple[str, ...] = field(init=False, repr=False, compare=False)
     input_columns: tuple[InputColumn, ...] = field(init=False, repr=False, compare=False)
+    groups: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    group_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
     fingerprint: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -116,8 +120,11 @@ class FeatureSet:
             raise ValueError("a feature set needs at least one feature, and a name of its own for each")
         if len({column.name for column in columns}) != len(columns):
             raise ValueError("a column is read as two kinds")
+        groups = _group_by_inputs(self.specs)
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "input_columns", columns)
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "group_names", tuple(_group_name(self.specs, group) for group in groups))
         object.__setattr__(self, "fingerprint", _fingerprint(self.to_json()))
 
     def to_json(self) -> list[JsonObject]:
@@ -156,6 +163,18 @@ def build_features(leads: LeadColumns, feature_set: FeatureSet, as_of: AsOf) -> 
     values[unusable] = np.nan
     values += 0.0  # -0.0 becomes 0.0: equal numbers that differ in a bit would be told apart by a digest.
     return FeatureMatrix(np.ascontiguousarray(values.T), np.ascontiguousarray(states.T))
+
+
+def _group_by_inputs(specs: Sequence[FeatureSpec]) -> tuple[tuple[int, ...], ...]:
+    groups: dict[tuple[InputColumn, ...], list[int]] = {}
+    for index, spec in enumerate(specs):
+        groups.setdefault(spec.inputs, []).append(index)
+    return tuple(map(tuple, groups.values()))
+
+
+def _group_name(specs: Sequence[FeatureSpec], group: tuple[int, ...]) -> str:
+    first = specs[group[0]]
+    return first.name if len(group) == 1 else ", ".join(column.name for column in first.inputs)
 
 
 def _input_column(data: Mapping[str, Any]) -> InputColumn:
