@@ -220,6 +220,8 @@ def test_the_report_and_the_card_say_the_held_out_figures_and_no_value_of_a_lead
     markdown = report.card_path.with_suffix(".md").read_text()
     figure = f"{report.manifest.metrics['roc_auc']:.4f}"
     assert all(figure in text for text in (out.getvalue(), html, markdown))
+    low, high = report.manifest.report["intervals"]["roc_auc"]
+    assert f"{figure}  (95 %: {low:.4f} to {high:.4f})" in out.getvalue()
     assert "http" not in html
     json.dumps(report.facts())
     with psycopg.connect(demo_url) as connection:

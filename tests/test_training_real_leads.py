@@ -69,7 +69,7 @@ def test_the_model_ranks_and_calibrates_leads_it_has_never_seen(report: Training
 
 
 def test_the_intervals_cover_leads_the_model_has_never_seen(report: TrainingReport) -> None:
-    told = report.manifest.report["intervals"]
+    told = report.manifest.report["interval_coverage"]
     assert told["bins"] == 15
     assert told["covered"] >= 14
     assert 0 < told["mean_width"] < 0.05

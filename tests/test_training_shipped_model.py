@@ -19,7 +19,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> TrainingReport:
 
 
 def test_the_intervals_cover_the_demos_held_out_leads_in_14_of_15_bins(report: TrainingReport) -> None:
-    told = report.manifest.report["intervals"]
+    told = report.manifest.report["interval_coverage"]
     assert told["bins"] == 15
     assert told["covered"] >= 14
     assert 0 < told["mean_width"] < 0.05

@@ -220,6 +220,12 @@ def calibration_statistics(p: FloatArray, outcome: IntArray, bins: int = 15) -> 
     }
 
 
+def equal_mass_bins(p: FloatArray, bins: int = 15) -> list[IntArray]:
+    """Returns the places of probabilities (n,) in bins of equal size, lowest first; never an empty bin."""
+    order = np.argsort(p, kind="stable")
+    return np.array_split(order, min(bins, len(order)))
+
+
 def _break_ties(probability: FloatArray, raw: FloatArray, calibrator: Calibrator) -> FloatArray:
     """Moves each probability towards its score's place between the bounds, by the share that breaks ties."""
     place = np.minimum(np.fmax(np.ascontiguousarray(raw, dtype=np.float64), 0.0), 1.0)
@@ -303,9 +309,8 @@ def _cross_entropy(z: FloatArray, target: FloatArray) -> float:
 def _calibration_error(p: FloatArray, happened: FloatArray, bins: int) -> tuple[float, float]:
     _, group, rows = np.unique(p, return_inverse=True, return_counts=True)
     shared = (np.bincount(group, weights=happened) / rows)[group]
-    order = np.argsort(p, kind="stable")
     error = floor = 0.0
-    for part in np.array_split(order, min(bins, len(order))):
+    for part in equal_mass_bins(p, bins):
         error += abs(float((p[part] - shared[part]).sum()))
         floor += float(np.sqrt(2 / np.pi * (p[part] * (1 - p[part])).sum()))
     return error / len(p), floor / len(p)

@@ -14,6 +14,7 @@ from app.ai.domain import IntArray, JsonObject
 from app.ai.features import FeatureMatrix
 from app.ai.model_manifest import FeatureRow, ModelDescription, TrainingFacts
 from app.ai.venn_abers import build_intervals
+from app.training.bootstrap import bootstrap_intervals
 from app.training.evaluate import build_reliability, evaluate, measure_importance
 from app.training.fit import CalibratedModel
 from app.training.interval_coverage import measure_coverage
@@ -44,6 +45,7 @@ def describe_model(
     """Returns everything the manifest says but the facts of the file."""
     fitted = model.fitted
     matrix = fitted.build_matrix(test_part)
+    probability = model.probabilities(matrix)
     importance = measure_importance(fitted, matrix, test_part.outcome, options.seed)
     weights = build_weights(importance, fitted.feature_set.names)
     base_rate = float(train_part.outcome.mean())
@@ -71,32 +73,31 @@ def describe_model(
             positives=positives,
             seed=options.seed,
         ),
-        metrics=evaluate(model.probabilities(matrix), test_part.outcome, model.threshold),
+        metrics=evaluate(probability, test_part.outcome, model.threshold),
         golden_inputs=_golden_inputs(matrix, options.seed),
         created_at=_moment(options.now.timestamp()),
         report={
-            **_report(options, model, matrix, test_part.outcome, notes),
+            **_report(options, notes),
             "importance": importance,
-            "intervals": _intervals(model, matrix, test_part.outcome),
+            "reliability": build_reliability(probability, test_part.outcome),
+            "intervals": bootstrap_intervals(probability, test_part.outcome, options.seed),
+            "interval_coverage": _coverage(model, matrix, test_part.outcome),
         },
         feature_weights=weights,
         abstain_below=msgspec.UNSET if abstain_below is None else abstain_below,
     )
 
 
-def _report(
-    options: TrainingOptions, model: CalibratedModel, matrix: FeatureMatrix, outcome: IntArray, notes: Notes
-) -> JsonObject:
+def _report(options: TrainingOptions, notes: Notes) -> JsonObject:
     return {
         "dropped": notes.dropped,
         "excluded": sorted(options.exclude),
         "warnings": list(notes.warnings),
         "undecided": notes.undecided,
-        "reliability": build_reliability(model.probabilities(matrix), outcome),
     }
 
 
-def _intervals(model: CalibratedModel, matrix: FeatureMatrix, outcome: IntArray) -> JsonObject:
+def _coverage(model: CalibratedModel, matrix: FeatureMatrix, outcome: IntArray) -> JsonObject:
     raw = model.fitted.raw_scores(matrix)
     calibrator = model.calibrator
     probability = calibrate(raw, calibrator)

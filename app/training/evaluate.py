@@ -6,21 +6,30 @@ Pure; never fits and never sees a training row. Called by `app.training.train`.
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from app.ai.calibration import calibration_statistics
+from app.ai.calibration import calibration_statistics, equal_mass_bins
 from app.ai.domain import FloatArray, IntArray
 from app.ai.features import FeatureMatrix
+from app.errors import TrainingError
 from app.training.fit import FittedModel
 
 _IMPORTANCE_ROWS = 2000
 
 
 def evaluate(probability: FloatArray, outcome: IntArray, threshold: float) -> dict[str, float]:
-    """Returns the metrics of calibrated probabilities (n,) against 0/1 outcomes in which both classes occur.
+    """Returns the metrics of calibrated probabilities (n,) against 0/1 outcomes.
 
     `lift_at_10_percent` is the outcome rate of the top tenth over that of all. The standard error of the ROC
     AUC is Hanley and McNeil's (Radiology 143, 1982). Brier, log-loss and calibration error come from
     `app.ai.calibration`.
+
+    Raises:
+        TrainingError: only one outcome occurs, so nothing can be told apart.
     """
+    if len(np.unique(outcome)) < 2:
+        raise TrainingError(
+            f"{int(outcome.sum())} of {len(outcome)} leads reached the outcome: nothing can be measured "
+            "unless some did and some did not."
+        )
     chosen = probability >= threshold
     hits = int((chosen & (outcome == 1)).sum())
     positives, predicted = int(outcome.sum()), int(chosen.sum())
@@ -40,11 +49,9 @@ def evaluate(probability: FloatArray, outcome: IntArray, threshold: float) -> di
 
 def build_reliability(probability: FloatArray, outcome: IntArray, bins: int = 10) -> list[list[float]]:
     """Returns [mean predicted, share that happened, rows] for bins of equal size, lowest first."""
-    order = np.argsort(probability, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
     return [
         [round(float(probability[part].mean()), 6), round(float(outcome[part].mean()), 6), len(part)]
-        for part in parts
+        for part in equal_mass_bins(probability, bins)
     ]
 
 

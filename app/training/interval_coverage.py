@@ -1,10 +1,11 @@
 """Whether intervals hold what they promise: observed rates against mean intervals, bin by bin.
 
-Pure; never fits. Called by `describe` on the test part, for the manifest's report.
+Pure; never fits. Called by `describe` on the test part, for the manifest's report, and by `evaluation`.
 """
 
 import numpy as np
 
+from app.ai.calibration import equal_mass_bins
 from app.ai.domain import FloatArray, IntArray, JsonObject
 
 _NINETY_FIVE_PERCENT = 1.959964
@@ -17,22 +18,23 @@ def measure_coverage(
 
     In bins of equal size by probability, `covered` counts those where the observed rate lies within the mean
     interval widened by its sampling error: the 95 % margin of a rate of that many leads, at either end.
-    `rows` are [mean lower end, mean upper end, observed rate, leads], lowest first; `mean_width` is that of
-    all leads.
+    `covered_within_one_error` widens by one standard error only, which even true probabilities leave in one
+    bin of three. `rows` are [mean lower end, mean upper end, observed rate, leads], lowest first;
+    `mean_width` is that of all leads.
     """
-    order = np.argsort(probability, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
     rows = [
-        [*intervals[part].mean(axis=0).tolist(), float(outcome[part].mean()), len(part)] for part in parts
+        [*intervals[part].mean(axis=0).tolist(), float(outcome[part].mean()), len(part)]
+        for part in equal_mass_bins(probability, bins)
     ]
     return {
         "bins": len(rows),
-        "covered": sum(_is_covered(*row) for row in rows),
+        "covered": sum(_is_covered(*row, margin=_NINETY_FIVE_PERCENT) for row in rows),
+        "covered_within_one_error": sum(_is_covered(*row, margin=1.0) for row in rows),
         "mean_width": round(float((intervals[:, 1] - intervals[:, 0]).mean()), 6),
         "rows": [[round(low, 6), round(high, 6), round(rate, 6), leads] for low, high, rate, leads in rows],
     }
 
 
-def _is_covered(low: float, high: float, rate: float, leads: int) -> bool:
-    below, above = (_NINETY_FIVE_PERCENT * float(np.sqrt(end * (1 - end) / leads)) for end in (low, high))
+def _is_covered(low: float, high: float, rate: float, leads: int, *, margin: float) -> bool:
+    below, above = (margin * float(np.sqrt(end * (1 - end) / leads)) for end in (low, high))
     return low - below <= rate <= high + above

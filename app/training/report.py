@@ -4,6 +4,7 @@ The figures live in the manifest; this only words them. Never computes a metric.
 `app.training.train`, and by the `leadscore train` command to print.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
     return rows
 
 
+def describe_metrics(
+    metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]]
+) -> list[tuple[str, str]]:
+    """Returns the metrics people ask for as pairs of heading and text, each with its interval if it has one.
+
+    The interval is that of `bootstrap_intervals`: the 95 % range of the metric.
+    """
+    return [
+        (heading, f"{metrics[name]:.4f}" + _range(intervals.get(name, ())))
+        for name, heading in HEADLINES
+        if name in metrics
+    ]
+
+
+def _range(ends: Sequence[float]) -> str:
+    return f"  (95 %: {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
+
+
 def print_report(report: TrainingReport, console: Console) -> None:
     """Prints the outcome as tables: the data, the held-out metrics, what was left out and what looks odd."""
     manifest = report.manifest
@@ -77,8 +96,8 @@ def print_report(report: TrainingReport, console: Console) -> None:
     for heading, text in describe_data(manifest):
         table.add_row(heading, escape(text))
     table.add_section()
-    for name, heading in HEADLINES:
-        table.add_row(f"held-out {heading}", f"{manifest.metrics[name]:.4f}")
+    for heading, text in describe_metrics(manifest.metrics, manifest.report.get("intervals", {})):
+        table.add_row(f"held-out {heading}", text)
     console.print(table)
     for column, reason in manifest.report["dropped"].items():
         console.print(escape(f"left out: {column} ({reason})"))
