@@ -25,7 +25,7 @@ fix: .venv/.dev ## Format and repair what can be repaired
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-model: .venv/.serve ## Train the shipped model again from the demo CRM (same seed, same predictions)
+model: .venv/.training ## Train the shipped model again from the demo CRM (same seed, same predictions)
 	$(BIN)/python -m app.training.shipped_model
 
 lock: .venv/.dev ## Renew the hash-pinned locks from pyproject.toml
@@ -34,7 +34,10 @@ lock: .venv/.dev ## Renew the hash-pinned locks from pyproject.toml
 		--extra build -o requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 		--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
-		--extra build --extra dev --constraint requirements.lock -o requirements-dev.lock
+		--extra build --extra training --constraint requirements.lock -o requirements-training.lock
+	$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+		--extra build --extra training --extra dev --constraint requirements-training.lock -o requirements-dev.lock
 
 clean: ## Remove the virtual environment, caches and everything the service wrote
 	rm -rf .venv var .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -48,6 +51,10 @@ clean: ## Remove the virtual environment, caches and everything the service wrot
 .venv/.serve: requirements.lock pyproject.toml | .venv/bin/python
 	$(PIP) install --require-hashes -r requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/.training: requirements-training.lock .venv/.serve
+	$(PIP) install --require-hashes -r requirements-training.lock
 	@touch $@
 
 .venv/.dev: requirements-dev.lock .venv/.serve

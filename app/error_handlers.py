@@ -37,8 +37,9 @@ _log = structlog.get_logger("app.errors")
 class Problems:
     """Builds error answers.
 
-    `methods` maps each path that is served to the methods it answers to: the other paths are the caller's
-    text and are never repeated. `now` gives the time, UTC.
+    `methods` maps the template of each path that is served to the methods it answers to: the other paths, and
+    what stands for a template's parameters, are the caller's text and are never repeated. `now` gives the
+    time, UTC.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class Problems:
         record = scope.get("state", {}).get("record")
         if record is not None:
             record.error_code = error.code
-        path = scope["path"] if scope["path"] in self._methods else "/"
+        template = getattr(scope.get("route"), "path_format", None) or scope["path"]
+        path = template if template in self._methods else "/"
         body = {
             "type": f"urn:lead-scoring:problem:{error.code}",
             "title": error.title,

@@ -19,6 +19,7 @@ from app.ai.dependencies import CurrentRecord
 from app.ai.drift_window import DriftWindow
 from app.ai.ml_telemetry import Telemetry
 from app.ai.model_bundle import ModelBundle
+from app.ai.model_catalogue import AvailableModel
 from app.ai.model_registry import ModelRegistry
 from app.errors import DatabaseUnavailableError, ModelNotReadyError, TelemetryUnavailableError
 from app.metrics import render_metrics
@@ -135,9 +136,15 @@ class Operations:
             "loaded_since_seconds": status.loaded_since_seconds,
             "feature_count": len(manifest.feature_set) if manifest else None,
             "performance": manifest.metrics if manifest else None,
-            "available": [dataclasses.asdict(model) for model in available],
+            "available": [_describe_available(model) for model in available],
             "request_id": request_id,
         }
+
+
+def _describe_available(model: AvailableModel) -> JsonObject:
+    facts = dataclasses.asdict(model)
+    has_card = facts.pop("has_card")
+    return {**facts, "card": f"/ai/advanced-ml/models/{model.version}/card" if has_card else None}
 
 
 async def _get_operations(request: Request) -> Operations:

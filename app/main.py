@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 
-from app import __version__
+from app import __version__, model_cards
 from app.ai import advanced_ml, advanced_ml_hardened
 from app.error_handlers import FRAMEWORK_ERRORS, ErrorBoundary, Problems
 from app.health import DatabaseProbe, Operations, build_router
@@ -54,6 +54,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if settings.ai_enable_legacy_advanced_ml:
         app.include_router(advanced_ml.build_router(settings.ml_max_batch_size))
     app.include_router(build_router())
+    app.include_router(model_cards.build_router())
     _document(app, settings.ml_max_batch_size)
     _wrap(app, settings)
     return app
@@ -67,6 +68,7 @@ def _build_lifespan(settings: Settings) -> Lifespan:
                 "predictor": services.predictor,
                 "breaker": services.breaker,
                 "telemetry": services.telemetry,
+                "registry": services.registry,
                 "operations": Operations(
                     registry=services.registry,
                     telemetry=services.telemetry,

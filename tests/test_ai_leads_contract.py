@@ -501,6 +501,7 @@ def test_models_shows_the_active_model_and_every_artifact(
             "model_type": "random_forest",
             "state": "active",
             "reason": None,
+            "card": None,
         }
     ]
 

@@ -120,7 +120,7 @@ def test_alembic_folder_does_not_hide_the_library_and_models_holds_no_python() -
 
 
 def test_the_locks_are_hash_pinned_and_name_no_index() -> None:
-    for name in ("requirements.lock", "requirements-dev.lock"):
+    for name in ("requirements.lock", "requirements-training.lock", "requirements-dev.lock"):
         text = _read(name)
         assert "index-url" not in text
         assert "find-links" not in text

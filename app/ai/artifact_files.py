@@ -2,7 +2,7 @@
 
 A file is opened relative to the directory, never through a link, and only if it is a regular file with one
 name that no stranger can write; it is read once, into memory. Never interprets what it read, never follows a
-path. Called by `model_catalogue`, for manifests and artifacts alike.
+path. Called by `model_catalogue`, for manifests, artifacts and model cards alike.
 """
 
 import errno
@@ -10,15 +10,23 @@ import hashlib
 import hmac
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from app.ai.model_manifest import MANIFEST_SUFFIX, MAX_MANIFEST_BYTES, ModelManifest, parse_stem
+from app.ai.model_manifest import (
+    MANIFEST_SUFFIX,
+    MAX_MANIFEST_BYTES,
+    CardForm,
+    ModelManifest,
+    build_card_name,
+    parse_stem,
+)
 from app.errors import ArtifactError
 
+MAX_CARD_BYTES = 2 * 1024 * 1024
 _ARTIFACT_SUFFIXES = (".skops", ".joblib")
 # O_NONBLOCK: opening a FIFO that nobody writes to would otherwise wait for ever.
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -32,7 +40,8 @@ class FoundArtifact:
     """One model in the directory, by its file names alone.
 
     `manifest_name` and `artifact_name` are None where there is no such file. `identity` is that of both files
-    together: what was found out about the artifact holds for as long as it stays the same.
+    together: what was found out about the artifact holds for as long as it stays the same. `has_card` tells
+    whether a card for people lies beside the manifest.
     """
 
     version: str
@@ -40,6 +49,7 @@ class FoundArtifact:
     manifest_name: str | None
     artifact_name: str | None
     identity: FileIdentity
+    has_card: bool
 
 
 @contextmanager
@@ -63,8 +73,10 @@ def open_model_dir(path: Path) -> Iterator[int]:
 def read_model_dir(descriptor: int, pattern: str) -> list[FoundArtifact]:
     """Returns the models whose file names match the pattern, newest version first."""
     identities: dict[tuple[str, str], dict[str, FileIdentity]] = {}
+    names: set[str] = set()
     with os.scandir(descriptor) as entries:
         for entry in entries:
+            names.add(entry.name)
             suffix = next(
                 (end for end in (MANIFEST_SUFFIX, *_ARTIFACT_SUFFIXES) if entry.name.endswith(end)), ""
             )
@@ -75,15 +87,18 @@ def read_model_dir(descriptor: int, pattern: str) -> list[FoundArtifact]:
                 except FileNotFoundError:
                     continue
                 identities.setdefault((parsed[1], parsed[0]), {})[entry.name] = identity
-    return [_describe(*key, files) for key, files in sorted(identities.items(), reverse=True)]
+    return [_describe(*key, files, names) for key, files in sorted(identities.items(), reverse=True)]
 
 
-def _describe(version: str, model_type: str, files: dict[str, FileIdentity]) -> FoundArtifact:
+def _describe(
+    version: str, model_type: str, files: dict[str, FileIdentity], beside: Collection[str]
+) -> FoundArtifact:
     names = sorted(files)
     manifest = next((name for name in names if name.endswith(MANIFEST_SUFFIX)), None)
     artifact = next((name for name in names if not name.endswith(MANIFEST_SUFFIX)), None)
     identity = tuple(number for name in names for number in files[name])
-    return FoundArtifact(version, model_type, manifest, artifact, identity)
+    has_card = manifest is not None and build_card_name(manifest, "html") in beside
+    return FoundArtifact(version, model_type, manifest, artifact, identity, has_card)
 
 
 def read_manifest_file(descriptor: int, name: str) -> bytes:
@@ -93,6 +108,15 @@ def read_manifest_file(descriptor: int, name: str) -> bytes:
         ArtifactError: see `_read_file`.
     """
     return _read_file(descriptor, name, MAX_MANIFEST_BYTES)
+
+
+def read_card_file(descriptor: int, manifest_name: str, form: CardForm) -> bytes:
+    """Returns the bytes of the model card that belongs to a manifest file.
+
+    Raises:
+        ArtifactError: see `_read_file`.
+    """
+    return _read_file(descriptor, build_card_name(manifest_name, form), MAX_CARD_BYTES)
 
 
 def read_verified_artifact(descriptor: int, manifest: ModelManifest) -> bytes:

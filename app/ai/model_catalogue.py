@@ -15,13 +15,14 @@ from app.ai.artifact_files import (
     FileIdentity,
     FoundArtifact,
     open_model_dir,
+    read_card_file,
     read_manifest_file,
     read_model_dir,
     read_verified_artifact,
 )
 from app.ai.artifact_loading import verify_library_versions
 from app.ai.model_bundle import ModelBundle, load_bundle
-from app.ai.model_manifest import ModelManifest, read_manifest
+from app.ai.model_manifest import CardForm, ModelManifest, read_manifest
 from app.errors import ArtifactError
 
 ModelState = Literal["active", "verified", "refused", "incompatible", "unverified"]
@@ -39,7 +40,8 @@ class AvailableModel:
 
     `state`: `active` it serves; `verified` it could; `refused` it cannot be trusted or loaded; `incompatible`
     it is sound but cannot serve this lead source; `unverified` there is nothing to verify it against.
-    `reason` is the word of `ArtifactError`, or for an incompatible model a sentence.
+    `reason` is the word of `ArtifactError`, or for an incompatible model a sentence. `has_card` tells whether
+    there is a model card to read.
     """
 
     file: str
@@ -47,6 +49,7 @@ class AvailableModel:
     model_type: str
     state: ModelState
     reason: str | None
+    has_card: bool
 
 
 class ModelCatalogue:
@@ -84,6 +87,19 @@ class ModelCatalogue:
         """
         return self._remembering(artifact, self._load)
 
+    def read_card(self, version: str, form: CardForm, active: FileIdentity | None = None) -> bytes:
+        """Reads the model card of a version; where two models share it, that of the one that serves.
+
+        Raises:
+            ArtifactError: `missing`, or why the file is not opened (see `artifact_files`).
+        """
+        found = [artifact for artifact in self.find() if artifact.version == version]
+        for artifact in sorted(found, key=lambda artifact: artifact.identity != active):
+            if artifact.manifest_name is not None and artifact.has_card:
+                with open_model_dir(self._model_dir) as descriptor:
+                    return read_card_file(descriptor, artifact.manifest_name, form)
+        raise ArtifactError("missing", "There is no model card of this version.")
+
     def list_models(self, active: FileIdentity | None = None) -> list[AvailableModel]:
         """Returns every artifact with its state, after verifying hashes; deserialises nothing."""
         return self._describe_all(lambda artifact: self._remembering(artifact, self._verify), active)
@@ -118,7 +134,7 @@ class ModelCatalogue:
                 sound = exc.reason == "incompatible"
                 state, reason = ("incompatible", str(exc)) if sound else ("refused", exc.reason)
         file = artifact.artifact_name or artifact.manifest_name or ""
-        return AvailableModel(file, artifact.version, artifact.model_type, state, reason)
+        return AvailableModel(file, artifact.version, artifact.model_type, state, reason, artifact.has_card)
 
     def _remembering(self, artifact: FoundArtifact, act: Callable[[FoundArtifact], _Result]) -> _Result:
         if known := self._refusals.get(artifact.identity):

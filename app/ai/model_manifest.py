@@ -21,6 +21,8 @@ from app.errors import ArtifactError
 
 ArtifactFormat = Literal["skops", "joblib"]
 MANIFEST_SUFFIX = ".manifest.json"
+CardForm = Literal["html", "markdown"]
+CARD_SUFFIXES: dict[CardForm, str] = {"html": ".card.html", "markdown": ".card.md"}
 MAX_MANIFEST_BYTES = 8 * 1024 * 1024
 MAX_ARTIFACT_BYTES = 512 * 1024 * 1024
 
@@ -131,6 +133,11 @@ def build_file_name(model_type: str, version: str, fmt: ArtifactFormat) -> str:
 def build_manifest_name(model_type: str, version: str) -> str:
     """Returns the name of the manifest file."""
     return f"advanced_ml_{model_type}_{version}{MANIFEST_SUFFIX}"
+
+
+def build_card_name(manifest_name: str, form: CardForm) -> str:
+    """Returns the name of the model card that belongs to a manifest file."""
+    return manifest_name.removesuffix(MANIFEST_SUFFIX) + CARD_SUFFIXES[form]
 
 
 def parse_stem(stem: str) -> tuple[str, str] | None:

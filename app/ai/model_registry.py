@@ -22,6 +22,7 @@ import structlog
 from app.ai.artifact_files import FileIdentity, FoundArtifact
 from app.ai.model_bundle import ModelBundle
 from app.ai.model_catalogue import AvailableModel, Incompatible, ModelCatalogue
+from app.ai.model_manifest import CardForm
 from app.errors import ArtifactError, ModelNotReadyError
 
 CacheStatus = Literal["hit", "miss", "expired", "error"]
@@ -142,6 +143,15 @@ class ModelRegistry:
         """Returns every artifact with its verification state, newest first; reads the disk, so it blocks."""
         loaded = self._loaded
         return self._catalogue.list_models(loaded.identity if loaded else None)
+
+    def read_card(self, version: str, form: CardForm) -> bytes:
+        """Returns the model card of any version in the directory; reads the disk, so it blocks.
+
+        Raises:
+            ArtifactError: `missing`, or why the file is not opened.
+        """
+        loaded = self._loaded
+        return self._catalogue.read_card(version, form, loaded.identity if loaded else None)
 
     def close(self) -> None:
         """Waits for a look that is under way and never looks again; what is loaded goes on serving."""

@@ -148,7 +148,7 @@ class Problem(_Message):
     status: Annotated[int, Field(ge=400, le=599)]
     detail: str
     instance: Annotated[str, Field(examples=["/ai/advanced-ml/predict-batch"])]
-    """The path asked, or `/` when it is not one of ours."""
+    """The path asked, as its template; `/` when it is not one of ours."""
     error_code: Annotated[str, Field(examples=["BATCH_SIZE_EXCEEDED"])]
     request_id: RequestId
     timestamp: Annotated[str, Field(examples=["2026-01-01T12:00:00Z"])]
@@ -213,6 +213,8 @@ class AvailableModel(_Message):
     state: Literal["active", "verified", "refused", "incompatible", "unverified"]
     reason: str | None
     """Why it does not serve, if there is a reason."""
+    card: Annotated[str, Field(examples=["/ai/advanced-ml/models/20260101_120000/card"])] | None
+    """Where its model card is served; null when there is none."""
 
 
 class ModelsResponse(_Message):
