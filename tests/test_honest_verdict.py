@@ -20,6 +20,7 @@ from app.training.options import TrainingOptions
 from app.training.rows import TrainingRows, choose_columns, fetch_rows
 from app.training.train import train
 from app.training.verdict import build_weights, remove_cells
+from tests.builders import number_features
 from tests.conftest import DEMO_UNTIL
 from tests.real_leads import CSV, TRAPS, needs_real_leads
 
@@ -108,12 +109,12 @@ def test_demo_leads_are_answered_worse_from_ok_to_caution_to_abstain(demo_option
 
 
 def test_weights_follow_the_root_of_what_shuffling_loses() -> None:
-    weights = build_weights({"a": 0.09, "b": 0.01, "c": -0.02}, ["a", "b", "c"])
+    weights = build_weights({"a": 0.09, "b": 0.01, "c": -0.02}, number_features("a", "b", "c"))
     assert weights == pytest.approx([0.75, 0.25, 0.0])
 
 
 def test_where_no_feature_is_worth_anything_all_weigh_the_same() -> None:
-    assert build_weights({"a": 0.0, "b": -0.01}, ["a", "b"]) == [0.5, 0.5]
+    assert build_weights({"a": 0.0, "b": -0.01}, number_features("a", "b")) == [0.5, 0.5]
 
 
 def test_cells_are_only_ever_taken_away_and_each_lead_loses_a_share_of_its_own(

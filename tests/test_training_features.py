@@ -78,7 +78,7 @@ def test_levels_stay_finite_when_only_one_class_is_there(outcome: np.ndarray) ->
         ([float(value) for value in np.random.default_rng(1).normal(size=N)], "number", {"it": "value"}),
         ([float(value) for value in np.random.default_rng(1).pareto(1.2, size=N)], "number", {"it": "log1p"}),
         (every(3, True, False), "boolean", {"it": "flag"}),
-        (every(3, "a", "b"), "text", {"it": "level"}),
+        (every(3, "a", "b"), "text", {"it": "level", "it=a": "one_of", "it=b": "one_of"}),
         (every(3, None, "b"), "text", {"it__present": "is_present"}),
         ([AS_OF[0] - index * DAY for index in range(N)], "timestamp", {"it": "age_days"}),
         ([AS_OF[0] + index * DAY for index in range(N)], "timestamp", {"it": "days_until"}),

@@ -55,7 +55,7 @@ def options(create_database: Callable[..., str], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def report(options: TrainingOptions) -> TrainingReport:
-    return train(replace(options, exclude=TRAPS))
+    return train(replace(options, exclude=TRAPS, model="hist_gradient_boosting"))
 
 
 def test_the_model_ranks_and_calibrates_leads_it_has_never_seen(report: TrainingReport) -> None:

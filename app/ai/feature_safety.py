@@ -79,10 +79,11 @@ class CheckedFeatures:
     """Features of `n` leads as the model gets them.
 
     `values` (n, k) is finite except where a spec says `keep`. `coverage` (n,) is the share of features that
-    rest on data. `weighted_coverage` (n,) weighs each by what it is worth to the model, and counts only what
-    is like the values the model has learnt from: nothing far outside the training range, no unseen text.
-    `rejected_feature` (n,) is the first feature that rejects the lead, -1 for none; a rejected lead's values
-    mean nothing. `out_of_range` (n,) counts values far outside the training range.
+    rest on data, those that read the same columns counting as one. `weighted_coverage` (n,) weighs each by
+    what it is worth to the model, and counts only what is like the values the model has learnt from: nothing
+    far outside the training range, no unseen text. `rejected_feature` (n,) is the first feature that rejects
+    the lead, -1 for none; a rejected lead's values mean nothing. `out_of_range` (n,) counts values that lie
+    far outside the training range.
     """
 
     values: FloatArray
@@ -135,12 +136,13 @@ def check_features(
 
     A number beyond the training range is bounded, replaced, kept or rejected first; then every gap is filled.
     "Far outside" is farther from the range than the range is wide. `weights` (k,)
-    say what each feature is worth, none less than nothing; without them all are worth the same.
+    say what each feature is worth, none less than nothing; without them all groups are worth the same.
     """
     rules = _Rules.of(feature_set.specs, statistics)
     numbers = matrix.values
     outside = (numbers < rules.lower) | (numbers > rules.upper)
-    far = (numbers < rules.far_below) | (numbers > rules.far_above)
+    unseen = matrix.states == CellState.UNSEEN
+    far = ((numbers < rules.far_below) | (numbers > rules.far_above)) & ~unseen
     reasons = outside & rules.reject_outside
     values = np.minimum(np.maximum(numbers, rules.clip_below), rules.clip_above)
     np.copyto(values, rules.impute, where=outside & rules.impute_outside)
@@ -150,11 +152,12 @@ def check_features(
     reasons[rows, features] = rules.reject_gap[states, features]
     rejected: BoolArray = np.any(reasons, axis=1)
     there = _really_there(matrix, rules.indicator)
-    learnt = there & ~far & (matrix.states != CellState.UNSEEN)
+    learnt = there & ~far & ~unseen
+    speakers = [group[0] for group in feature_set.groups]
     return CheckedFeatures(
         values=values,
-        coverage=there.sum(axis=1) / len(feature_set.specs),
-        weighted_coverage=_weigh(learnt, weights),
+        coverage=there[:, speakers].sum(axis=1) / len(speakers),
+        weighted_coverage=_weigh(learnt, weights) if weights else _weigh(learnt[:, speakers]),
         rejected=rejected,
         rejected_feature=np.where(rejected, reasons.argmax(axis=1), -1),
         out_of_range=far.sum(axis=1),
@@ -243,7 +246,7 @@ def _really_there(matrix: FeatureMatrix, indicator: BoolArray) -> BoolArray:
     return cells
 
 
-def _weigh(cells: BoolArray, weights: Sequence[float] | None) -> FloatArray:
+def _weigh(cells: BoolArray, weights: Sequence[float] | None = None) -> FloatArray:
     """Returns the share (n,) of all weight that lies in these cells (n, k)."""
     # Whole numbers add up the same in any order, so a lead's share cannot depend on its batch.
     units = np.rint(np.asarray(weights or [1.0] * cells.shape[1]) * _WEIGHT_UNITS).astype(np.int64)

@@ -1,12 +1,14 @@
 """Derives a feature set for whatever columns a relation has.
 
-Each column gets at most two features: its value, and whether it is there when that varies. Decisions rest on
-the training rows alone and every column left out is named with its reason; nothing is tuned to a particular
-relation. Never reads the database. Called by `app.training.train`.
+Each column gets its value, and whether it is there when that varies. A text gets a feature for each of its
+levels, or where these are many the log-odds behind them as one number. The first feature of a column goes by
+the column's name. Decisions rest on the training rows alone and every column left out is named with its
+reason; nothing is tuned to a particular relation. Never reads the database. Called by `app.training.train`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,9 @@ from app.training.repeats import distinct_codes, find_repeats
 
 _IDENTIFIER_SHARE = 0.5
 _HEAVY_TAIL = 3.0
+
+MAX_ONE_HOT = 30
+"""A text column with more levels than this becomes one number: a feature for each would drown the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +76,11 @@ def _reason_to_drop(cells: Column) -> str | None:
 def _specs(column: InputColumn, cells: Column, outcome: IntArray, as_of: FloatArray) -> list[FeatureSpec]:
     specs = []
     if len(np.unique(distinct_codes(cells)[cells.present])) > 1:
-        specs.append(_value_spec(column, cells, outcome, as_of))
-    if _emptiness_varies(cells) and not (specs and specs[0].transform == "level"):
-        # A level already has a number of its own for a missing cell.
+        if cells.kind == "text":
+            specs += _text_specs(column, learn_levels(cells, outcome))
+        else:
+            specs.append(_value_spec(column, cells, as_of))
+    if _emptiness_varies(cells) and not _has_number_for_missing(specs):
         specs.append(FeatureSpec(
             name=f"{column.name}__present", transform="is_present", inputs=(column,), params={},
             description=f"whether {column.name} is known",
@@ -81,18 +88,39 @@ def _specs(column: InputColumn, cells: Column, outcome: IntArray, as_of: FloatAr
     return specs
 
 
-def _value_spec(column: InputColumn, cells: Column, outcome: IntArray, as_of: FloatArray) -> FeatureSpec:
+def _text_specs(column: InputColumn, learnt: Mapping[str, Any]) -> list[FeatureSpec]:
+    """Returns a feature for each level after one for any other text, or a single one for many levels."""
+    name, levels = column.name, list(learnt["levels"])
+    if len(levels) > MAX_ONE_HOT:
+        return [FeatureSpec(
+            name=name, transform="level", inputs=(column,), params=learnt,
+            description=f"log-odds of the outcome at this level of {name}",
+        )]  # fmt: skip
+    other = FeatureSpec(
+        name=name, transform="level", inputs=(column,), description=f"{name} is none of the usual ones",
+        params={"levels": dict.fromkeys(levels, 0.0), "unseen": 1.0, "missing": 0.0},
+    )  # fmt: skip
+    return [other, *(
+        FeatureSpec(
+            name=f"{name}={level}", transform="one_of", inputs=(column,), params={"values": [level]},
+            description=f"{name} is {level}", missing="zero",
+        ) for level in levels
+    )]  # fmt: skip
+
+
+def _has_number_for_missing(specs: Sequence[FeatureSpec]) -> bool:
+    return len(specs) == 1 and "missing" in specs[0].params
+
+
+def _value_spec(column: InputColumn, cells: Column, as_of: FloatArray) -> FeatureSpec:
     transform, description = _transform(column, cells, as_of)
     return FeatureSpec(
-        name=column.name, transform=transform, inputs=(column,), description=description,
-        params=learn_levels(cells, outcome) if transform == "level" else {},
-    )  # fmt: skip
+        name=column.name, transform=transform, inputs=(column,), params={}, description=description
+    )
 
 
 def _transform(column: InputColumn, cells: Column, as_of: FloatArray) -> tuple[str, str]:
     name = column.name
-    if cells.kind == "text":
-        return "level", f"log-odds of the outcome at this level of {name}"
     if cells.kind == "boolean":
         return "flag", f"{name}, 1 for true"
     numbers = np.asarray(cells.values, dtype=np.float64)

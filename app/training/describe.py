@@ -47,7 +47,7 @@ def describe_model(
     matrix = fitted.build_matrix(test_part)
     probability = model.probabilities(matrix)
     importance = measure_importance(fitted, matrix, test_part.outcome, options.seed)
-    weights = build_weights(importance, fitted.feature_set.names)
+    weights = build_weights(importance, fitted.feature_set)
     base_rate = float(train_part.outcome.mean())
     abstain_below = measure_abstain_below(model, base_rate, weights, test_part, options.seed)
     moments = np.concatenate([train_part.as_of, test_part.as_of])

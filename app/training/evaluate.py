@@ -58,19 +58,20 @@ def build_reliability(probability: FloatArray, outcome: IntArray, bins: int = 10
 def measure_importance(
     fitted: FittedModel, matrix: FeatureMatrix, outcome: IntArray, seed: int
 ) -> dict[str, float]:
-    """Returns the ROC AUC each feature is worth: what is lost when it is shuffled among at most 2,000 rows.
+    """Returns the ROC AUC each group of features is worth, by its name.
 
-    Features that say the same share their worth, so each of them looks less important than it is.
+    That is what is lost when it is shuffled as a whole among at most 2,000 rows. Groups that say the same
+    share their worth, so each of them looks less important than it is.
     """
     random = np.random.default_rng(seed)
     rows = np.sort(random.permutation(len(outcome))[:_IMPORTANCE_ROWS])
     values, states, happened = matrix.values[rows], matrix.states[rows], outcome[rows]
     full = roc_auc_score(happened, fitted.raw_scores(FeatureMatrix(values, states)))
     losses = {}
-    for column, name in enumerate(fitted.feature_set.names):
-        order = random.permutation(len(rows))
+    for group, name in zip(fitted.feature_set.groups, fitted.feature_set.group_names, strict=True):
+        order, columns = random.permutation(len(rows))[:, None], list(group)
         shuffled, told = values.copy(), states.copy()
-        shuffled[:, column], told[:, column] = values[order, column], states[order, column]
+        shuffled[:, columns], told[:, columns] = values[order, columns], states[order, columns]
         losses[name] = round(
             float(full - roc_auc_score(happened, fitted.raw_scores(FeatureMatrix(shuffled, told)))), 6
         )

@@ -71,7 +71,8 @@ def _intended_use(manifest: ModelManifest) -> str:
 def _sections(manifest: ModelManifest) -> list[_Section]:
     report = manifest.report
     importance = report["importance"]
-    by_importance = sorted(manifest.feature_set, key=lambda spec: -importance[spec["name"]])
+    leading = [spec for spec in manifest.feature_set if spec["name"] in importance]
+    by_importance = sorted(leading, key=lambda spec: -importance[spec["name"]])
     left_out = [*report["dropped"].items(), *((name, "excluded by hand") for name in report["excluded"])]
     sections: list[_Section] = [
         ("Data", ("what", "value"), describe_data(manifest)),

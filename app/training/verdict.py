@@ -9,7 +9,7 @@ import numpy as np
 
 from app.ai.domain import Column, LeadColumns
 from app.ai.feature_safety import check_features
-from app.ai.features import build_features
+from app.ai.features import FeatureSet, build_features
 from app.training.fit import CalibratedModel
 from app.training.rows import TrainingRows
 
@@ -17,19 +17,22 @@ _MIN_ROWS, _MIN_SAMPLES = 100, 10_000
 _THRESHOLDS = np.arange(1, 13) / 20
 
 
-def build_weights(importance: Mapping[str, float], names: Sequence[str]) -> list[float]:
+def build_weights(importance: Mapping[str, float], feature_set: FeatureSet) -> list[float]:
     """Returns one weight for each feature, not negative, which sum to 1.
 
-    `importance` is what shuffling a feature loses on held-out rows (permutation importance; Breiman, Random
-    Forests, Machine Learning 45, 2001). Such a loss grows with the square of a feature's effect, so the
-    weight is in proportion to its root: one strong feature does not stand for all the others together. A
-    feature whose shuffling loses nothing weighs nothing. Where none loses anything all weigh the same.
+    `importance` is what shuffling a group of features loses on held-out rows, by the group's name
+    (permutation importance; Breiman, Random Forests, Machine Learning 45, 2001). Such a loss grows with the
+    square of an effect, so the weight is in proportion to its root: one strong column does not stand for all
+    the others together. A group whose shuffling loses nothing weighs nothing. Where none loses anything all
+    weigh the same. The first feature of a group, which alone knows an unseen text, has all of its weight.
     """
-    effects = np.sqrt([max(importance[name], 0.0) for name in names])
+    effects = np.sqrt([max(importance[name], 0.0) for name in feature_set.group_names])
     if effects.sum() <= 0:
-        return [1 / len(names)] * len(names)
-    weights: list[float] = (effects / effects.sum()).tolist()
-    return weights
+        effects = np.ones(len(effects))
+    weights = np.zeros(len(feature_set.specs))
+    weights[[group[0] for group in feature_set.groups]] = effects / effects.sum()
+    listed: list[float] = weights.tolist()
+    return listed
 
 
 def measure_abstain_below(
