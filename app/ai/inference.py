@@ -53,20 +53,30 @@ def _predict_by_itself(model: Any, values: FloatArray) -> FloatArray:
 
 
 def _build_pipeline(pipeline: Any) -> Scorer:
+    scale, last = split_pipeline(pipeline)
+    score = build_scorer(last)
+    return lambda values: score(scale(values))
+
+
+def split_pipeline(pipeline: Any) -> tuple[Callable[[FloatArray], FloatArray], Any]:
+    """Returns what the pipeline's scalers do to feature values (n, k), and its classifier.
+
+    Raises:
+        ValueError: something else than standard scalers stands before the classifier.
+    """
     *scalers, last = (step for _, step in pipeline.steps)
     if not all(type(scaler) is StandardScaler for scaler in scalers):
         raise ValueError("only standard scalers may stand before the classifier")
-    score = build_scorer(last)
     # What StandardScaler computes, one element at a time.
     means = [np.asarray(scaler.mean_ if scaler.with_mean else 0.0) for scaler in scalers]
     scales = [np.asarray(scaler.scale_ if scaler.with_std else 1.0) for scaler in scalers]
 
-    def score_scaled(values: FloatArray) -> FloatArray:
+    def scale_values(values: FloatArray) -> FloatArray:
         for mean, scale in zip(means, scales, strict=True):
             values = (values - mean) / scale
-        return score(values)
+        return values
 
-    return score_scaled
+    return scale_values, last
 
 
 def _build_forest(model: Any) -> Scorer:
