@@ -83,27 +83,27 @@ def _specs(column: InputColumn, cells: Column, outcome: IntArray, as_of: FloatAr
     if _emptiness_varies(cells) and not _has_number_for_missing(specs):
         specs.append(FeatureSpec(
             name=f"{column.name}__present", transform="is_present", inputs=(column,), params={},
-            description=f"whether {column.name} is known",
+            description=f"whether {_words(column)} is known",
         ))  # fmt: skip
     return specs
 
 
 def _text_specs(column: InputColumn, learnt: Mapping[str, Any]) -> list[FeatureSpec]:
     """Returns a feature for each level after one for any other text, or a single one for many levels."""
-    name, levels = column.name, list(learnt["levels"])
+    name, words, levels = column.name, _words(column), list(learnt["levels"])
     if len(levels) > MAX_ONE_HOT:
         return [FeatureSpec(
             name=name, transform="level", inputs=(column,), params=learnt,
-            description=f"log-odds of the outcome at this level of {name}",
+            description=words,
         )]  # fmt: skip
     other = FeatureSpec(
-        name=name, transform="level", inputs=(column,), description=f"{name} is none of the usual ones",
+        name=name, transform="level", inputs=(column,), description=f"{words} is none of the usual ones",
         params={"levels": dict.fromkeys(levels, 0.0), "unseen": 1.0, "missing": 0.0},
     )  # fmt: skip
     return [other, *(
         FeatureSpec(
             name=f"{name}={level}", transform="one_of", inputs=(column,), params={"values": [level]},
-            description=f"{name} is {level}", missing="zero",
+            description=f"{words} is {level}", missing="zero",
         ) for level in levels
     )]  # fmt: skip
 
@@ -113,24 +113,25 @@ def _has_number_for_missing(specs: Sequence[FeatureSpec]) -> bool:
 
 
 def _value_spec(column: InputColumn, cells: Column, as_of: FloatArray) -> FeatureSpec:
-    transform, description = _transform(column, cells, as_of)
     return FeatureSpec(
-        name=column.name, transform=transform, inputs=(column,), params={}, description=description
-    )
+        name=column.name, transform=_transform(cells, as_of), inputs=(column,), params={},
+        description=_words(column),
+    )  # fmt: skip
 
 
-def _transform(column: InputColumn, cells: Column, as_of: FloatArray) -> tuple[str, str]:
-    name = column.name
+def _transform(cells: Column, as_of: FloatArray) -> str:
     if cells.kind == "boolean":
-        return "flag", f"{name}, 1 for true"
+        return "flag"
     numbers = np.asarray(cells.values, dtype=np.float64)
     if cells.kind == "timestamp":
-        if np.median((as_of - numbers)[cells.present]) < 0:
-            return "days_until", f"days from the as-of time until {name}"
-        return "age_days", f"days since {name} at the as-of time"
-    if _heavy_tailed(numbers[cells.present & np.isfinite(numbers)]):
-        return "log1p", f"log(1 + {name}), because its largest values are far from the rest"
-    return "value", name
+        return "days_until" if np.median((as_of - numbers)[cells.present]) < 0 else "age_days"
+    # A logarithm, where the largest values are far from the rest.
+    return "log1p" if _heavy_tailed(numbers[cells.present & np.isfinite(numbers)]) else "value"
+
+
+def _words(column: InputColumn) -> str:
+    """Returns the column's name as a salesperson reads it; the transform says how it is counted."""
+    return column.name.replace("_", " ").strip() or column.name
 
 
 def _emptiness_varies(cells: Column) -> bool:
