@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import click
 
 from app import __version__
-from app.errors import ArtifactError, LeadScoringError
+from app.errors import ArtifactError, LeadScoringError, ModelNotReadyError
 from app.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from app.ai.model_bundle import ModelBundle
     from app.ai.model_catalogue import AvailableModel, ModelCatalogue
 
 Progress = Callable[[str, int, int], None]
@@ -32,6 +33,8 @@ ArtifactFormat = Literal["skops", "joblib"]
 def _names(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
+
+_ONE_OUTCOME = "Give --label or --outcome: one column says what became of a lead."
 
 _json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
@@ -199,7 +202,7 @@ def train(
     from app.training.train import train as run
 
     if label and outcome:
-        raise click.UsageError("Give --label or --outcome: one column says what became of a lead.")
+        raise click.UsageError(_ONE_OUTCOME)
     settings = load_settings()
     with _database(settings) as url, _progress() as progress:
         options = TrainingOptions(
@@ -224,17 +227,65 @@ def train(
 
 
 @cli.command()
+@click.option("--source", metavar="RELATION", help="Table or view to read; by default the model's own.")
+@click.option("--label", metavar="COLUMN", help="0/1 outcome; by default the model's own label or outcome.")
+@click.option(
+    "--outcome", metavar="COLUMN", help="Time of the outcome, counted over the model's horizon (or 90 days)."
+)
+@click.option("--as-of", type=_moment, help="The moment up to which anything is known (UTC); by default now.")
+@click.option("--model", "version", metavar="VERSION", help="Version to evaluate; by default what serves.")
+@_json_option
+def evaluate(
+    *,
+    source: str | None,
+    label: str | None,
+    outcome: str | None,
+    as_of: datetime | None,
+    version: str | None,
+    as_json: bool,
+) -> None:
+    """Measure a published model on leads whose outcome is known, answered as the service would."""
+    from rich.console import Console
+
+    from app.ai.predictor import ScoringPolicy
+    from app.training.evaluation import evaluate_model
+    from app.training.options import TrainingOptions
+    from app.training.report import print_evaluation
+
+    if label and outcome:
+        raise click.UsageError(_ONE_OUTCOME)
+    settings = load_settings()
+    bundle = _load_model(settings, version or settings.ml_model_version)
+    manifest = bundle.manifest
+    if not label and not outcome:
+        label, outcome = (None, manifest.label) if manifest.horizon_days else (manifest.label, None)
+    policy = ScoringPolicy(settings.ml_min_feature_coverage, settings.ml_confidence_method)
+    with _database(settings) as url, _progress() as progress:
+        options = TrainingOptions(
+            url=url,
+            model_dir=settings.ml_model_dir,
+            source=source or manifest.source,
+            label=label,
+            outcome=outcome or "outcome_at",
+            horizon_days=manifest.horizon_days or 90,
+            as_of=_utc(as_of) if as_of else None,
+        )
+        evaluation = evaluate_model(options, bundle, policy, progress)
+    if as_json:
+        click.echo(json.dumps(evaluation.facts()))
+    else:
+        print_evaluation(evaluation, Console())
+
+
+@cli.command()
 @_json_option
 def score(*, as_json: bool) -> None:
     """Score every lead of LEAD_SOURCE with the active model, into the table lead_scores."""
-    from app.ai.model_registry import ModelRegistry
     from app.ai.predictor import ScoringPolicy
     from app.bulk_scoring import score_source
 
     settings = load_settings()
-    bundle = ModelRegistry(
-        settings.ml_model_dir, pattern=settings.ml_model_pattern, pinned_version=settings.ml_model_version
-    ).load()
+    bundle = _load_model(settings, settings.ml_model_version)
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     policy = ScoringPolicy(settings.ml_min_feature_coverage, settings.ml_confidence_method)
     with _database(settings) as url, _progress() as progress:
@@ -267,6 +318,23 @@ def models_verify(as_json: bool) -> None:
         raise ArtifactError(
             "refused", f"not verified: {', '.join(bad)}" if bad else "there is no model to verify"
         )
+
+
+def _load_model(settings: Settings, version: str | None) -> "ModelBundle":
+    from app.ai.model_registry import ModelRegistry
+
+    registry = ModelRegistry(settings.ml_model_dir, pattern=settings.ml_model_pattern, pinned_version=version)
+    try:
+        return registry.load()
+    except ModelNotReadyError as exc:
+        reason = registry.status().reason or "internal_error"
+        raise ArtifactError(
+            reason,
+            f"{f'no model {version}' if version else 'no model'} in {settings.ml_model_dir} can be loaded "
+            f"({reason}); `leadscore models list` shows what is there.",
+        ) from exc
+    finally:
+        registry.close()
 
 
 def _catalogue() -> "ModelCatalogue":

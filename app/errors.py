@@ -25,7 +25,7 @@
         ├── SettingsError              an environment variable is wrong
         ├── ArtifactError              a model artifact cannot be trusted or loaded
         ├── ImportFileError            a CSV file cannot be imported as it is
-        └── TrainingError              the data cannot be trained on, or must not be
+        └── TrainingError              the data cannot be trained or evaluated on, or must not be
 
 Details are written here or where the error is raised, in our own words: never a value the caller or the
 database sent, a path, or SQL.
@@ -221,4 +221,4 @@ class ImportFileError(CommandError):
 
 
 class TrainingError(CommandError):
-    """The data cannot be trained on, or must not be."""
+    """The data cannot be trained or evaluated on, or must not be."""

@@ -85,5 +85,8 @@ def _auc_standard_error(auc: float, positives: int, negatives: int) -> float:
 
 
 def _lift(probability: FloatArray, outcome: IntArray, share: float) -> float:
+    # Equal probabilities share their outcomes evenly, so the order of the rows does not matter.
+    _, group, rows = np.unique(probability, return_inverse=True, return_counts=True)
+    shared = (np.bincount(group, weights=outcome) / rows)[group]
     top = np.argsort(-probability, kind="stable")[: max(1, round(share * len(outcome)))]
-    return float(outcome[top].mean() / outcome.mean())
+    return float(shared[top].mean() / outcome.mean())

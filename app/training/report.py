@@ -1,7 +1,7 @@
-"""What a training says about itself: the report in memory, and the table a person reads.
+"""What a training or an evaluation says about itself: the report in memory, and the table a person reads.
 
 The figures live in the manifest; this only words them. Never computes a metric. Called by
-`app.training.train`, and by the `leadscore train` command to print.
+`app.training.train`, and by the commands `leadscore train` and `leadscore evaluate` to print.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.ai.model_manifest import ModelManifest, manifest_fingerprint
+from app.training.evaluation import Evaluation
 
 HEADLINES: tuple[tuple[str, str], ...] = (
     ("roc_auc", "ROC AUC"), ("pr_auc", "PR AUC"), ("lift_at_10_percent", "lift in the top tenth"),
@@ -106,3 +107,44 @@ def print_report(report: TrainingReport, console: Console) -> None:
     console.print(
         escape(f"published {report.manifest_path} in {report.seconds:.1f} s; card: {report.card_path}")
     )
+
+
+def print_evaluation(evaluation: Evaluation, console: Console) -> None:
+    """Prints an evaluation: the leads, the metrics as `print_report` does, verdicts and intervals."""
+    table = Table(
+        title=f"{evaluation.model_id} ({evaluation.model_type})", show_header=False, title_justify="left"
+    )
+    table.add_column()
+    table.add_column(overflow="fold")
+    for heading, text in _describe_evaluated(evaluation):
+        table.add_row(heading, escape(text))
+    table.add_section()
+    for heading, text in describe_metrics(evaluation.metrics, evaluation.intervals):
+        table.add_row(heading, text)
+    table.add_section()
+    for verdict, told in evaluation.verdicts.items():
+        brier = "" if told["brier"] is None else f", Brier score {told['brier']:.4f}"
+        table.add_row(f"verdict {verdict}", f"{told['share']:.1%} of the leads{brier}")
+    if coverage := evaluation.interval_coverage:
+        table.add_row(
+            "intervals",
+            f"hold the observed rate in {coverage['covered']} of {coverage['bins']} bins; "
+            f"mean width {coverage['mean_width']:.4f}",
+        )
+    console.print(table)
+    for warning in evaluation.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
+
+
+def _describe_evaluated(evaluation: Evaluation) -> list[tuple[str, str]]:
+    rate = evaluation.positives / evaluation.leads
+    rows = [
+        ("source", evaluation.source),
+        ("outcome", evaluation.outcome),
+        ("leads", f"{evaluation.leads:,}, {rate:.1%} of them with the outcome"),
+    ]
+    if evaluation.undecided:
+        rows.append(("left out as undecided", f"{evaluation.undecided:,} leads"))
+    if evaluation.rejected:
+        rows.append(("not answered", f"{evaluation.rejected:,} leads, rejected by feature safety"))
+    return rows

@@ -1,0 +1,169 @@
+"""What a published model is worth on any leads whose outcome is known; behind `leadscore evaluate`.
+
+Leads are read by the rules of training and answered by the lines that serve (`score_leads`), so an evaluation
+and an answer cannot differ: verdicts, bounds and all. Never fits, never writes. Called by the `leadscore
+evaluate` command.
+"""
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from app.ai.domain import VERDICTS, AnswerArray, BoolArray, IntArray, JsonObject
+from app.ai.model_bundle import ModelBundle
+from app.ai.predictor import ScoringPolicy, find_intervals, score_leads
+from app.db.leads import fetch_columns
+from app.errors import TrainingError
+from app.training.bootstrap import bootstrap_intervals
+from app.training.evaluate import build_reliability, evaluate
+from app.training.interval_coverage import measure_coverage
+from app.training.options import TrainingOptions
+from app.training.rows import Progress, TrainingRows, fetch_rows
+
+_ROWS_AT_ONCE = 20_000
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A model's worth on the decided leads of a source.
+
+    `metrics` and their `intervals` are those of a manifest; `verdicts` has leads, share and Brier score (None
+    for no leads) of each; `interval_coverage` is None for a model without intervals. `rejected` leads get no
+    answer and count nowhere else. `warnings` say what makes the figures look better than they are.
+    """
+
+    model_id: str
+    version: str
+    model_type: str
+    source: str
+    outcome: str
+    leads: int
+    positives: int
+    undecided: int
+    rejected: int
+    metrics: dict[str, float]
+    intervals: dict[str, list[float]]
+    verdicts: dict[str, JsonObject]
+    interval_coverage: JsonObject | None
+    reliability: list[list[float]]
+    warnings: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the evaluation as one JSON-ready object."""
+        return asdict(self)
+
+
+def evaluate_model(
+    options: TrainingOptions, bundle: ModelBundle, policy: ScoringPolicy, progress: Progress
+) -> Evaluation:
+    """Answers every decided lead of `options.source` with this model and compares with what became of it.
+
+    Of the options it takes the database, the source, its outcome, and the moment up to which anything is
+    known.
+
+    Raises:
+        TrainingError: the source lacks a column, has too few decided leads, or only one outcome occurs.
+        DatabaseUnavailableError: the database does not answer.
+    """
+    _require_columns(options, bundle)
+    rows, undecided = fetch_rows(options, bundle.input_columns, progress)
+    answers, rejected = _answer(bundle, rows, policy, progress)
+    answered, outcome = answers[~rejected], rows.outcome[~rejected]
+    probability = np.ascontiguousarray(answered["probability"])
+    manifest = bundle.manifest
+    overlap = _explain_overlap(options, bundle, rows)
+    return Evaluation(
+        model_id=manifest.model_id,
+        version=manifest.version,
+        model_type=manifest.model_type,
+        source=options.source,
+        outcome=options.label or options.outcome,
+        leads=len(outcome),
+        positives=int(outcome.sum()),
+        undecided=undecided,
+        rejected=int(rejected.sum()),
+        metrics=evaluate(probability, outcome, manifest.threshold),
+        intervals=bootstrap_intervals(probability, outcome, _SEED),
+        verdicts=_describe_verdicts(answered, outcome),
+        interval_coverage=(
+            measure_coverage(find_intervals(bundle, answered), probability, outcome)
+            if bundle.venn_abers
+            else None
+        ),
+        reliability=build_reliability(probability, outcome),
+        warnings=() if overlap is None else (overlap,),
+    )
+
+
+def _require_columns(options: TrainingOptions, bundle: ModelBundle) -> None:
+    kinds = fetch_columns(options.url, options.source)
+    lacking = [
+        f"{column.name} ({column.kind})"
+        for column in bundle.input_columns
+        if kinds.get(column.name) != column.kind
+    ]
+    if lacking:
+        raise TrainingError(
+            f"{options.source} lacks columns that model {bundle.ref.version} reads, or has them with another "
+            f"type: {', '.join(lacking)}. Evaluate on a source that has them, or choose another --model."
+        )
+    outcome = options.label or options.outcome
+    if outcome in {column.name for column in bundle.input_columns}:
+        raise TrainingError(f"{outcome} feeds model {bundle.ref.version}, so it cannot be what it foretells.")
+
+
+def _answer(
+    bundle: ModelBundle, rows: TrainingRows, policy: ScoringPolicy, progress: Progress
+) -> tuple[AnswerArray, BoolArray]:
+    answers, rejected = [], []
+    for start in range(0, rows.leads.n, _ROWS_AT_ONCE):
+        page = rows.take(np.arange(start, min(start + _ROWS_AT_ONCE, rows.leads.n)))
+        scored = score_leads(bundle, page.leads, page.as_of, policy)
+        answers.append(scored.answers)
+        rejected.append(scored.rejected)
+        progress("score", start + page.leads.n, rows.leads.n)
+    return np.concatenate(answers), np.concatenate(rejected)
+
+
+def _describe_verdicts(answers: AnswerArray, outcome: IntArray) -> dict[str, JsonObject]:
+    squared = (np.ascontiguousarray(answers["probability"]) - outcome) ** 2
+    told: dict[str, JsonObject] = {}
+    for code, verdict in enumerate(VERDICTS):
+        those = answers["verdict"] == code
+        leads = int(those.sum())
+        told[verdict] = {
+            "leads": leads,
+            "share": round(leads / len(those), 6),
+            "brier": round(float(squared[those].mean()), 6) if leads else None,
+        }
+    return told
+
+
+def _explain_overlap(options: TrainingOptions, bundle: ModelBundle, rows: TrainingRows) -> str | None:
+    """Says how many leads are of the time the model was trained on: it may have learnt their outcomes."""
+    manifest = bundle.manifest
+    trained_from, trained_to = manifest.training.as_of_from, manifest.training.as_of_to
+    if trained_from is None or trained_to is None:
+        return None
+    if (rows.as_of == rows.as_of[0]).all():
+        if options.source != manifest.source:
+            return None
+        return (
+            f"model {manifest.version} was trained on {manifest.source}, and these leads have no time of "
+            "their own: it has learnt from most of them, and will do worse on new ones."
+        )
+    start, end = (datetime.fromisoformat(text).timestamp() for text in (trained_from, trained_to))
+    within = int(((rows.as_of >= start) & (rows.as_of <= end)).sum())
+    if not within:
+        return None
+    return (
+        f"{within:,} of {rows.leads.n:,} leads are of the time model {manifest.version} was trained on "
+        f"({_day(start)} to {_day(end)}): if it has learnt from them, it will do worse on new ones."
+    )
+
+
+def _day(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
