@@ -4,10 +4,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fix model lock clean
+.PHONY: help serve test check fix model prove-probabilities lock clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: .venv/.serve ## Start the service, with its own PostgreSQL and demo CRM unless DATABASE_URL is set
 	@$(BIN)/leadscore serve
@@ -27,6 +27,17 @@ fix: .venv/.dev ## Format and repair what can be repaired
 
 model: .venv/.training ## Train the shipped model again from the demo CRM (same seed, same predictions)
 	$(BIN)/python -m app.training.shipped_model
+
+# A public teaching data set that may not be redistributed, and its columns that were filled in after the outcome.
+REAL_LEADS ?= ../shared/data/x_education_leads.csv
+TRAPS := tags,lead_quality,lead_profile,asymmetrique_activity_index,asymmetrique_profile_index,\
+	asymmetrique_activity_score,asymmetrique_profile_score,last_activity,last_notable_activity
+TARGETS := roc_auc=0.880 pr_auc=0.829 brier=0.134 log_loss=0.420 calibration_error=0.012 intervals=14
+
+prove-probabilities: .venv/.dev ## Measure the probabilities on real leads (REAL_LEADS=file, ONLY=row)
+	@test -f "$(REAL_LEADS)" || { echo "The real leads are not at $(REAL_LEADS); set REAL_LEADS=/path/to/the.csv" >&2; exit 1; }
+	@$(BIN)/python -m bench.prove_probabilities --csv "$(REAL_LEADS)" --id "Prospect ID" --label Converted \
+		--missing Select --exclude "$(TRAPS)" $(addprefix --target ,$(TARGETS)) $(if $(ONLY),--only $(ONLY))
 
 lock: .venv/.dev ## Renew the hash-pinned locks from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 --generate-hashes \

@@ -76,11 +76,13 @@ def brier_by_verdict(bundle: ModelBundle, rows: TrainingRows) -> list[float]:
     return [float(every[verdict == code].mean()) for code in range(len(VERDICTS))]
 
 
-def check_honest(bundle: ModelBundle, rows: TrainingRows) -> None:
+def check_honest(bundle: ModelBundle, rows: TrainingRows, record: Callable[[str, object], None]) -> None:
     weights = bundle.manifest.feature_weights or []
     assert min(weights) >= 0
     assert sum(weights) == pytest.approx(1)
     brier = brier_by_verdict(bundle, rows)
+    for verdict, score in zip(VERDICTS, brier, strict=True):
+        record(verdict, round(score, 4))
     assert brier[OK] < brier[CAUTION] < brier[ABSTAIN]
     intact = score_leads(bundle, rows.leads, rows.as_of, POLICY).answers["verdict"]
     assert (intact == OK).mean() > 0.9
@@ -100,12 +102,16 @@ def empty_leads(like: LeadColumns) -> LeadColumns:
 
 
 @needs_real_leads
-def test_real_leads_are_answered_worse_from_ok_to_caution_to_abstain(real_options: TrainingOptions) -> None:
-    check_honest(*train_and_set_aside(real_options))
+def test_real_leads_are_answered_worse_from_ok_to_caution_to_abstain(
+    real_options: TrainingOptions, record_property: Callable[[str, object], None]
+) -> None:
+    check_honest(*train_and_set_aside(real_options), record_property)
 
 
-def test_demo_leads_are_answered_worse_from_ok_to_caution_to_abstain(demo_options: TrainingOptions) -> None:
-    check_honest(*train_and_set_aside(demo_options))
+def test_demo_leads_are_answered_worse_from_ok_to_caution_to_abstain(
+    demo_options: TrainingOptions, record_property: Callable[[str, object], None]
+) -> None:
+    check_honest(*train_and_set_aside(demo_options), record_property)
 
 
 def test_weights_follow_the_root_of_what_shuffling_loses() -> None:

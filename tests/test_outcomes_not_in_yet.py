@@ -80,12 +80,14 @@ def calibration_error(options: TrainingOptions, interest: FloatArray) -> float:
 
 
 def test_waiting_for_the_horizon_calibrates_and_taking_young_leads_for_lost_does_not(
-    options: Callable[..., TrainingOptions], tmp_path: Path
+    options: Callable[..., TrainingOptions], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     interest = create_delayed_leads(options().url)
     patient = calibration_error(options(), interest)
     naive = options(source="taken_for_lost", label="won", model_dir=tmp_path / "naive")
     taken_for_lost = calibration_error(naive, interest)
+    record_property("waiting", round(patient, 4))
+    record_property("taken for lost", round(taken_for_lost, 4))
     assert patient < 0.02
     assert taken_for_lost > 0.05
 

@@ -9,15 +9,13 @@ from datetime import UTC, datetime
 import msgspec
 import numpy as np
 
-from app.ai.calibration import calibrate
-from app.ai.domain import IntArray, JsonObject
+from app.ai.domain import JsonObject
 from app.ai.features import FeatureMatrix
 from app.ai.model_manifest import FeatureRow, ModelDescription, TrainingFacts
-from app.ai.venn_abers import build_intervals
 from app.training.bootstrap import bootstrap_intervals
 from app.training.evaluate import build_reliability, evaluate, measure_importance
 from app.training.fit import CalibratedModel
-from app.training.interval_coverage import measure_coverage
+from app.training.interval_coverage import build_model_intervals, measure_coverage
 from app.training.options import TrainingOptions
 from app.training.rows import TrainingRows
 from app.training.verdict import build_weights, measure_abstain_below
@@ -81,7 +79,9 @@ def describe_model(
             "importance": importance,
             "reliability": build_reliability(probability, test_part.outcome),
             "intervals": bootstrap_intervals(probability, test_part.outcome, options.seed),
-            "interval_coverage": _coverage(model, matrix, test_part.outcome),
+            "interval_coverage": measure_coverage(
+                build_model_intervals(model, matrix), probability, test_part.outcome
+            ),
         },
         feature_weights=weights,
         abstain_below=msgspec.UNSET if abstain_below is None else abstain_below,
@@ -95,20 +95,6 @@ def _report(options: TrainingOptions, notes: Notes) -> JsonObject:
         "warnings": list(notes.warnings),
         "undecided": notes.undecided,
     }
-
-
-def _coverage(model: CalibratedModel, matrix: FeatureMatrix, outcome: IntArray) -> JsonObject:
-    raw = model.fitted.raw_scores(matrix)
-    calibrator = model.calibrator
-    probability = calibrate(raw, calibrator)
-    intervals = build_intervals(
-        model.venn_abers,
-        raw,
-        probability,
-        unknown=np.zeros(len(raw), np.bool_),
-        bounds=(calibrator.lower, calibrator.upper),
-    )
-    return measure_coverage(intervals, probability, outcome)
 
 
 def _golden_inputs(matrix: FeatureMatrix, seed: int) -> list[FeatureRow]:

@@ -24,6 +24,8 @@ from app.training.rows import Progress, TrainingRows, fetch_rows
 
 _ROWS_AT_ONCE = 20_000
 _SEED = 0
+MIN_LEADS, MIN_OF_EACH_OUTCOME = 50, 10
+"""With fewer, every interval is so wide that the figures say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ def evaluate_model(
     rows, undecided = fetch_rows(options, bundle.input_columns, progress)
     answers, rejected = _answer(bundle, rows, policy, progress)
     answered, outcome = answers[~rejected], rows.outcome[~rejected]
+    _require_enough(outcome)
     probability = np.ascontiguousarray(answered["probability"])
     manifest = bundle.manifest
     overlap = _explain_overlap(options, bundle, rows)
@@ -113,6 +116,16 @@ def _require_columns(options: TrainingOptions, bundle: ModelBundle) -> None:
     outcome = options.label or options.outcome
     if outcome in {column.name for column in bundle.input_columns}:
         raise TrainingError(f"{outcome} feeds model {bundle.ref.version}, so it cannot be what it foretells.")
+
+
+def _require_enough(outcome: IntArray) -> None:
+    positives = int(outcome.sum())
+    negatives = len(outcome) - positives
+    if len(outcome) < MIN_LEADS or min(positives, negatives) < MIN_OF_EACH_OUTCOME:
+        raise TrainingError(
+            f"too few decided leads to measure a model on: {positives} with the outcome and {negatives} "
+            f"without; at least {MIN_LEADS} are needed, {MIN_OF_EACH_OUTCOME} of each."
+        )
 
 
 def _answer(
