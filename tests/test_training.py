@@ -96,6 +96,10 @@ def test_the_same_seed_and_data_give_the_same_fingerprint_and_predictions(
     assert manifest_fingerprint(again.manifest) == manifest_fingerprint(report.manifest)
     assert again.manifest.golden_outputs == report.manifest.golden_outputs
     assert again.manifest.metrics == report.manifest.metrics
+    one, other_one = (
+        told.card_path.read_text().replace(told.manifest.sha256, "") for told in (report, again)
+    )
+    assert one == other_one
     other = train(build_options(demo_url, tmp_path / "other", seed=4))
     assert manifest_fingerprint(other.manifest) != manifest_fingerprint(report.manifest)
 
@@ -223,6 +227,17 @@ def test_the_report_and_the_card_say_the_held_out_figures_and_no_value_of_a_lead
     low, high = report.manifest.report["intervals"]["roc_auc"]
     assert f"{figure}  (95 %: {low:.4f} to {high:.4f})" in out.getvalue()
     assert "http" not in html
+    assert html.count("<svg") == 5
+    for part in (
+        "What it is for",
+        "reliability diagram",
+        "By verdict",
+        "By time",
+        "By country",
+        "Known limits",
+    ):
+        assert part.casefold() in html.casefold()
+        assert part == "reliability diagram" or part in markdown
     json.dumps(report.facts())
     with psycopg.connect(demo_url) as connection:
         rows = connection.execute(

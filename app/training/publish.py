@@ -48,8 +48,8 @@ def publish_model(
         raise ArtifactError(
             "already_published", f"Version {manifest.version} of this model type already exists."
         )
-    _write_durably(model_dir / manifest.file_name, data)
-    _write_durably(manifest_path, encode_manifest(manifest))
+    write_durably(model_dir / manifest.file_name, data)
+    write_durably(manifest_path, encode_manifest(manifest))
     return manifest_path
 
 
@@ -81,7 +81,8 @@ def build_manifest(
         raise ArtifactError("manifest_invalid", f"The model cannot be described: {exc}.") from exc
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a file that others may read but not write; a reader sees all of it or what was there before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.ai.model_manifest import ModelManifest, manifest_fingerprint
+from app.training.card_evidence import NO_CHARTS, charts_available
 from app.training.evaluation import Evaluation
 
 HEADLINES: tuple[tuple[str, str], ...] = (
@@ -63,7 +64,7 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
     ]
     if training.as_of_from:
         rows.insert(2, ("as-of times", f"{training.as_of_from} to {training.as_of_to}"))
-    if manifest.report["undecided"]:
+    if manifest.report.get("undecided"):
         rows.insert(3, ("left out as undecided", f"{manifest.report['undecided']:,} leads"))
     return rows
 
@@ -107,6 +108,8 @@ def print_report(report: TrainingReport, console: Console) -> None:
     console.print(
         escape(f"published {report.manifest_path} in {report.seconds:.1f} s; card: {report.card_path}")
     )
+    if not charts_available():
+        console.print(escape(NO_CHARTS))
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:

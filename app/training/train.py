@@ -14,6 +14,7 @@ from app.training.declared import build_declared_features
 from app.training.derive import derive_features
 from app.training.describe import Notes, describe_model
 from app.training.fit import FeatureBuilder, fit_calibrated
+from app.training.held_out import look_at_held_out
 from app.training.leakage import check_leakage
 from app.training.model_card import write_model_card
 from app.training.options import TrainingOptions
@@ -45,7 +46,8 @@ def train(
     description = describe_model(options, train_part, test_part, model, notes)
     manifest_path = publish_model(options.model_dir, model.fitted.estimator, description, options.fmt)
     manifest = read_manifest(manifest_path.read_bytes())
-    card_path = write_model_card(manifest, manifest_path)
+    held_out = look_at_held_out(model, test_part, manifest)
+    card_path = write_model_card(manifest, held_out, manifest_path)
     return TrainingReport(manifest, manifest_path, card_path, time.monotonic() - started)
 
 
