@@ -15,6 +15,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from app.ai.domain import VERDICTS, Column
+from app.ai.features import FeatureSet
 from app.ai.model_manifest import ModelManifest, read_manifest
 from app.training.card_evidence import NO_CHARTS, collect_evidence
 from app.training.card_figures import (
@@ -29,6 +30,7 @@ from app.training.card_slices import MIN_SLICE_ROWS, OTHERS, UNKNOWN, build_divi
 from app.training.evaluate import evaluate
 from app.training.held_out import HeldOut
 from app.training.model_card import build_card
+from tests.builders import spec
 from tests.model_files import V1, manifest_of, publish
 
 ROWS = 3000
@@ -269,6 +271,10 @@ def test_a_rare_value_is_named_nowhere(manifest: ModelManifest, held_out: HeldOu
     for text in render(manifest, held_out):
         assert "vantablack" not in text.casefold()
         assert "website" in text
+    texts = np.full(ROWS, "Usual", object)
+    texts[: MIN_SLICE_ROWS - 1] = "Scarce"
+    alone = replace(held_out, columns={"source": Column("text", texts, np.ones(ROWS, np.bool_))})
+    assert [division.title for division in build_divisions(alone)] == ["verdict", "time"]
     values = held_out.columns["source"].values.copy()
     values[: MIN_SLICE_ROWS - 1] = "Scarce"
     values[100 : 100 + MIN_SLICE_ROWS] = "Plenty"
@@ -409,3 +415,32 @@ def test_training_imports_what_draws_only_when_it_draws() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
+
+
+def test_a_column_with_a_feature_for_each_level_is_one_row_that_says_so(
+    manifest: ModelManifest, held_out: HeldOut
+) -> None:
+    column = ("source", "text")
+    levels = [
+        spec("one_of", column, name=f"source={level}", params={"values": [level]}, missing="zero",
+             description=f"source is {level}")
+        for level in ("website", "fair")
+    ]  # fmt: skip
+    other = spec("level", column, name="source", description="source is none of the usual ones",
+                 params={"levels": {"website": 0.0, "fair": 0.0}, "unseen": 1.0, "missing": 0.0})  # fmt: skip
+    feature_set = FeatureSet((other, *levels)).to_json()
+    statistics = [manifest.statistics[0]] * 3
+    many = msgspec.structs.replace(
+        manifest,
+        feature_set=feature_set,
+        statistics=statistics,
+        golden_inputs=[[None] * 3] * len(manifest.golden_outputs),
+    )
+    rows = [
+        line
+        for line in render(many, held_out, charts=False)[1].splitlines()
+        if line.startswith("| source | 0.0")
+    ]
+    assert rows == [
+        "| source | 0.0500 | 0.0400 to 0.0600 | which of 2 usual values it is, none of them, or not known |"
+    ]

@@ -124,9 +124,7 @@ def _verdicts(held_out: HeldOut) -> str:
 
 def _small_slices(divisions: Sequence[Division]) -> str:
     pooled = [
-        division.title
-        for division in divisions
-        if any(part.name == OTHERS or not part.told for part in division.slices)
+        division.title for division in divisions if any(part.name == OTHERS for part in division.slices)
     ]
     if not pooled:
         return ""

@@ -3,9 +3,10 @@
 Written for people who call leads, not for statisticians. Never computes a figure. Called by `model_card`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from app.ai.features import FeatureSet, FeatureSpec
 from app.ai.model_manifest import ModelManifest
 from app.training.card_evidence import Evidence
 from app.training.card_page import Chart, Section, Table
@@ -172,10 +173,11 @@ def describe_gain(evidence: Evidence) -> Section:
 
 def describe_features(manifest: ModelManifest, evidence: Evidence) -> Section:
     """Returns the section on what the model goes by."""
-    leading = {
-        ", ".join(column["name"] for column in spec["inputs"]): spec for spec in manifest.feature_set[::-1]
+    feature_set = FeatureSet.from_json(manifest.feature_set)
+    groups = dict(zip(feature_set.group_names, feature_set.groups, strict=True))
+    meanings = {
+        name: _meaning([feature_set.specs[index] for index in group]) for name, group in groups.items()
     }
-    specs = {**leading, **{spec["name"]: spec for spec in manifest.feature_set}}
     text = (
         "What is lost of the ROC AUC on held-out leads when the values of a feature are shuffled among them; "
         f"mean and range of {SHUFFLES} shuffles. Features that say the same share their worth."
@@ -186,7 +188,7 @@ def describe_features(manifest: ModelManifest, evidence: Evidence) -> Section:
             name,
             f"{sum(losses) / len(losses):.4f}",
             f"{min(losses):.4f} to {max(losses):.4f}",
-            specs[name]["description"] if name in specs else "",
+            meanings.get(name, ""),
         )
         for name, losses in evidence.importance.items()
     ]
@@ -224,6 +226,13 @@ def _slice_table(division: Division) -> Table:
         for part in division.slices
     ]
     return Table(("", "leads", "happened", "predicted", "gap", "ROC AUC"), rows, f"By {division.title}")
+
+
+def _meaning(group: Sequence[FeatureSpec]) -> str:
+    levels = sum(spec.transform == "one_of" for spec in group)
+    if len(group) == 1 or not levels:
+        return group[0].description
+    return f"which of {levels} usual values it is, none of them, or not known"
 
 
 def _charts(evidence: Evidence, *wanted: tuple[str, str]) -> list[Chart]:

@@ -74,9 +74,10 @@ def build_divisions(held_out: HeldOut) -> list[Division]:
     for name in _by_importance(held_out.columns, held_out.importance):
         labels = _label(held_out.columns[name])
         levels = Counter(labels)
+        if sum(rows >= MIN_SLICE_ROWS for rows in levels.values()) < 2 or len(parts) == MAX_COLUMNS + 2:
+            continue
         last = [level for level in (OTHERS, UNKNOWN) if levels.pop(level, 0)]
-        if len(levels) + len(last) > 1 and len(parts) < MAX_COLUMNS + 2:
-            parts.append((name, labels, [*(level for level, _ in levels.most_common()), *last]))
+        parts.append((name, labels, [*(level for level, _ in levels.most_common()), *last]))
     return [
         Division(
             title,
