@@ -21,6 +21,7 @@ from app.ai.ml_telemetry import Telemetry
 from app.ai.model_bundle import ModelBundle
 from app.ai.model_catalogue import AvailableModel
 from app.ai.model_registry import ModelRegistry
+from app.ai.prediction_cache import CacheFreshness
 from app.errors import DatabaseUnavailableError, ModelNotReadyError, TelemetryUnavailableError
 from app.metrics import render_metrics
 from app.schemas.ai_ml import HealthResponse, Liveness, ModelsResponse, Readiness
@@ -74,6 +75,7 @@ class Operations:
     telemetry: Telemetry
     database: DatabaseProbe
     drift: DriftWindow
+    cache_freshness: Callable[[], CacheFreshness]
     breaker: CircuitBreaker | None
     clock: Callable[[], float]
     started: float
@@ -106,6 +108,7 @@ class Operations:
             "since_seconds": model.loaded_since_seconds,
             "feature_count": len(bundle.feature_set.names) if bundle else None,
             "cache_status": model.cache_status,
+            "prediction_cache": {"freshness": self.cache_freshness()},
             "database": await self.database.look(),
             "telemetry": {"status": self.telemetry.state(), "backlog": self.telemetry.backlog()},
             "breaker": {"state": self.breaker.state} if self.breaker else None,

@@ -74,6 +74,7 @@ def _build_lifespan(settings: Settings) -> Lifespan:
                     telemetry=services.telemetry,
                     database=DatabaseProbe(services.ping_database, time.monotonic),
                     drift=services.drift,
+                    cache_freshness=services.cache_freshness,
                     breaker=services.breaker if settings.ai_enable_legacy_advanced_ml else None,
                     clock=time.monotonic,
                     started=time.monotonic(),

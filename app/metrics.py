@@ -31,6 +31,17 @@ STAGE_SECONDS = Histogram(
 )
 LEADS = Counter("leadscore_leads", "Lead IDs asked, by outcome.", ["outcome"])
 CACHE_LOOKUPS = Counter("leadscore_prediction_cache_lookups", "Looks into the prediction cache.", ["result"])
+CHANGE_LISTENER = Gauge(
+    "leadscore_change_listener",
+    "1 when every worker hears from the database which leads change.",
+    multiprocess_mode="livemin",
+)
+LEAD_CHANGES = Counter(
+    "leadscore_lead_changes", "Changes heard of: of one lead, or of any there is.", ["scope"]
+)
+LISTENER_LOSSES = Counter(
+    "leadscore_change_listener_losses", "Sessions that listen for changes lost or not opened."
+)
 FEATURE_COVERAGE = Counter(
     "leadscore_feature_coverage", "Sum of the answered leads' shares of really present features."
 )

@@ -19,10 +19,11 @@ from app.ai.features import FeatureSet
 from app.ai.ml_telemetry import MlTelemetry, NullTelemetry, Telemetry
 from app.ai.model_manifest import ModelManifest
 from app.ai.model_registry import LoadReport, ModelRegistry
-from app.ai.prediction_cache import AnswerCache, NullCache, PredictionCache
+from app.ai.prediction_cache import AnswerCache, CacheFreshness, NullCache, PredictionCache
 from app.ai.predictor import Predictor, ScoringPolicy
 from app.ai.telemetry_log import TelemetryLog
 from app.db.ai_events import PostgresEventSink
+from app.db.change_listener import ChangeListener
 from app.db.engine import Connection, Database
 from app.db.leads import PostgresLeadSource
 from app.errors import DatabaseUnavailableError, ModelNotReadyError, PredictionFailedError, SettingsError
@@ -44,6 +45,7 @@ class Services:
     breaker: CircuitBreaker
     drift: DriftWindow
     ping_database: Callable[[], Awaitable[None]]
+    cache_freshness: Callable[[], CacheFreshness]
 
 
 @asynccontextmanager
@@ -63,7 +65,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         telemetry = await _open_telemetry(stack, url, settings)
         lead_source = PostgresLeadSource(leads, settings.lead_source)
         registry = _open_registry(stack, settings, lead_source, telemetry)
-        cache = _build_cache(settings)
+        cache, cache_freshness = await _open_cache(stack, url, settings)
         drift = DriftWindow(DRIFT_WINDOW_ROWS)
         executor = stack.enter_context(ThreadPoolExecutor(1, "scoring"))
         policy = ScoringPolicy(settings.ml_min_feature_coverage, settings.ml_confidence_method)
@@ -72,7 +74,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             settings.ai_breaker_failures, settings.ai_breaker_open_seconds, time.monotonic
         )
         await _warm_up(lead_source, registry)
-        yield Services(predictor, registry, telemetry, breaker, drift, lambda: _ping(probe))
+        yield Services(predictor, registry, telemetry, breaker, drift, lambda: _ping(probe), cache_freshness)
 
 
 def find_incompatibility(manifest: ModelManifest, source: Mapping[str, ColumnKind]) -> str | None:
@@ -152,9 +154,23 @@ def _build_load_event(report: LoadReport) -> ModelLoaded | ModelLoadFailed:
     )
 
 
-def _build_cache(settings: Settings) -> AnswerCache:
+async def _open_cache(
+    stack: AsyncExitStack, url: str, settings: Settings
+) -> tuple[AnswerCache, Callable[[], CacheFreshness]]:
     if settings.ml_prediction_cache_ttl_seconds == 0:
-        return NullCache()
-    return PredictionCache(
+        return NullCache(), lambda: "off"
+    cache = PredictionCache(
         settings.ml_prediction_cache_size, settings.ml_prediction_cache_ttl_seconds, time.monotonic
     )
+    listener = ChangeListener(
+        url, settings.lead_source, cache, deadline_seconds=settings.database_deadline_seconds
+    )
+    stack.push_async_callback(asyncio.to_thread, listener.close)
+    await asyncio.to_thread(listener.start)
+
+    def tell_freshness() -> CacheFreshness:
+        if not cache.is_trusted():
+            return "suspended"
+        return "notified" if listener.hears_everything() else "expiry_only"
+
+    return cache, tell_freshness

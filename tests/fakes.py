@@ -1,5 +1,6 @@
 """One honest fake for each protocol: they keep the protocol's promises, and nothing else."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -31,13 +32,16 @@ class FakeClock:
 class FakeLeadSource:
     """Leads in memory: canonical ID -> column -> value (None for NULL), or "ambiguous".
 
-    `error` is raised instead of answering while it is set; `asked` holds the IDs of every call.
+    `error` is raised instead of answering while it is set; `asked` holds the IDs of every call. With a `gate`
+    an answer, as of the call, waits until the gate is open; `reached` tells that one does.
     """
 
     def __init__(self, leads: Mapping[str, Mapping[str, object] | str]) -> None:
         self.leads = dict(leads)
         self.error: Exception | None = None
         self.asked: list[list[str]] = []
+        self.gate: asyncio.Event | None = None
+        self.reached = asyncio.Event()
 
     async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn]) -> FetchedLeads:
         self.asked.append(list(lead_ids))
@@ -52,7 +56,11 @@ class FakeLeadSource:
             elif lead is not None:
                 row_of[index] = len(rows)
                 rows.append(lead)
-        return FetchedLeads(row_of, build_columns(rows, columns))
+        found = build_columns(rows, columns)
+        if self.gate is not None:
+            self.reached.set()
+            await self.gate.wait()
+        return FetchedLeads(row_of, lead_ids, found)
 
 
 def build_columns(rows: Sequence[Mapping[str, object]], columns: Sequence[InputColumn]) -> LeadColumns:

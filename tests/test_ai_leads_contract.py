@@ -110,6 +110,14 @@ def ask(client: httpx2.Client, *lead_ids: str) -> dict[str, Any]:
     return answer
 
 
+def ask_until_hits(client: httpx2.Client, hits: int, *lead_ids: str) -> dict[str, Any]:
+    """Asks until that many answers come out of the cache."""
+    deadline = time.monotonic() + 10
+    while (answer := ask(client, *lead_ids))["cache_hits"] != hits:
+        assert time.monotonic() < deadline
+    return answer
+
+
 def problem_of(response: httpx2.Response, status: int, code: str) -> dict[str, Any]:
     """Asserts that the response is the error `code` in the one shape errors have."""
     assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
@@ -299,10 +307,13 @@ def test_an_answer_without_a_single_prediction_is_still_an_answer(client: httpx2
 def test_cache_hits_are_counted_and_the_numbers_stay_the_same(client: httpx2.Client, crm_url: str) -> None:
     with psycopg.connect(crm_url) as connection:
         a, b, c = (str(row[0]) for row in connection.execute("SELECT id FROM people LIMIT 3").fetchall())
-    first, mixed, again = ask(client, a, b), ask(client, b, c, "nobody", b.upper()), ask(client, a, b, c)
+    first = ask(client, a, b)
     assert (first["cache_hit"], first["cache_hits"]) == (False, 0)
-    assert (mixed["cache_hit"], mixed["cache_hits"]) == (False, 2)
-    assert (again["cache_hit"], again["cache_hits"]) == (True, 3)
+    # On a machine that is busy the cache may be suspended for a moment, and hits are then not promised.
+    mixed = ask_until_hits(client, 2, b, "nobody", b.upper())
+    assert (mixed["cache_hit"], mixed["failed_predictions"]) == (True, 1)
+    again = ask_until_hits(client, 3, a, b, c)
+    assert again["cache_hit"] is True
     assert again["predictions"][:2] == first["predictions"]
 
 
@@ -438,6 +449,7 @@ def test_the_flag_takes_the_legacy_route_away(uncached: httpx2.Client, client: h
     assert LEGACY not in uncached.get("/openapi.json").json()["paths"]
     assert LEGACY in client.get("/openapi.json").json()["paths"]
     assert uncached.get(HEALTH).json()["breaker"] is None
+    assert uncached.get(HEALTH).json()["prediction_cache"] == {"freshness": "off"}
 
 
 def test_the_hardened_router_is_mounted_first_and_the_routers_have_tags_of_their_own(
@@ -466,6 +478,7 @@ def test_health_says_what_serves_and_what_ops_ask_next(
     assert body["telemetry"]["status"] == "ok"
     assert body["breaker"] == {"state": "closed"}
     assert set(body["drift"]) == {"status", "rows"}
+    assert body["prediction_cache"]["freshness"] in {"expiry_only", "suspended"}  # odd_leads has no triggers
 
 
 def test_without_a_model_health_is_503_with_nulls_and_scoring_is_not_ready(broken: httpx2.Client) -> None:

@@ -108,6 +108,13 @@ async def test_leads_are_found_by_either_id_and_the_others_are_told_apart(url: s
     assert found.leads.columns["tint"].values[rows[6]] == "green"
 
 
+async def test_each_id_is_told_the_lead_it_stands_for(url: str, connect: Connect) -> None:
+    asked = ["nobody", A, "lead_2", str(UUID(int=99)), "twice", "lead_1"]
+    found = await connect(url).fetch(asked, COLUMNS)
+    assert found.uuid_of == ["nobody", A, B, str(UUID(int=99)), "twice", A]
+    assert (await connect(url).fetch([B, A], COLUMNS)).uuid_of == [B, A]
+
+
 @pytest.mark.parametrize(
     "asked", [[A, B], ["lead_1", "lead_2"], [A, "lead_2"], [str(UUID(int=99))], ["nobody"]]
 )

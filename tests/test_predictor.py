@@ -1,5 +1,6 @@
 """The predictor: every position answered once, whatever is known, unknown, doubtful or broken."""
 
+import asyncio
 import dataclasses
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from app.errors import (
 )
 from tests.fakes import FakeClock, FakeLeadSource, FakeModels, build_columns
 from tests.lead_models import AS_OF, FEATURES, build_lead_bundle, build_lead_rows
+from tests.test_prediction_cache import build_cache
 
 UUID = "6f1c0c1e-5f0b-4a57-9a1c-0c6a3f0e9b11"
 CONTEXT = RequestContext("request-1", AS_OF)
@@ -37,6 +39,7 @@ class World:
         rows = build_lead_rows(INLINE_LEADS + 1, seed=5)
         leads: dict[str, dict[str, object] | str] = {f"lead_{number}": row for number, row in enumerate(rows)}
         self.source = FakeLeadSource({**leads, UUID: rows[0], "twice": "ambiguous", "empty": {}})
+        self.cache = cache
         self.models = FakeModels(BUNDLE)
         self.drift = DriftWindow(1000)
         self.predictor = Predictor(
@@ -66,7 +69,7 @@ def world(executor: ThreadPoolExecutor) -> World:
 
 @pytest.fixture
 def caching_world(executor: ThreadPoolExecutor) -> World:
-    return World(executor, PredictionCache(1000, 300, FakeClock()))
+    return World(executor, build_cache(1000))
 
 
 def rows_of(predictions: Predictions) -> list[tuple[object, ...]]:
@@ -178,6 +181,44 @@ async def test_a_mixed_batch_fails_while_the_database_is_away(caching_world: Wor
     caching_world.source.error = DatabaseUnavailableError()
     with pytest.raises(DatabaseUnavailableError):
         await caching_world.ask("lead_1", "lead_2")
+
+
+async def test_a_lead_that_changes_while_it_is_read_is_read_again_next_time(caching_world: World) -> None:
+    assert isinstance(caching_world.cache, PredictionCache)
+    caching_world.source.gate = asyncio.Event()
+    reading = asyncio.create_task(caching_world.ask("lead_1", "lead_2"))
+    await caching_world.source.reached.wait()
+    caching_world.source.leads["lead_1"] = {}
+    caching_world.cache.forget(["lead_1"])
+    caching_world.source.gate.set()
+    before = await reading
+    after = await caching_world.ask("lead_1", "lead_2")
+    assert caching_world.source.asked[1:] == [["lead_1"]]
+    assert VERDICTS[after.verdict[0]] == "abstain" != VERDICTS[before.verdict[0]]
+    assert rows_of(after)[1] == rows_of(before)[1]
+
+
+async def test_with_the_database_away_and_nobody_listening_the_last_known_answers_say_that_they_are(
+    caching_world: World,
+) -> None:
+    assert isinstance(caching_world.cache, PredictionCache)
+    before = await caching_world.ask("lead_1", "lead_2")
+    caching_world.cache.trust_until(0)
+    caching_world.source.error = DatabaseUnavailableError()
+    after = await caching_world.ask("lead_2", "lead_1")
+    assert rows_of(after) == rows_of(before)[::-1]
+    assert (before.degraded, after.degraded) == (False, True)
+    with pytest.raises(DatabaseUnavailableError):
+        await caching_world.ask("lead_1", "lead_3")
+
+
+async def test_nobody_listening_means_that_every_lead_is_read(caching_world: World) -> None:
+    assert isinstance(caching_world.cache, PredictionCache)
+    await caching_world.ask("lead_1")
+    caching_world.cache.trust_until(0)
+    again = await caching_world.ask("lead_1")
+    assert (again.cache_hits, again.degraded) == (0, False)
+    assert caching_world.source.asked == [["lead_1"], ["lead_1"]]
 
 
 async def test_another_model_does_not_answer_from_the_old_ones_cache(caching_world: World) -> None:

@@ -80,6 +80,7 @@ def encode_answer(predictions: Predictions, request_id: str, elapsed_ms: float) 
             "processing_time_ms": round(elapsed_ms, 3),
             "cache_hit": 0 < answered == predictions.cache_hits,
             "cache_hits": predictions.cache_hits,
+            **({"degraded": True} if predictions.degraded else {}),
             "schema_version": "v1",
             "contract_version": 1,
             "calibration_metadata": {

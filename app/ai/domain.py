@@ -80,10 +80,11 @@ class FetchedLeads:
     """What the lead source knows of the IDs asked.
 
     `row_of` (one entry for each ID asked) is the row in `leads`, or `UNKNOWN_LEAD`, or `AMBIGUOUS_LEAD`.
-    Two IDs may share a row.
+    Two IDs may share a row. `uuid_of` is the canonical UUID of each ID's lead, the ID itself without one.
     """
 
     row_of: IntArray
+    uuid_of: Sequence[str]
     leads: LeadColumns
 
 
@@ -99,6 +100,22 @@ class LeadSource(Protocol):
             DatabaseUnavailableError: no answer within the deadline.
             PredictionFailedError: the relation no longer has a column, or it has another type.
         """
+        ...
+
+
+class LeadObserver(Protocol):
+    """Who wants to know which leads changed; told by `app.db.change_listener`, on its thread."""
+
+    def forget(self, uuids: Sequence[str]) -> None:
+        """These leads, named by canonical UUID, have changed."""
+        ...
+
+    def forget_all(self) -> None:
+        """Any lead may have changed."""
+        ...
+
+    def trust_until(self, monotonic_seconds: float) -> None:
+        """Until then, a lead that is not named has not changed for too long."""
         ...
 
 
@@ -162,6 +179,7 @@ class Predictions:
 
     `lead_ids` are as they were sent. `verdict` holds indices into `VERDICTS`. `stages_ms` is wall time by
     stage, in milliseconds. `intervals` (m, 2), the ends of each interval, are there when they were asked for.
+    `degraded` answers are the last that was known while the lead source is away.
     """
 
     asked: int
@@ -180,6 +198,7 @@ class Predictions:
     bounds: tuple[float, float]
     stages_ms: Mapping[str, float]
     intervals: FloatArray | None = None
+    degraded: bool = False
 
 
 JsonObject = dict[str, Any]

@@ -40,7 +40,12 @@ from app.ai.features import build_features
 from app.ai.model_bundle import ModelBundle
 from app.ai.prediction_cache import AnswerCache
 from app.ai.venn_abers import build_intervals
-from app.errors import InvalidParameterError, LeadScoringError, PredictionFailedError
+from app.errors import (
+    DatabaseUnavailableError,
+    InvalidParameterError,
+    LeadScoringError,
+    PredictionFailedError,
+)
 
 _log = structlog.get_logger("app.predictor")
 
@@ -141,7 +146,7 @@ class Predictor:
         Raises:
             ModelNotReadyError: no verified model is loaded.
             InvalidParameterError: intervals are asked for, and the model has none.
-            DatabaseUnavailableError: a lead is not in the cache and the lead source does not answer.
+            DatabaseUnavailableError: the lead source does not answer, and a lead is not even remembered.
             PredictionFailedError: anything else went wrong; the cause is chained and logged.
         """
         try:
@@ -167,12 +172,21 @@ class Predictor:
         watch.lap("cache")
         fate = np.full(len(distinct), _ANSWERED)
         missing = np.flatnonzero(~hit)
+        degraded = False
         if missing.size:
             asked = [distinct[index] for index in missing.tolist()]
-            answers[missing], fate[missing] = await self._answer(bundle, asked, context.as_of, watch)
+            try:
+                answers[missing], fate[missing] = await self._answer(bundle, asked, context.as_of, watch)
+            except DatabaseUnavailableError:
+                hit, answers = self._cache.recall(bundle.ref, context.as_of, distinct)
+                if not hit.all():
+                    raise
+                degraded = True
         positions = np.fromiter((place[lead_id] for lead_id in canonical), np.int64, len(canonical))
         outcome = _Outcome(answers[positions], fate[positions], hit[positions])
         predictions = self._assemble(bundle, lead_ids, outcome, watch.stages_ms)
+        if degraded:
+            predictions = replace(predictions, degraded=True)
         if "interval" in context.include:
             kept = outcome.answers[outcome.fate == _ANSWERED]
             predictions = replace(predictions, intervals=find_intervals(bundle, kept))
@@ -182,6 +196,7 @@ class Predictor:
         self, bundle: ModelBundle, lead_ids: Sequence[str], as_of: float, watch: Stopwatch
     ) -> tuple[AnswerArray, IntArray]:
         """Returns what is found of leads the cache does not know: answers, and the fate of each ID."""
+        since = self._cache.moment()
         fetched = await self._lead_source.fetch(lead_ids, bundle.input_columns)
         watch.lap("database")
         fate = np.minimum(fetched.row_of, _ANSWERED)
@@ -194,7 +209,14 @@ class Predictor:
             answers[found] = scored.answers[rows]
             fate[found] = np.where(scored.rejected[rows], _FEATURES_REJECTED, _ANSWERED)
         answered = np.flatnonzero(fate == _ANSWERED).tolist()
-        self._cache.remember(bundle.ref, as_of, [lead_ids[index] for index in answered], answers[answered])
+        self._cache.remember(
+            bundle.ref,
+            as_of,
+            [lead_ids[index] for index in answered],
+            answers[answered],
+            uuids=[fetched.uuid_of[index] for index in answered],
+            since=since,
+        )
         return answers, fate
 
     async def _score(self, bundle: ModelBundle, leads: LeadColumns, as_of: float, lap: Lap) -> ScoredLeads:

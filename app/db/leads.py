@@ -7,6 +7,7 @@ columns a model asks for. Nothing here writes, or knows what a feature is. Used 
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import psycopg
@@ -108,8 +109,10 @@ class PostgresLeadSource:
         decoded = {
             column.name: decode_cells(column.kind, cell) for column, cell in zip(columns, cells, strict=True)
         }
-        rows = _rows_by_uuid(ids or b""), _rows_by_ref(found_refs)
-        return FetchedLeads(_match(lead_ids, *rows), LeadColumns(len(ids or b"") // 16, decoded))
+        found = _split_uuids(ids or b"")
+        row_of = _match(lead_ids, _rows(found), _rows_by_ref(found_refs))
+        uuid_of = _name_leads(lead_ids, row_of, found) if refs else lead_ids
+        return FetchedLeads(row_of, uuid_of, LeadColumns(len(found), decoded))
 
     def _statement(self, columns: tuple[InputColumn, ...], *, by_id: bool, by_ref: bool) -> sql.Composed:
         key = (columns, by_id, by_ref)
@@ -201,9 +204,9 @@ def _fetch_types(connection: psycopg.Connection[Any], relation: str) -> ColumnTy
     return types
 
 
-def _rows_by_uuid(ids: bytes) -> dict[str, int]:
+def _split_uuids(ids: bytes) -> list[str]:
     digits = ids.hex()
-    return _rows([digits[at : at + 32] for at in range(0, len(digits), 32)])
+    return [digits[at : at + 32] for at in range(0, len(digits), 32)]
 
 
 def _rows_by_ref(refs: bytes | None) -> dict[str, int]:
@@ -225,3 +228,10 @@ def _match(lead_ids: Sequence[str], by_uuid: Mapping[str, int], by_ref: Mapping[
         for lead_id in lead_ids
     )
     return np.fromiter(found, dtype=np.int64, count=len(lead_ids))
+
+
+def _name_leads(lead_ids: Sequence[str], row_of: IntArray, found: Sequence[str]) -> list[str]:
+    return [
+        lead_id if row < 0 or is_uuid(lead_id) else str(UUID(found[row]))
+        for lead_id, row in zip(lead_ids, row_of.tolist(), strict=True)
+    ]

@@ -105,6 +105,8 @@ class PredictBatchResponse(_Message):
     cache_hit: bool
     """True when every answer came from the prediction cache."""
     cache_hits: Count
+    degraded: Literal[True] | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)
+    """Only while the lead database is away: the answers are the last known ones, leads may have changed."""
     schema_version: Literal["v1"]
     contract_version: Literal[1]
     calibration_metadata: CalibrationMetadata
@@ -155,6 +157,15 @@ class Problem(_Message):
     errors: Annotated[list[ProblemPosition], Field(max_length=20)]
 
 
+class PredictionCacheHealth(_Message):
+    """How soon a changed lead is answered anew."""
+
+    freshness: Literal["notified", "expiry_only", "suspended", "off"]
+    """`notified`: within 250 ms of the change; `expiry_only`: the lead source has tables without triggers, so
+    at the latest when the answer expires; `suspended`: the database cannot say what changes, so every answer
+    is computed; `off`: the cache is."""
+
+
 class DatabaseHealth(_Message):
     """Whether the lead database answers, as of a look at most a second ago."""
 
@@ -193,6 +204,7 @@ class HealthResponse(_Message):
     since_seconds: float | None
     feature_count: Count | None
     cache_status: Literal["hit", "miss", "expired", "error"]
+    prediction_cache: PredictionCacheHealth
     database: DatabaseHealth
     telemetry: TelemetryHealth
     breaker: BreakerHealth | None
