@@ -176,6 +176,12 @@ def import_file(
 )
 @click.option("--format", "fmt", type=click.Choice(["skops", "joblib"]), default="skops", show_default=True)
 @click.option("--as-of", type=_moment, help="Train as if it were this moment (UTC); by default now.")
+@click.option("--since", type=_moment, help="Leave out leads of an earlier time (UTC).")
+@click.option(
+    "--order-by",
+    metavar="COLUMN",
+    help="Time or number that rises as leads come in; by default as_of or created_at. Never a feature.",
+)
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed and data, same model."
 )
@@ -191,6 +197,8 @@ def train(
     model: ModelType,
     fmt: ArtifactFormat,
     as_of: datetime | None,
+    since: datetime | None,
+    order_by: str | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -217,6 +225,8 @@ def train(
             model=model,
             fmt=fmt,
             as_of=_utc(as_of) if as_of else None,
+            since=_utc(since) if since else None,
+            order_by=order_by,
             seed=seed,
         )
         report = run(options, progress)

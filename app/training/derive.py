@@ -45,7 +45,7 @@ def derive_features(
     repeats = find_repeats({column.name: leads.columns[column.name] for column in columns})
     for column in columns:
         cells = leads.columns[column.name]
-        reason = _reason_to_drop(cells)
+        reason = reason_to_drop(cells)
         if reason is None and column.name in repeats:
             reason = f"says the same as {repeats[column.name]}"
         if reason is not None:
@@ -55,7 +55,8 @@ def derive_features(
     return DerivedFeatures(FeatureSet(tuple(specs)), dropped)
 
 
-def _reason_to_drop(cells: Column) -> str | None:
+def reason_to_drop(cells: Column) -> str | None:
+    """Returns why a column of `n` rows by itself has nothing to teach, or None."""
     codes = distinct_codes(cells)
     rows = np.bincount(codes)
     odd_ones = len(codes) - int(rows.max(initial=0))

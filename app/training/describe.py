@@ -76,6 +76,7 @@ def describe_model(
         created_at=_moment(options.now.timestamp()),
         report={
             **_report(options, notes),
+            "split": "random" if test_part.order is None else "time",
             "importance": importance,
             "reliability": build_reliability(probability, test_part.outcome),
             "intervals": bootstrap_intervals(probability, test_part.outcome, options.seed),
@@ -94,6 +95,7 @@ def _report(options: TrainingOptions, notes: Notes) -> JsonObject:
         "excluded": sorted(options.exclude),
         "warnings": list(notes.warnings),
         "undecided": notes.undecided,
+        "since": _moment(options.since.timestamp()) if options.since else None,
     }
 
 

@@ -22,8 +22,10 @@ class TrainingOptions:
 
     `as_of` is the moment up to which anything is known (default: `now`); `features` defaults to the declared
     set for the default source without a label and to derived features otherwise. `exclude` never feeds the
-    model; `allow_leaky` names columns the leakage guard lets pass. `version` (`YYYYMMDD_HHMMSS`) defaults to
-    `now`.
+    model; `allow_leaky` names columns the leakage guard lets pass. `order_by` names the column, a time or any
+    number, that says in which order leads came to be (default: `as_of` or `created_at`, where the source has
+    one); it never feeds the model either. `since` leaves out leads of an earlier time. `version`
+    (`YYYYMMDD_HHMMSS`) defaults to `now`.
     """
 
     url: str
@@ -33,6 +35,8 @@ class TrainingOptions:
     outcome: str = "outcome_at"
     horizon_days: int = 90
     as_of: datetime | None = None
+    since: datetime | None = None
+    order_by: str | None = None
     exclude: tuple[str, ...] = ()
     allow_leaky: tuple[str, ...] = ()
     features: Literal["auto", "declared"] | None = None

@@ -25,6 +25,8 @@ HEADLINES: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 """The held-out metrics people ask for, in the order they are shown."""
 
+_HOW_TESTED = {"time": ", the most recent ones", "random": ", drawn at random"}
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingReport:
@@ -52,10 +54,11 @@ class TrainingReport:
 def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
     """Returns what the model was made from as pairs of heading and text."""
     training = manifest.training
+    how = _HOW_TESTED.get(str(manifest.report.get("split")), "")
     rows = [
         ("source", manifest.source),
         ("outcome", manifest.label),
-        ("leads", f"{training.train_rows:,} to fit and calibrate, {training.test_rows:,} to test"),
+        ("leads", f"{training.train_rows:,} to fit and calibrate, {training.test_rows:,} to test{how}"),
         ("outcome rate", f"{manifest.base_rate:.1%}"),
         ("features", str(len(manifest.feature_set))),
         ("calibration", str(manifest.calibrator["method"])),
@@ -64,6 +67,8 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
     ]
     if training.as_of_from:
         rows.insert(2, ("as-of times", f"{training.as_of_from} to {training.as_of_to}"))
+    if manifest.report.get("since"):
+        rows.insert(2, ("no lead from before", manifest.report["since"]))
     if manifest.report.get("undecided"):
         rows.insert(3, ("left out as undecided", f"{manifest.report['undecided']:,} leads"))
     return rows

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from app.ai.domain import BoolArray, Column, ColumnKind, FloatArray, InputColumn, IntArray, LeadColumns
 from app.db.leads import fetch_all_chunks, fetch_columns
@@ -22,18 +21,22 @@ Progress = Callable[[str, int, int], None]
 """Told the stage, how much of it is done, and how much there is (0 while that is unknown)."""
 
 MIN_ROWS, MIN_OF_EACH_CLASS = 50, 10
-TEST_SHARE = 0.2
 _AS_OF, _CREATED_AT, _EXTERNAL_REF = "as_of", "created_at", "external_ref"
 _SECONDS_PER_DAY = 86_400.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingRows:
-    """`n` decided leads: their columns, outcomes (n,) as 0 or 1, and as-of times (n,) in seconds UTC."""
+    """`n` decided leads: their columns, outcomes (n,) as 0 or 1, and as-of times (n,) in seconds UTC.
+
+    `order` (n,) rises in the order in which the leads came to be: seconds UTC, or any number; None if the
+    source does not say.
+    """
 
     leads: LeadColumns
     outcome: IntArray
     as_of: FloatArray
+    order: FloatArray | None = None
 
     def take(self, rows: BoolArray | IntArray) -> "TrainingRows":
         """Returns these rows, by mask or by index."""
@@ -42,30 +45,32 @@ class TrainingRows:
             for name, column in self.leads.columns.items()
         }
         outcome = self.outcome[rows]
-        return TrainingRows(LeadColumns(len(outcome), columns), outcome, self.as_of[rows])
+        order = None if self.order is None else self.order[rows]
+        return TrainingRows(LeadColumns(len(outcome), columns), outcome, self.as_of[rows], order)
 
 
 def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], dict[str, str]]:
     """Returns the columns that may feed features, and a reason for each that the deny-list keeps out.
 
-    Identity, as-of time and outcome never feed a feature.
+    Identity, as-of time, outcome and the column to order by never feed a feature.
 
     Raises:
         TrainingError: a column the options name is not there, or the declared set needs one that is excluded.
     """
     kinds = fetch_columns(options.url, options.source)
     known = {*kinds, "lead_id"}
-    _require_columns(options.source, known, [*options.exclude, *options.allow_leaky])
+    ordering = [options.order_by] if options.order_by else []
+    _require_columns(options.source, known, [*options.exclude, *options.allow_leaky, *ordering])
     if options.declared:
         needed = [column.name for column in DECLARED_COLUMNS]
         _require_columns(options.source, known, needed)
-        excluded = sorted(set(options.exclude) & set(needed))
+        excluded = sorted({*options.exclude, *ordering} & set(needed))
         if excluded:
             raise TrainingError(
                 f"the declared features read {', '.join(excluded)}; exclude it with derived features."
             )
         return DECLARED_COLUMNS, {}
-    reserved = {_EXTERNAL_REF, _AS_OF, options.label or options.outcome, *options.exclude}
+    reserved = {_EXTERNAL_REF, _AS_OF, options.label or options.outcome, *options.exclude, *ordering}
     if not options.label:
         reserved.add(_start_column(kinds))
     free = [name for name in kinds if name not in reserved]
@@ -84,10 +89,11 @@ def fetch_rows(
     With a label, a lead without one is undecided. Otherwise it is decided once its whole horizon has passed,
     also when its outcome came early: taking young leads that applied, and not those that may yet, would make
     applications look more frequent than they are. A lead whose outcome came before its as-of time is left
-    out too: there was nothing left to predict.
+    out too: there was nothing left to predict. Leads of a time before `options.since` do not count at all.
 
     Raises:
-        TrainingError: there are too few decided leads, or hardly any of one class, or a label is not 0 or 1.
+        TrainingError: there are too few decided leads, or hardly any of one class, or a label is not 0 or 1,
+            or the options ask for an order or a time that not every lead has.
         DatabaseUnavailableError: the database does not answer.
     """
     extra = _extra_columns(options, fetch_columns(options.url, options.source))
@@ -95,27 +101,25 @@ def fetch_rows(
     as_of = _as_of(options, leads)
     outcome, decided = _labels(options, leads) if options.label else _outcomes(options, leads, as_of)
     features = LeadColumns(leads.n, {column.name: leads.columns[column.name] for column in columns})
-    rows = TrainingRows(features, outcome, as_of).take(decided)
+    recent = _recent(options, leads)
+    rows = TrainingRows(features, outcome, as_of, _order(options, leads)).take(decided & recent)
     _require_enough(rows.outcome)
-    return rows, int((~decided).sum())
-
-
-def split_rows(rows: TrainingRows, seed: int) -> tuple[TrainingRows, TrainingRows]:
-    """Returns the part to fit and calibrate on, and the part to test on, with both classes spread evenly."""
-    index = np.arange(rows.leads.n)
-    train, test = train_test_split(index, test_size=TEST_SHARE, stratify=rows.outcome, random_state=seed)
-    return rows.take(np.sort(train)), rows.take(np.sort(test))
+    return rows, int((recent & ~decided).sum())
 
 
 def _extra_columns(options: TrainingOptions, kinds: Mapping[str, ColumnKind]) -> list[InputColumn]:
-    """Returns the columns that are read beside the features: the label or the outcome, and the as-of time."""
+    """Returns the columns that are read beside the features: label or outcome, as-of time, and the order."""
     wanted: dict[str, tuple[ColumnKind, ...]] = (
         {options.label: ("number", "boolean")} if options.label
         else {options.outcome: ("timestamp",), _start_column(kinds): ("timestamp",)}
     )  # fmt: skip
     _require_columns(options.source, kinds, wanted)
-    if kinds.get(_AS_OF) == "timestamp":
-        wanted[_AS_OF] = ("timestamp",)
+    start = _start_column(kinds)
+    if kinds.get(start) == "timestamp":
+        wanted[start] = ("timestamp",)
+    if options.order_by:
+        _require_columns(options.source, kinds, [options.order_by])
+        wanted[options.order_by] = ("number", "timestamp")
     for name, allowed in wanted.items():
         if kinds[name] not in allowed:
             raise TrainingError(f"{name} is a {kinds[name]}; expected a {' or '.join(allowed)}.")
@@ -153,6 +157,42 @@ def _as_of(options: TrainingOptions, leads: LeadColumns) -> FloatArray:
     if not moments.present.all():
         raise TrainingError(f"{start} is empty for some leads; every row needs the moment it is true for.")
     return np.asarray(moments.values, dtype=np.float64)
+
+
+def _order_column(options: TrainingOptions, leads: LeadColumns) -> str | None:
+    """Returns the column that says in which order leads came to be: the one asked for, or a time."""
+    times = [name for name, cells in leads.columns.items() if cells.kind == "timestamp"]
+    return options.order_by or next((name for name in (_AS_OF, _CREATED_AT) if name in times), None)
+
+
+def _order(options: TrainingOptions, leads: LeadColumns) -> FloatArray | None:
+    name = _order_column(options, leads)
+    if name is None:
+        return None
+    cells = leads.columns[name]
+    order = np.asarray(cells.values, dtype=np.float64)
+    if not (cells.present & np.isfinite(order)).all():
+        if name == options.order_by:
+            raise TrainingError(f"{name} is empty for some leads; to order by it every lead needs one.")
+        return None
+    return order if order.min() < order.max() else None
+
+
+def _recent(options: TrainingOptions, leads: LeadColumns) -> BoolArray:
+    """Tells which leads (n,) are of the time asked for."""
+    if options.since is None:
+        return np.ones(leads.n, dtype=np.bool_)
+    name = _order_column(options, leads)
+    if name is None or leads.columns[name].kind != "timestamp":
+        raise TrainingError(
+            f"since {options.since:%Y-%m-%d} needs the time of each lead, and {options.source} has no as_of "
+            "or created_at; name another timestamp column with --order-by."
+        )
+    if not leads.columns[name].present.all():
+        raise TrainingError(f"{name} is empty for some leads; nobody can tell whether they came since then.")
+    moments = np.asarray(leads.columns[name].values, dtype=np.float64)
+    recent: BoolArray = moments >= options.since.timestamp()
+    return recent
 
 
 def _labels(options: TrainingOptions, leads: LeadColumns) -> tuple[IntArray, BoolArray]:

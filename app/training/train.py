@@ -20,7 +20,8 @@ from app.training.model_card import write_model_card
 from app.training.options import TrainingOptions
 from app.training.publish import publish_model
 from app.training.report import TrainingReport
-from app.training.rows import Progress, TrainingRows, choose_columns, fetch_rows, split_rows
+from app.training.rows import Progress, TrainingRows, choose_columns, fetch_rows
+from app.training.splits import split_rows
 
 
 def train(

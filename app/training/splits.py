@@ -1,0 +1,145 @@
+"""Parts rows into those to learn from and those to be measured on, the way a model will be used.
+
+Where the source says in which order leads came to be, the past foretells the future: no training row is later
+than a test row. Elsewhere rows are drawn, both classes evenly. Rows that are equal in every column a
+feature could read never sit on both sides: a model may know such a row by heart. Pure, and the seed is a
+parameter. Called by `app.training.train` and wherever a fit is cross-validated.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from app.ai.domain import FloatArray, IntArray
+from app.errors import TrainingError
+from app.training.derive import reason_to_drop
+from app.training.repeats import distinct_codes
+from app.training.rows import TrainingRows
+
+FOLDS = 5
+_FIRST_SHARE = 1 / 3
+"""The share of rows, from the earliest on, that every time-ordered fold learns from."""
+
+
+class Fold(NamedTuple):
+    """Places of the rows to fit on and of the rows to measure on."""
+
+    train: IntArray
+    test: IntArray
+
+
+def split_rows(rows: TrainingRows, seed: int) -> tuple[TrainingRows, TrainingRows]:
+    """Returns the part to fit and calibrate on, and the fifth to test on once.
+
+    With an order the test part is the last fifth, less the rows that equal an earlier one, which go to the
+    other part. Otherwise it is drawn at random.
+
+    Raises:
+        TrainingError: a part would hold leads of one class only.
+    """
+    group = group_rows(rows)
+    if rows.order is None:
+        held_out = _random_folds(group, rows.outcome, np.random.default_rng(seed)) == 0
+        where = "the fifth drawn to test on, with identical leads kept together,"
+    else:
+        latest = np.argsort(rows.order, kind="stable")[rows.leads.n - rows.leads.n // FOLDS :]
+        held_out = np.zeros(rows.leads.n, dtype=np.bool_)
+        held_out[latest] = True
+        held_out &= ~np.isin(group, group[~held_out])
+        where = "the most recent fifth of the leads, less those identical to an earlier one,"
+    for part, name in ((held_out, where), (~held_out, "what is left to learn from")):
+        if not _both_classes(rows.outcome[part]):
+            raise TrainingError(
+                f"{name} holds {int(part.sum())} leads, and not both some with the outcome and some without: "
+                "nothing could be measured. More leads are needed, or another order (--order-by) or other "
+                "columns, as these part the outcomes."
+            )
+    return rows.take(~held_out), rows.take(held_out)
+
+
+def build_folds(rows: TrainingRows, seed: int, repeats: int = 1) -> list[Fold]:
+    """Returns the folds to cross-validate on; both classes occur in each part of each.
+
+    Without an order `repeats` times five stratified folds. With one, windows that grow: the first third of
+    the rows foretells the next block, both together the one after, up to five; a block without both classes
+    is joined with the next, and a row that equals an earlier one is in no test part.
+
+    Raises:
+        TrainingError: there is no fold with both classes in both parts.
+    """
+    group = group_rows(rows)
+    found = list(
+        _expanding_windows(rows.order, group, rows.outcome)
+        if rows.order is not None
+        else _repeated_folds(group, rows.outcome, seed, repeats)
+    )
+    if not found:
+        raise TrainingError(
+            "no way to part the leads leaves some with the outcome and some without on both sides: in the "
+            "order they came, or with identical ones kept together, the outcomes are apart. More leads are "
+            "needed."
+        )
+    return found
+
+
+def group_rows(rows: TrainingRows) -> IntArray:
+    """Numbers the distinct feature rows: two rows (n,) have one number if they are equal in every column.
+
+    Columns that could never become a feature, as they number the leads or name them, do not count.
+    """
+    group, told_apart = np.zeros(rows.leads.n, dtype=np.int64), False
+    for cells in rows.leads.columns.values():
+        if reason_to_drop(cells) is None:
+            codes = distinct_codes(cells)
+            group = np.unique(group * (codes.max() + 1) + codes, return_inverse=True)[1]
+            told_apart = True
+    return group if told_apart else np.arange(rows.leads.n)
+
+
+def _repeated_folds(group: IntArray, outcome: IntArray, seed: int, repeats: int) -> Iterator[Fold]:
+    random = np.random.default_rng(seed)
+    for _ in range(repeats):
+        fold = _random_folds(group, outcome, random)
+        for number in range(FOLDS):
+            train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+            if _both_classes(outcome[train]) and _both_classes(outcome[test]):
+                yield Fold(train, test)
+
+
+def _random_folds(group: IntArray, outcome: IntArray, random: np.random.Generator) -> IntArray:
+    """Returns the fold of each row (n,): whole groups, largest first, each fold in proportion to its room.
+
+    Groups alike in size and in outcomes are dealt out evenly, so single rows are stratified as usual. But no
+    fold makes up for the outcomes of a large group: choosing the others by their outcomes would leave a fold
+    in which leads that look alike apply more often, or less, than they do.
+    """
+    size, positives = np.bincount(group), np.bincount(group, weights=outcome)
+    fold_of, room = np.empty(len(size), dtype=np.int64), np.full(FOLDS, len(group) / FOLDS)
+    for rows in np.unique(size)[::-1]:
+        share = np.cumsum(np.maximum(room, 0.0))
+        for won in np.unique(positives[size == rows]):
+            alike = random.permutation(np.flatnonzero((size == rows) & (positives == won)))
+            # Systematic sampling: evenly spaced places from a random start, as many in a fold as its share.
+            places = (np.arange(len(alike)) + random.random()) / len(alike) * share[-1]
+            fold_of[alike] = np.searchsorted(share, places, side="right")
+        room -= rows * np.bincount(fold_of[size == rows], minlength=FOLDS)
+    return fold_of[group]
+
+
+def _expanding_windows(order: FloatArray, group: IntArray, outcome: IntArray) -> Iterator[Fold]:
+    turn = np.argsort(order, kind="stable")
+    cuts = np.linspace(len(turn) * _FIRST_SHARE, len(turn), FOLDS + 1).astype(int)
+    start = cuts[0]
+    for end in cuts[1:]:
+        train, block = turn[:start], turn[start:end]
+        test = block[~np.isin(group[block], group[train])]
+        if not _both_classes(outcome[train]):
+            start = end
+        elif _both_classes(outcome[test]):
+            yield Fold(np.sort(train), np.sort(test))
+            start = end
+
+
+def _both_classes(outcome: IntArray) -> bool:
+    return bool(outcome.min(initial=1) == 0 and outcome.max(initial=0) == 1)

@@ -1,0 +1,265 @@
+"""Which leads are learnt from and which are measured on: never the same, and never the future first."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import psycopg
+import pytest
+from click.testing import CliRunner
+
+from app.ai.domain import FloatArray, IntArray
+from app.cli import cli
+from app.db.csv_import import import_csv
+from app.errors import TrainingError
+from app.training.options import TrainingOptions
+from app.training.report import describe_data
+from app.training.rows import TrainingRows, choose_columns, fetch_rows
+from app.training.splits import Fold, build_folds, group_rows, split_rows
+from app.training.train import train
+from tests.builders import AS_OF, column, leads
+from tests.real_leads import CSV, TRAPS, needs_real_leads
+
+N, SINCE = 1200, datetime(2026, 1, 11, tzinfo=UTC)
+
+
+def build_rows(order: FloatArray | None = None, seed: int = 0, n: int = N) -> TrainingRows:
+    """Leads of which many are equal: a source of four levels, some empty, and a number of visits."""
+    random = np.random.default_rng(seed)
+    source = [None if draw == 3 else f"source {draw}" for draw in random.integers(0, 4, n).tolist()]
+    visits = random.integers(0, 300, n)
+    outcome = (random.random(n) < 0.2 + visits / 600).astype(np.int64)
+    columns = leads(
+        source=column("text", *source), visits=column("number", *visits.astype(float).tolist()),
+        reference=column("text", *(f"ref {number}" for number in range(n))),
+    )  # fmt: skip
+    return TrainingRows(columns, outcome, np.full(n, AS_OF), order)
+
+
+def content(rows: TrainingRows) -> set[tuple[object, ...]]:
+    """The distinct feature rows, without the reference that only numbers the leads."""
+    columns = [rows.leads.columns[name] for name in rows.leads.columns if name != "reference"]
+    cells = [np.where(one.present, one.values.astype(object), None).tolist() for one in columns]
+    return set(zip(*cells, strict=True))
+
+
+def check_folds(rows: TrainingRows, folds: list[Fold]) -> None:
+    for fold in folds:
+        assert not set(fold.train.tolist()) & set(fold.test.tolist())
+        assert not content(rows.take(fold.train)) & content(rows.take(fold.test))
+        for part in fold:
+            assert 0 < rows.outcome[part].mean() < 1
+
+
+def test_identical_rows_never_sit_on_both_sides() -> None:
+    for order in (None, np.random.default_rng(1).permutation(N).astype(float)):
+        rows = build_rows(order)
+        learnt, measured = split_rows(rows, seed=2)
+        assert not content(learnt) & content(measured)
+        assert learnt.leads.n + measured.leads.n == N
+        check_folds(rows, build_folds(rows, seed=2, repeats=2))
+
+
+def test_without_an_order_every_row_is_measured_once_a_repeat_and_both_classes_spread_evenly() -> None:
+    rows = build_rows()
+    learnt, measured = split_rows(rows, seed=0)
+    assert measured.leads.n == pytest.approx(N / 5, abs=10)
+    assert measured.outcome.mean() == pytest.approx(learnt.outcome.mean(), abs=0.02)
+    folds = build_folds(rows, seed=0, repeats=2)
+    assert len(folds) == 10
+    for repeat in (folds[:5], folds[5:]):
+        assert sorted(np.concatenate([fold.test for fold in repeat]).tolist()) == list(range(N))
+        for fold in repeat:
+            assert rows.outcome[fold.test].mean() == pytest.approx(rows.outcome.mean(), abs=0.03)
+    assert folds[0].test.tolist() != folds[5].test.tolist()
+
+
+def test_the_seed_alone_decides_what_is_drawn() -> None:
+    rows = build_rows()
+    drawn = [split_rows(rows, seed)[1].leads.columns["reference"].values.tolist() for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_in_order_no_row_is_learnt_from_that_is_later_than_one_measured_on() -> None:
+    order = np.random.default_rng(3).permutation(N).astype(float)
+    rows = build_rows(order)
+    learnt, measured = split_rows(rows, seed=0)
+    assert measured.order is not None
+    assert learnt.order is not None
+    last_fifth = content(measured)
+    assert measured.order.min() >= N - N // 5
+    later = learnt.take(learnt.order > measured.order.min())
+    earlier = content(learnt.take(learnt.order < N - N // 5))
+    assert content(later) <= earlier, "only rows that repeat an earlier one"
+    assert not earlier & last_fifth
+    folds = build_folds(rows, seed=0, repeats=9)
+    assert len(folds) == 5
+    check_folds(rows, folds)
+    for fold in folds:
+        assert order[fold.train].max() < order[fold.test].min()
+    assert [len(fold.train) for fold in folds] == [400, 560, 720, 880, 1040]
+
+
+def test_a_block_without_both_classes_is_joined_with_the_next() -> None:
+    rows = build_rows(np.arange(N, dtype=float))
+    outcome = rows.outcome.copy()
+    outcome[560:720] = 0
+    rows = replace(rows, outcome=outcome)
+    folds = build_folds(rows, seed=0)
+    assert [len(fold.train) for fold in folds] == [400, 560, 880, 1040]
+    check_folds(rows, folds)
+
+
+def test_a_last_fifth_of_one_class_is_refused_with_what_to_do() -> None:
+    rows = build_rows(np.arange(N, dtype=float))
+    outcome = rows.outcome.copy()
+    outcome[-300:] = 0
+    with pytest.raises(
+        TrainingError, match=r"most recent fifth .* holds \d+ leads, and not both .*--order-by"
+    ):
+        split_rows(replace(rows, outcome=outcome), seed=0)
+
+
+@pytest.mark.parametrize("order", [None, np.arange(N, dtype=float)])
+def test_folds_that_would_hold_one_class_only_are_refused(order: FloatArray | None) -> None:
+    rows = build_rows(order)
+    with pytest.raises(TrainingError, match="outcomes are apart"):
+        build_folds(replace(rows, outcome=(np.arange(N) >= N).astype(np.int64)), seed=0)
+
+
+def test_rows_are_told_apart_by_every_column_that_may_become_a_feature_and_by_no_other() -> None:
+    def groups(rows: TrainingRows) -> IntArray:
+        return np.sort(np.bincount(group_rows(rows)))
+
+    rows = build_rows()
+    assert len(groups(rows)) == len(content(rows)) < N, "a reference of its own tells no two rows apart"
+    alone = replace(rows, leads=leads(reference=rows.leads.columns["reference"]))
+    assert groups(alone).tolist() == [1] * N
+
+
+def test_a_large_group_does_not_change_how_often_the_leads_beside_it_apply() -> None:
+    """Evening out the outcomes of the folds would fill the one that holds many lost leads with won ones."""
+    random, n = np.random.default_rng(5), 4000
+    visits = np.where(np.arange(n) < 600, -1.0, random.random(n))
+    outcome = (random.random(n) < np.where(visits < 0, 0.05, 0.5)).astype(np.int64)
+    rows = TrainingRows(leads(visits=column("number", *visits.tolist())), outcome, np.full(n, AS_OF))
+    held_the_group = False
+    for fold in build_folds(rows, seed=0, repeats=2):
+        others = fold.test[visits[fold.test] >= 0]
+        held_the_group |= len(others) < len(fold.test)
+        assert outcome[others].mean() == pytest.approx(outcome[visits >= 0].mean(), abs=0.005)
+        assert len(fold.test) == pytest.approx(n / 5, abs=2)
+    assert held_the_group
+
+
+@pytest.fixture
+def timed(database_url: str, tmp_path: Path) -> Callable[..., TrainingOptions]:
+    """Options for `timed`: 600 leads, one an hour from 1 January 2026, numbered downwards."""
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            """
+            CREATE TABLE timed AS SELECT md5(i::text)::uuid AS lead_id, 600 - i AS countdown,
+                timestamptz '2026-01-01 00:00Z' + i * interval '1 hour' AS created_at,
+                CASE WHEN i > 3 THEN timestamptz '2026-01-01 00:00Z' + i * interval '1 hour' END AS seen_at,
+                (sin(i * i) > 0.3)::int AS won, sin(i * i) + 2 * cos(i) AS signal
+            FROM generate_series(0, 599) i;
+            CREATE VIEW timeless AS SELECT lead_id, countdown, seen_at, won, signal FROM timed
+            """
+        )
+
+    def options(**changes: object) -> TrainingOptions:
+        given = TrainingOptions(url=database_url, model_dir=tmp_path, source="timed", label="won",
+                                exclude=("seen_at",), model="logistic_regression")  # fmt: skip
+        return replace(given, **changes)
+
+    return options
+
+
+def read(options: TrainingOptions) -> TrainingRows:
+    return fetch_rows(options, choose_columns(options)[0], lambda *_: None)[0]
+
+
+def test_leads_come_in_the_order_of_their_times_or_of_the_column_named(
+    timed: Callable[..., TrainingOptions],
+) -> None:
+    by_time, by_column = read(timed()), read(timed(order_by="countdown"))
+    assert by_time.order is not None
+    assert by_time.order.tolist() == by_time.leads.columns["created_at"].values.tolist()
+    assert by_column.order is not None
+    assert sorted(by_column.order.tolist()) == list(range(1, 601))
+    assert np.argsort(by_time.order).tolist() == np.argsort(-by_column.order).tolist()
+    assert set(by_column.leads.columns) == {"created_at", "signal"}
+    assert read(timed(source="timeless")).order is None
+
+
+def test_since_leaves_earlier_leads_out(timed: Callable[..., TrainingOptions]) -> None:
+    rows = read(timed(since=SINCE))
+    assert rows.leads.n == 600 - 240
+    assert rows.order is not None
+    assert rows.order.min() == SINCE.timestamp()
+    with pytest.raises(TrainingError, match="too few decided leads"):
+        read(timed(since=datetime(2026, 1, 25, tzinfo=UTC)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "timeless", "since": SINCE}, "2026-01-11 needs the time .*--order-by"),
+        ({"order_by": "countdown", "since": SINCE}, "needs the time of each lead"),
+        ({"order_by": "seen_at"}, "seen_at is empty for some leads"),
+        ({"order_by": "seen_at", "since": SINCE}, "seen_at is empty for some leads"),
+        ({"order_by": "countdwn"}, "no column countdwn .*did you mean countdown"),
+        ({"order_by": "lead_id"}, "no column lead_id"),
+    ],
+)  # fmt: skip
+def test_an_order_or_a_time_that_is_not_there_is_named(
+    timed: Callable[..., TrainingOptions], changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        read(timed(**changes))
+
+
+def test_the_command_tests_on_the_most_recent_leads_and_says_so(
+    timed: Callable[..., TrainingOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = timed()
+    monkeypatch.setenv("DATABASE_URL", options.url)
+    monkeypatch.setenv("ML_MODEL_DIR", str(options.model_dir))
+    asked = ["train", "--source", "timed", "--label", "won", "--exclude", "seen_at", "--since", "2026-01-06",
+             "--order-by", "created_at", "--model", "logistic_regression"]  # fmt: skip
+    result = CliRunner().invoke(cli, asked, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "384 to fit and calibrate, 96 to test, the most recent ones" in result.output
+    assert "no lead from before" in result.output
+
+
+def test_the_manifest_says_how_the_test_part_was_chosen(timed: Callable[..., TrainingOptions]) -> None:
+    drawn = train(timed(source="timeless")).manifest
+    assert drawn.report["split"] == "random"
+    assert "drawn at random" in dict(describe_data(drawn))["leads"]
+    ordered = train(timed(source="timeless", order_by="countdown", version="20260101_000001")).manifest
+    assert ordered.report["split"] == "time"
+    assert {spec["name"] for spec in ordered.feature_set} == {"signal"}
+
+
+@needs_real_leads
+@pytest.mark.parametrize("order_by", [None, "lead_number"])
+def test_identical_real_leads_never_sit_on_both_sides(
+    create_database: Callable[..., str], tmp_path: Path, order_by: str | None
+) -> None:
+    url = create_database(f"splits_real_{order_by}")
+    import_csv(
+        url, CSV, table="leads", id_column="Prospect ID", label_column="Converted", missing=("Select",)
+    )
+    excluded = TRAPS if order_by else (*TRAPS, "lead_number")
+    rows = read(TrainingOptions(url=url, model_dir=tmp_path, source="leads", label="converted",
+                                exclude=excluded, order_by=order_by))  # fmt: skip
+    learnt, measured = split_rows(rows, seed=0)
+    assert len(content(rows)) == 7250
+    assert not content(learnt) & content(measured)
+    assert (
+        measured.leads.n == pytest.approx(1848, abs=1) if order_by is None else 1500 < measured.leads.n < 1848
+    )
+    check_folds(rows, build_folds(rows, seed=0))
