@@ -50,7 +50,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    app.include_router(advanced_ml_hardened.build_router(settings.ml_max_batch_size))
+    app.include_router(
+        advanced_ml_hardened.build_router(settings.ml_max_batch_size, settings.ml_max_reasons_batch)
+    )
     if settings.ai_enable_legacy_advanced_ml:
         app.include_router(advanced_ml.build_router(settings.ml_max_batch_size))
     app.include_router(build_router())

@@ -85,6 +85,8 @@ class Settings(BaseSettings):
     """Below this share of really present features a prediction says `caution`."""
     ml_max_batch_size: int = Field(2000, ge=1, le=2000)
     """Lead IDs in one request."""
+    ml_max_reasons_batch: int = Field(100, ge=1, le=2000)
+    """Lead IDs in one request that includes reasons."""
     ml_confidence_method: Literal["max_probability", "margin", "entropy", "interval"] = "max_probability"
     """How `confidence` is derived from the probability or its interval."""
 

@@ -367,8 +367,59 @@ def test_whoever_asks_gets_an_interval_that_holds_the_probability(
     assert full[-2]["interval"] == [0.01, 0.99]
 
 
+def test_whoever_asks_gets_a_receipt_that_adds_up_to_the_probability_and_reasons_in_words(
+    client: httpx2.Client, uncached: httpx2.Client, manifest: ModelManifest
+) -> None:
+    asked = [*(f"lead_{number}" for number in range(1, 97)), "nobody", "odd_empty", "odd_nan", "lead_1"]
+    response = client.post(f"{SCORE}?include=reasons", json=asked)
+    PredictBatchResponse.model_validate_json(response.content)
+    full = response.json()["predictions"]
+    plain = ask(client, *asked)["predictions"]
+    for prediction, explained in zip(plain, full, strict=True):
+        receipt, reasons = explained["receipt"], explained["reasons"]
+        assert explained == {**prediction, "receipt": receipt, "reasons": reasons}
+        assert list(receipt) == ["base_rate", "contributions", "calibration", "bounds"]
+        assert [line["feature"] for line in receipt["contributions"]] == [
+            "gpa", "minutes", "contacts", "newsletter", "age", "source", "fee"
+        ]  # fmt: skip
+        steps = sum(line["contribution"] for line in receipt["contributions"])
+        total = receipt["base_rate"] + steps + receipt["calibration"] + receipt["bounds"]
+        assert abs(total - prediction["probability"]) < 1e-9
+        assert receipt["base_rate"] == manifest.base_rate
+        if prediction["verdict"] != "abstain":
+            assert all(re.fullmatch(r".+: [+-]\d+ points?", sentence) for sentence in reasons)
+    assert full[-3]["reasons"] == ["too little is known of this lead: the probability is the base rate"]
+    assert max(len(prediction["reasons"]) for prediction in full) == 5
+    for prediction in (full[0], full[-2]):
+        alone = uncached.post(f"{SCORE}?include=reasons", json=[prediction["lead_id"]])
+        assert alone.json()["predictions"] == [prediction]
+
+
+def test_reasons_and_interval_can_be_asked_together(client: httpx2.Client) -> None:
+    both = client.post(f"{SCORE}?include=interval,reasons", json=["lead_1"])
+    PredictBatchResponse.model_validate_json(both.content)
+    (prediction,) = both.json()["predictions"]
+    for extra in ("interval", "reasons"):
+        (one,) = client.post(f"{SCORE}?include={extra}", json=["lead_1"]).json()["predictions"]
+        assert one.items() <= prediction.items()
+
+
+def test_a_request_with_reasons_may_carry_as_many_leads_as_is_set(
+    client: httpx2.Client, crm_url: str, folder: Path
+) -> None:
+    query = f"{SCORE}?include=reasons"
+    assert client.post(query, json=["lead_1"] * 100).json()["successful_predictions"] == 100
+    problem = problem_of(client.post(query, json=["lead_1"] * 101), 413, "BATCH_SIZE_EXCEEDED")
+    assert "includes reasons may carry 100 lead IDs" in problem["detail"]
+    with serve(build_settings(folder, crm_url, ml_max_reasons_batch=2)) as base:
+        assert httpx2.post(base + query, json=["lead_1"] * 2).status_code == 200
+        problem_of(httpx2.post(base + query, json=["lead_1"] * 3), 413, "BATCH_SIZE_EXCEEDED")
+        assert httpx2.post(base + SCORE, json=["lead_1"] * 3).status_code == 200
+
+
 def test_the_legacy_route_keeps_its_old_shape(client: httpx2.Client) -> None:
-    problem_of(client.post(f"{LEGACY}?include=interval", json=["lead_1"]), 422, "INVALID_PARAMETER")
+    for extra in ("interval", "reasons"):
+        problem_of(client.post(f"{LEGACY}?include={extra}", json=["lead_1"]), 422, "INVALID_PARAMETER")
 
 
 def test_a_model_published_without_intervals_says_so_and_answers_without_them(
@@ -389,7 +440,11 @@ def test_the_document_names_what_may_be_included(client: httpx2.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     (parameter,) = paths[SCORE]["post"]["parameters"]
     assert (parameter["name"], parameter["in"], parameter["required"]) == ("include", "query", False)
-    assert "interval" in parameter["schema"]["items"]["enum"]
+    allowed = re.compile(parameter["schema"]["pattern"])
+    for include in ("", "interval", "reasons", "reasons,interval", "nonsense", "interval,", ",", "intervals"):
+        status = client.post(SCORE, params={"include": include}, json=["lead_1"]).status_code
+        assert status == (200 if allowed.search(include) else 422)
+    assert "reasons: at most 100 lead IDs" in parameter["description"]
     assert not paths[LEGACY]["post"].get("parameters")
 
 

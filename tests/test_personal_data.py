@@ -43,7 +43,13 @@ TYPED = "Ärger Typed-By-Caller 5531"
 FEATURES = FeatureSet(
     (
         FeatureSpec("gpa", "value", (InputColumn("gpa", "number"),), {}, "Grade."),
-        FeatureSpec("touches", "value", (InputColumn("touchpoint_count", "number"),), {}, "Touchpoints."),
+        FeatureSpec(
+            "country",
+            "level",
+            (InputColumn("country", "text"),),
+            {"levels": {"germany": 0.5, "india": 0.25}, "unseen": 0.0},
+            "Country.",
+        ),
         FeatureSpec(
             "web", "one_of", (InputColumn("source", "text"),), {"values": ["web"]}, "Came by the web."
         ),
@@ -126,7 +132,7 @@ def crm(database_url: str) -> str:
         )
         connection.execute(
             "CREATE VIEW choking_source AS SELECT id AS lead_id, external_ref, created_at, source,"
-            " notes::numeric AS gpa, email::integer AS touchpoint_count FROM people"
+            " notes::numeric AS gpa, country, email::integer AS touchpoint_count FROM people"
         )
     return database_url
 
@@ -155,6 +161,8 @@ def hostile_requests() -> Iterator[tuple[str, str, bytes, list[tuple[str, str]]]
         b'[NaN, "' + typed + b'"]',
         json.dumps([PERSONAL["email"]]).encode()[:-1],
     ]
+    yield "POST", f"{PREDICT}?include=reasons", good, []
+    yield "POST", f"{PREDICT}?include=reasons", json.dumps([EMAIL_AS_REFERENCE] * 101).encode(), []
     for path in (PREDICT, LEGACY):
         yield "POST", path, good, []
         for body in bodies:
@@ -238,6 +246,7 @@ async def test_nothing_personal_comes_out_of_a_service_that_works(
         assert service.stop() == 0
     assert {200, 404, 405, 413, 415, 422} <= set(statuses.values())
     assert not [status for status in statuses.values() if status >= 500]
+    assert [content for _, content in sinks.answers if b'"value":"another one"' in content]
     assert b"ml.prediction.success" in in_log
     assert b"ml.prediction.error" in sinks.others["working: ai_events"]
     assert b'"event":"request"' in sinks.others["working: standard error"]

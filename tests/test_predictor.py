@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from app.ai.domain import VERDICTS, FloatArray, Predictions, RequestContext
+from app.ai.domain import VERDICTS, Explanation, FloatArray, Predictions, RequestContext
 from app.ai.drift_window import DriftWindow
 from app.ai.model_bundle import ModelBundle
 from app.ai.prediction_cache import AnswerCache, NullCache, PredictionCache
 from app.ai.predictor import INLINE_LEADS, Predictor, ScoringPolicy, find_intervals, score_leads
+from app.ai.score_shapley import ScoreExplainer
 from app.ai.venn_abers import look_up
 from app.errors import (
     DatabaseUnavailableError,
@@ -28,6 +29,7 @@ from tests.test_prediction_cache import build_cache
 UUID = "6f1c0c1e-5f0b-4a57-9a1c-0c6a3f0e9b11"
 CONTEXT = RequestContext("request-1", AS_OF)
 WITH_INTERVALS = RequestContext("request-1", AS_OF, frozenset({"interval"}))
+WITH_REASONS = RequestContext("request-1", AS_OF, frozenset({"reasons"}))
 POLICY = ScoringPolicy(0.6, "max_probability")
 BUNDLE = build_lead_bundle()
 
@@ -48,6 +50,11 @@ class World:
 
     async def ask(self, *lead_ids: str, context: RequestContext = CONTEXT) -> Predictions:
         return await self.predictor.predict(lead_ids, context)
+
+    async def ask_reasons(self, *lead_ids: str) -> list[Explanation]:
+        predictions = await self.ask(*lead_ids, context=WITH_REASONS)
+        assert predictions.explanations is not None
+        return list(predictions.explanations)
 
     async def ask_intervals(self, *lead_ids: str) -> list[list[float]]:
         predictions = await self.ask(*lead_ids, context=WITH_INTERVALS)
@@ -286,6 +293,75 @@ async def test_a_model_without_a_table_refuses_intervals_and_answers_everything_
         await world.ask("lead_1", context=WITH_INTERVALS)
     assert rows_of(await world.ask("lead_1")) == before
     assert len(world.source.asked) == 2
+
+
+async def test_nobody_gets_reasons_who_did_not_ask_and_nothing_is_made_for_them(world: World) -> None:
+    def refuse() -> ScoreExplainer:
+        raise AssertionError("the explainer was asked for")
+
+    world.models.bundle = dataclasses.replace(BUNDLE, explainer=refuse)
+    predictions = await world.ask("lead_1", context=WITH_INTERVALS)
+    assert predictions.explanations is None
+    assert "reasons" not in predictions.stages_ms
+
+
+async def test_reasons_change_no_number_and_keep_to_the_answered_positions(world: World) -> None:
+    world.source.leads["broken"] = {"tuition_fee": float("nan")}
+    asked = ["nobody", "lead_1", "broken", UUID.upper(), "lead_2", "lead_1", "empty"]
+    predictions = await world.ask(*asked, context=WITH_REASONS)
+    assert rows_of(predictions) == rows_of(await world.ask(*asked))
+    assert "reasons" in predictions.stages_ms
+    alone = [(await world.ask_reasons(lead_id))[0] for lead_id in predictions.lead_ids]
+    assert predictions.explanations == alone
+    for explanation, probability in zip(alone, predictions.probability.tolist(), strict=True):
+        receipt = explanation.receipt
+        steps = sum(line.contribution for line in receipt.contributions)
+        assert abs(receipt.base_rate + steps + receipt.calibration + receipt.bounds - probability) < 1e-9
+    assert await world.ask_reasons("nobody", "broken") == []
+    assert await world.ask_reasons("twice", "lead_1") == alone[:1]
+
+
+async def test_reasons_are_of_the_data_as_it_is_and_what_was_remembered_gives_way_to_it(
+    caching_world: World,
+) -> None:
+    before = await caching_world.ask("lead_1")
+    caching_world.source.leads["lead_1"] = build_lead_rows(1, seed=77)[0]
+    explained = await caching_world.ask("lead_1", context=WITH_REASONS)
+    after = await caching_world.ask("lead_1")
+    assert (before.cache_hits, explained.cache_hits, after.cache_hits) == (0, 0, 1)
+    assert rows_of(before) != rows_of(explained) == rows_of(after)
+
+
+async def test_reasons_of_a_remembered_lead_need_the_database(caching_world: World) -> None:
+    await caching_world.ask("lead_1")
+    caching_world.source.error = DatabaseUnavailableError()
+    with pytest.raises(DatabaseUnavailableError):
+        await caching_world.ask_reasons("lead_1")
+
+
+@pytest.mark.parametrize("leads", [1, INLINE_LEADS + 1])
+async def test_reasons_are_worked_out_on_the_scoring_thread_whatever_the_batch(
+    executor: ThreadPoolExecutor, world: World, leads: int
+) -> None:
+    threads: list[int] = []
+
+    def explainer() -> ScoreExplainer:
+        threads.append(threading.get_ident())
+        return BUNDLE.explainer()
+
+    world.models.bundle = dataclasses.replace(BUNDLE, explainer=explainer)
+    await world.ask_reasons(*(f"lead_{number}" for number in range(leads)))
+    assert threads == [executor.submit(threading.get_ident).result()]
+
+
+async def test_a_model_that_cannot_be_explained_is_a_failed_prediction(world: World) -> None:
+    def refuse() -> ScoreExplainer:
+        raise ValueError("a tree has a node without training rows")
+
+    world.models.bundle = dataclasses.replace(BUNDLE, explainer=refuse)
+    with pytest.raises(PredictionFailedError):
+        await world.ask("lead_1", context=WITH_REASONS)
+    assert (await world.ask("lead_1")).lead_ids == ["lead_1"]
 
 
 @pytest.mark.parametrize("bundle", [BUNDLE, dataclasses.replace(BUNDLE, venn_abers=None)])

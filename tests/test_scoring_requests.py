@@ -157,7 +157,7 @@ def test_anything_else_than_plain_json_is_an_unsupported_media_type(headers: lis
         check_media_type(Headers(raw=raw))
 
 
-OFFERED: frozenset[Extra] = frozenset({"interval"})
+OFFERED: frozenset[Extra] = frozenset({"interval", "reasons"})
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,8 @@ OFFERED: frozenset[Extra] = frozenset({"interval"})
         ("include=", set()),
         ("include=interval", {"interval"}),
         ("include=interval,interval", {"interval"}),
+        ("include=reasons,interval", {"interval", "reasons"}),
+        ("include=reasons&include=interval", {"interval", "reasons"}),
         ("include=&include=interval", {"interval"}),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import expit
@@ -158,6 +158,7 @@ def test_log_odds_contributions_are_shapley_values_brought_to_the_scale_of_score
         assert explainer.baseline == pytest.approx(float(expit(baseline)), abs=1e-12)
 
 
+@settings(deadline=None)  # the first example fits its model
 @given(
     st.sampled_from(["forest", "boosting", "logistic"]),
     st.lists(

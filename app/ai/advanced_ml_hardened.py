@@ -1,35 +1,38 @@
 """The hardened edge: lead IDs in, the full answer out. Reads, calls the predictor, maps; decides nothing."""
 
 import time
-from collections.abc import Callable
-from typing import get_args
+from collections.abc import Callable, Iterable
+from itertools import repeat
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from app.ai.dependencies import CurrentRecord, LeadPredictor
-from app.ai.domain import VERDICTS, Extra, Predictions, RequestContext
+from app.ai.domain import VERDICTS, Extra, Predictions, Receipt, RequestContext
 from app.ai.scoring_requests import SCORING_ERRORS, read_lead_ids
 from app.schemas.ai_ml import PredictBatchResponse
 from app.schemas.openapi import describe_answers, describe_scoring_body
 
 PREFIX = "/ai/advanced-ml"
-EXTRAS: frozenset[Extra] = frozenset(get_args(Extra))
 
 
-def build_router(max_batch_size: int, clock: Callable[[], float] = time.perf_counter) -> APIRouter:
+def build_router(
+    max_batch_size: int, max_reasons_batch: int, clock: Callable[[], float] = time.perf_counter
+) -> APIRouter:
     """Returns the routes; `clock` is the one `RequestRecord.started` was taken from."""
+    offered: dict[Extra, int] = {"interval": max_batch_size, "reasons": max_reasons_batch}
     router = APIRouter(prefix=PREFIX, tags=["Advanced ML (hardened)"])
 
     @router.post(
         "/predict-batch",
         summary="Score leads",
         responses=describe_answers("One outcome for each ID asked.", PredictBatchResponse, SCORING_ERRORS),
-        openapi_extra=describe_scoring_body(max_batch_size, sorted(EXTRAS)),
+        openapi_extra=describe_scoring_body(max_batch_size, offered.items()),
     )
     async def predict_batch(request: Request, record: CurrentRecord, predictor: LeadPredictor) -> Response:
         """Answers each lead ID with a calibrated probability, or with the reason why there is none."""
-        lead_ids, include = await read_lead_ids(request, max_batch_size, EXTRAS)
+        lead_ids, include = await read_lead_ids(request, max_batch_size, offered)
         record.asked = len(lead_ids)
         context = RequestContext(record.request_id, record.as_of, include)
         record.predictions = await predictor.predict(lead_ids, context)
@@ -51,7 +54,9 @@ class _Prediction(msgspec.Struct):
 
 
 class _FullPrediction(_Prediction):
-    interval: list[float] | msgspec.UnsetType = msgspec.UNSET
+    interval: list[float] | msgspec.UnsetType
+    receipt: Receipt | msgspec.UnsetType
+    reasons: tuple[str, ...] | msgspec.UnsetType
 
 
 class _Error(msgspec.Struct):
@@ -97,7 +102,7 @@ def encode_answer(predictions: Predictions, request_id: str, elapsed_ms: float) 
 
 
 def _build_predictions(predictions: Predictions) -> list[_Prediction]:
-    extras = [] if predictions.intervals is None else [predictions.intervals.tolist()]
+    extras = _build_extras(predictions)
     probability = predictions.probability.tolist()
     verdict = [VERDICTS[code] for code in predictions.verdict.tolist()]
     return list(
@@ -113,3 +118,16 @@ def _build_predictions(predictions: Predictions) -> list[_Prediction]:
             *extras,
         )
     )
+
+
+def _build_extras(predictions: Predictions) -> list[Iterable[Any]]:
+    """Returns what `_FullPrediction` has besides the usual, field by field; nothing if nothing was asked."""
+    intervals, explanations = predictions.intervals, predictions.explanations
+    if intervals is None and explanations is None:
+        return []
+    unset = repeat(msgspec.UNSET)
+    return [
+        unset if intervals is None else intervals.tolist(),
+        unset if explanations is None else (explanation.receipt for explanation in explanations),
+        unset if explanations is None else (explanation.reasons for explanation in explanations),
+    ]

@@ -20,7 +20,7 @@ TextArray = NDArray[np.object_]
 
 ColumnKind = Literal["number", "boolean", "timestamp", "text"]
 ConfidenceMethod = Literal["max_probability", "margin", "entropy", "interval"]
-Extra = Literal["interval"]
+Extra = Literal["interval", "reasons"]
 Verdict = Literal["ok", "caution", "abstain"]
 
 VERDICTS: tuple[Verdict, ...] = ("ok", "caution", "abstain")
@@ -162,6 +162,36 @@ class Rejection:
 
 
 @dataclass(frozen=True, slots=True)
+class Contribution:
+    """What one column, or features that share their columns, adds to a lead's raw score.
+
+    `value` is the class the lead's value falls in, in words of ours: never a text of the lead.
+    """
+
+    feature: str
+    value: str
+    contribution: float
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """How a probability comes about: all of it added up is the probability, to 1e-9."""
+
+    base_rate: float
+    contributions: tuple[Contribution, ...]
+    calibration: float
+    bounds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The receipt of one answer, and its largest contributions as sentences, the largest first."""
+
+    receipt: Receipt
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RequestContext:
     """What a prediction is asked for.
 
@@ -178,8 +208,8 @@ class Predictions:
     """The outcome of one batch; the arrays have one entry for each answered position, in request order.
 
     `lead_ids` are as they were sent. `verdict` holds indices into `VERDICTS`. `stages_ms` is wall time by
-    stage, in milliseconds. `intervals` (m, 2), the ends of each interval, are there when they were asked for.
-    `degraded` answers are the last that was known while the lead source is away.
+    stage, in milliseconds. `intervals` (m, 2), the ends of each interval, and `explanations` (m) are there
+    when they were asked for. `degraded` answers are the last that was known while the lead source is away.
     """
 
     asked: int
@@ -198,6 +228,7 @@ class Predictions:
     bounds: tuple[float, float]
     stages_ms: Mapping[str, float]
     intervals: FloatArray | None = None
+    explanations: Sequence[Explanation] | None = None
     degraded: bool = False
 
 

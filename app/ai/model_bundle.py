@@ -5,7 +5,8 @@ then the golden self-test. Never reads a file. Called by `model_catalogue`, and 
 what it is about to publish.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -18,6 +19,7 @@ from app.ai.feature_safety import FeatureStatistics, check_features
 from app.ai.features import CellState, FeatureMatrix, FeatureSet
 from app.ai.inference import Scorer, build_scorer
 from app.ai.model_manifest import FeatureRow, ModelDescription, ModelManifest
+from app.ai.score_shapley import ScoreExplainer, build_score_explainer
 from app.ai.venn_abers import VennAbersTable
 from app.errors import ArtifactError
 
@@ -41,6 +43,7 @@ class ModelBundle:
 
     `scorer` takes safe feature values (n, k) and gives raw scores (n,); `calibrator` turns those into
     probabilities. `venn_abers` has the intervals of raw scores, if the model was published with them.
+    `explainer` gives what contributions to raw scores are computed with; made when it is first asked for.
     """
 
     ref: ModelRef
@@ -49,6 +52,7 @@ class ModelBundle:
     statistics: tuple[FeatureStatistics, ...]
     calibrator: Calibrator
     scorer: Scorer
+    explainer: Callable[[], ScoreExplainer]
     venn_abers: VennAbersTable | None = None
 
     @property
@@ -93,13 +97,16 @@ def load_bundle(manifest: ModelManifest, data: bytes) -> ModelBundle:
     parts = build_parts(manifest)
     if parts.feature_set.fingerprint != manifest.feature_fingerprint:
         raise ArtifactError("manifest_invalid", "The feature set does not match its fingerprint.")
+    estimator = load_estimator(data, manifest.format)
+    means = np.array([entry.mean for entry in parts.statistics])
     bundle = ModelBundle(
         ref=ModelRef(manifest.model_id, manifest.version, manifest.sha256),
         manifest=manifest,
         feature_set=parts.feature_set,
         statistics=parts.statistics,
         calibrator=parts.calibrator,
-        scorer=_build_safe_scorer(load_estimator(data, manifest.format)),
+        scorer=_build_safe_scorer(estimator),
+        explainer=functools.cache(lambda: build_score_explainer(estimator, parts.feature_set.groups, means)),
         venn_abers=parts.venn_abers,
     )
     self_test(bundle)

@@ -1,9 +1,9 @@
 """The story of one prediction, top to bottom: lead IDs in, calibrated numbers a person may act on out.
 
 Both routers call the one `Predictor`. It knows no HTTP and no SQL, holds no database connection while it
-computes, and leaves the event loop once at most, for a large batch. `score_leads` is the pure part, from
-columns to answers; bulk scoring calls it too, so a score in a table and a score over HTTP come from the same
-lines.
+computes, and leaves the event loop for a large batch and for reasons only. `score_leads` is the pure part,
+from columns to answers; bulk scoring calls it too, so a score in a table and a score over HTTP come from the
+same lines.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from app.ai.domain import (
     AnswerArray,
     BoolArray,
     ConfidenceMethod,
+    Explanation,
     FloatArray,
     IntArray,
     LeadColumns,
@@ -35,10 +36,11 @@ from app.ai.domain import (
     canonical_lead_id,
 )
 from app.ai.drift_window import DriftWindow
+from app.ai.explanation import explain_leads
 from app.ai.feature_safety import build_verdicts, check_features
 from app.ai.features import build_features
 from app.ai.model_bundle import ModelBundle
-from app.ai.prediction_cache import AnswerCache
+from app.ai.prediction_cache import AnswerCache, NullCache
 from app.ai.venn_abers import build_intervals
 from app.errors import (
     DatabaseUnavailableError,
@@ -84,6 +86,17 @@ class ScoredLeads(NamedTuple):
     features: FloatArray
 
 
+class _Found(NamedTuple):
+    """What is found of the IDs (m,) the cache does not know: answers, fates, explanations if asked for.
+
+    Answers and explanations are undefined where the fate is not `_ANSWERED`.
+    """
+
+    answers: AnswerArray
+    fate: IntArray
+    explanations: list[Explanation]
+
+
 class _Outcome(NamedTuple):
     """What became of each position asked (m,): its answer, its fate, and whether the cache knew it."""
 
@@ -118,7 +131,7 @@ class Models(Protocol):
 class Predictor:
     """Answers batches of lead IDs; one for each worker process, on its event loop.
 
-    `executor` has one thread, which scores the large batches of this worker.
+    `executor` has one thread, which scores the large batches of this worker and works out reasons.
     """
 
     def __init__(
@@ -168,17 +181,20 @@ class Predictor:
         canonical = [canonical_lead_id(lead_id) for lead_id in lead_ids]
         place = {lead_id: index for index, lead_id in enumerate(dict.fromkeys(canonical))}
         distinct = list(place)
-        hit, answers = self._cache.find(bundle.ref, context.as_of, distinct)
+        # A receipt is for the data it was made from, so leads with reasons are read and scored afresh.
+        cache: AnswerCache = NullCache() if "reasons" in context.include else self._cache
+        hit, answers = cache.find(bundle.ref, context.as_of, distinct)
         watch.lap("cache")
         fate = np.full(len(distinct), _ANSWERED)
         missing = np.flatnonzero(~hit)
-        degraded = False
+        found, degraded = None, False
         if missing.size:
             asked = [distinct[index] for index in missing.tolist()]
             try:
-                answers[missing], fate[missing] = await self._answer(bundle, asked, context.as_of, watch)
+                found = await self._answer(bundle, asked, context, watch)
+                answers[missing], fate[missing] = found.answers, found.fate
             except DatabaseUnavailableError:
-                hit, answers = self._cache.recall(bundle.ref, context.as_of, distinct)
+                hit, answers = cache.recall(bundle.ref, context.as_of, distinct)
                 if not hit.all():
                     raise
                 degraded = True
@@ -190,34 +206,48 @@ class Predictor:
         if "interval" in context.include:
             kept = outcome.answers[outcome.fate == _ANSWERED]
             predictions = replace(predictions, intervals=find_intervals(bundle, kept))
+        if found is not None and "reasons" in context.include:
+            answered = positions[outcome.fate == _ANSWERED].tolist()
+            predictions = replace(predictions, explanations=[found.explanations[index] for index in answered])
         return predictions
 
     async def _answer(
-        self, bundle: ModelBundle, lead_ids: Sequence[str], as_of: float, watch: Stopwatch
-    ) -> tuple[AnswerArray, IntArray]:
-        """Returns what is found of leads the cache does not know: answers, and the fate of each ID."""
+        self, bundle: ModelBundle, lead_ids: Sequence[str], context: RequestContext, watch: Stopwatch
+    ) -> _Found:
+        """Reads and scores leads the cache does not know."""
         since = self._cache.moment()
         fetched = await self._lead_source.fetch(lead_ids, bundle.input_columns)
         watch.lap("database")
         fate = np.minimum(fetched.row_of, _ANSWERED)
         answers = np.empty(len(lead_ids), ANSWER)
+        explanations: list[Explanation] = []
         if fetched.leads.n:
-            scored = await self._score(bundle, fetched.leads, as_of, watch.lap)
+            scored = await self._score(bundle, fetched.leads, context.as_of, watch.lap)
             self._drift.add(scored.features, bundle.feature_set.fingerprint)
             found = np.flatnonzero(fate == _ANSWERED)
             rows = fetched.row_of[found]
             answers[found] = scored.answers[rows]
             fate[found] = np.where(scored.rejected[rows], _FEATURES_REJECTED, _ANSWERED)
+            if "reasons" in context.include:
+                told = await self._explain(bundle, fetched.leads, context.as_of, scored.answers)
+                explanations = [told[max(row, 0)] for row in fetched.row_of.tolist()]
+                watch.lap("reasons")
         answered = np.flatnonzero(fate == _ANSWERED).tolist()
         self._cache.remember(
             bundle.ref,
-            as_of,
+            context.as_of,
             [lead_ids[index] for index in answered],
             answers[answered],
             uuids=[fetched.uuid_of[index] for index in answered],
             since=since,
         )
-        return answers, fate
+        return _Found(answers, fate, explanations)
+
+    async def _explain(
+        self, bundle: ModelBundle, leads: LeadColumns, as_of: float, answers: AnswerArray
+    ) -> list[Explanation]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, explain_leads, bundle, leads, as_of, answers)
 
     async def _score(self, bundle: ModelBundle, leads: LeadColumns, as_of: float, lap: Lap) -> ScoredLeads:
         if leads.n <= INLINE_LEADS:

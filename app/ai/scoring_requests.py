@@ -7,7 +7,9 @@ routers.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -52,24 +54,34 @@ MAX_LEAD_ID_LENGTH = 64
 MAX_POSITIONS = 20
 LEAD_ID_PATTERN = "[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}"
 
+_NOTHING: Mapping[Extra, int] = MappingProxyType({})
+
 _is_lead_id = re.compile(LEAD_ID_PATTERN).fullmatch
 
 
 async def read_lead_ids(
-    request: Request, max_batch_size: int, offered: frozenset[Extra] = frozenset()
+    request: Request, max_batch_size: int, offered: Mapping[Extra, int] = _NOTHING
 ) -> tuple[list[str], frozenset[Extra]]:
     """Returns the lead IDs of a scoring request, in order, duplicates kept, and what it wants included.
+
+    `offered` names what may be included, and with how many lead IDs at most.
 
     Raises:
         UnsupportedMediaTypeError: the body is not declared as plain UTF-8 JSON.
         InvalidParameterError: see `read_include`.
         BodyTooLargeError: more bytes than the service reads (raised while the body comes in).
         InvalidPayloadError, EmptyBatchError, BatchSizeExceededError, InvalidLeadIdError: see
-            `decode_lead_ids`.
+            `decode_lead_ids`; or more lead IDs than may be asked with what is included.
     """
     check_media_type(request.headers)
-    include = read_include(request.query_params, offered)
-    return decode_lead_ids(await request.body(), max_batch_size), include
+    include = read_include(request.query_params, offered.keys())
+    lead_ids = decode_lead_ids(await request.body(), max_batch_size)
+    for extra in include:
+        if len(lead_ids) > offered[extra]:
+            raise BatchSizeExceededError(
+                f"One request that includes {extra} may carry {offered[extra]} lead IDs; split the batch."
+            )
+    return lead_ids, include
 
 
 def check_media_type(headers: Headers) -> None:
@@ -89,7 +101,7 @@ def check_media_type(headers: Headers) -> None:
         raise UnsupportedMediaTypeError
 
 
-def read_include(query: QueryParams, offered: frozenset[Extra]) -> frozenset[Extra]:
+def read_include(query: QueryParams, offered: AbstractSet[Extra]) -> frozenset[Extra]:
     """Returns what the comma-separated `include` names; without the parameter, or with an empty one, nothing.
 
     Raises:

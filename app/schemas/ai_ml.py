@@ -50,6 +50,28 @@ class LeadIdObject(_Message):
     lead_ids: Annotated[list[LeadId], Field(min_length=1, max_length=2000, examples=[["lead_1", "lead_2"]])]
 
 
+class Contribution(_Message):
+    """What one column adds to the raw score; features that read the same columns are one line."""
+
+    feature: str
+    value: str
+    """The class the lead's value falls in, in words; never the lead's own text."""
+    contribution: float
+
+
+class Receipt(_Message):
+    """How the probability comes about: everything here added up is `probability`, to 1e-9."""
+
+    base_rate: Share
+    """The share of training leads that applied."""
+    contributions: list[Contribution]
+    """Shapley values of the raw score; all 0 for the verdict `abstain`."""
+    calibration: Annotated[float, Field(ge=-2, le=2)]
+    """The step from there to what the calibrator says."""
+    bounds: Annotated[float, Field(ge=-1, le=1)]
+    """The step into the bounds every probability is kept in."""
+
+
 class LeadPrediction(_Message):
     """One answered position."""
 
@@ -67,6 +89,10 @@ class LeadPrediction(_Message):
     """`caution`: few features or unusual values; `abstain`: nothing to go on, the number is the base rate."""
     interval: Interval | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)
     """With `include=interval` only: where the probability may lie, lower end first; holds `probability`."""
+    receipt: Receipt | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)
+    """With `include=reasons` only: how the probability comes about."""
+    reasons: list[str] | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)
+    """With `include=reasons` only: what moved it most, as sentences, the largest contribution first."""
 
 
 class LeadError(_Message):

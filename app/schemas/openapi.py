@@ -4,7 +4,7 @@ Routes decode their bodies and answer their errors themselves, so both are descr
 contract and the error tree. Pure. Called by the routers, `health` and `main`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -46,10 +46,11 @@ def describe_answers(
     return answers
 
 
-def describe_scoring_body(max_batch_size: int, extras: Sequence[str] = ()) -> dict[str, Any]:
+def describe_scoring_body(max_batch_size: int, extras: Iterable[tuple[str, int]] = ()) -> dict[str, Any]:
     """Returns the `openapi_extra` of a scoring route: either shape of body, with its limits.
 
-    `extras` are what the query parameter `include` may name; without any there is no parameter.
+    `extras` are what the query parameter `include` may name, and with how many lead IDs at most; without any
+    there is no parameter.
     """
     array, wrapped = (
         {"$ref": _REFERENCES.format(model=model.__name__)} for model in (LeadIdArray, LeadIdObject)
@@ -60,20 +61,22 @@ def describe_scoring_body(max_batch_size: int, extras: Sequence[str] = ()) -> di
     }
     description = f"1 to {max_batch_size} lead IDs; order and duplicates are kept."
     content = {"application/json": {"schema": {"anyOf": [array, wrapped]}, "examples": examples}}
-    parameters = [_describe_include(extras)] if extras else []
+    limits = dict(extras)
+    parameters = [_describe_include(limits, max_batch_size)] if limits else []
     body = {"required": True, "description": description, "content": content}
     return {"parameters": parameters, "requestBody": body}
 
 
-def _describe_include(extras: Sequence[str]) -> dict[str, Any]:
+def _describe_include(limits: Mapping[str, int], max_batch_size: int) -> dict[str, Any]:
+    fewer = (f" {extra}: at most {most} lead IDs." for extra, most in limits.items() if most < max_batch_size)
+    one = f"({'|'.join(limits)})"
     return {
         "name": "include",
         "in": "query",
         "required": False,
-        "description": "What each prediction is to carry besides the usual, separated by commas.",
-        "style": "form",
-        "explode": False,
-        "schema": {"type": "array", "items": {"type": "string", "enum": list(extras)}},
+        "description": "What each prediction is to carry besides the usual: "
+        f"{' or '.join(limits)}, or several separated by commas.{''.join(fewer)}",
+        "schema": {"type": "string", "pattern": f"^({one}(,{one})*)?$", "example": next(iter(limits))},
     }
 
 
