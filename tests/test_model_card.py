@@ -308,6 +308,14 @@ def test_limits_are_those_of_this_model(manifest: ModelManifest, held_out: HeldO
         "open",
     ):
         assert unfounded not in calm
+    assert "does not say when leads came" in calm
+    training = msgspec.structs.replace(
+        manifest.training, as_of_from="2025-01-01T00:00:00Z", as_of_to="2025-09-30T00:00:00Z"
+    )
+    dated = msgspec.structs.replace(manifest, training=training, report={**manifest.report, "split": "time"})
+    assert "seen leads from 2025-01-01 to 2025-09-30" in limits_of(dated, held_out)
+    assert "does not say when" not in limits_of(dated, held_out)
+    assert "nothing was learnt from, the most recent ones." in render(dated, held_out, charts=False)[1]
     moved = msgspec.structs.replace(manifest, base_rate=manifest.base_rate + 0.1)
     assert "The outcome rate moved" in limits_of(moved, held_out)
     drifting = replace(held_out, drift={"source": "drifting", "opted_in": "stable"})

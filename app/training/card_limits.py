@@ -22,15 +22,15 @@ def describe_data_limits(manifest: ModelManifest) -> list[str]:
     """Returns the limits that lie in what the model was made from."""
     training, report = manifest.training, manifest.report
     limits = []
-    if training.as_of_from == training.as_of_to:
-        limits.append(
-            "The source says of no lead when it came, so nothing is known of how the model keeps up with "
-            "change: newer leads may behave otherwise."
-        )
-    else:
+    if training.as_of_from != training.as_of_to:
         limits.append(
             f"It has seen leads from {str(training.as_of_from)[:10]} to {str(training.as_of_to)[:10]}; what "
             "changed after that it cannot know."
+        )
+    elif report.get("split") != "time":
+        limits.append(
+            "The source does not say when leads came, so nothing is known of how the model keeps up with "
+            "change: newer leads may behave otherwise."
         )
     if report.get("undecided"):
         limits.append(

@@ -93,7 +93,8 @@ def describe_metrics(manifest: ModelManifest) -> Section:
     ]
     head, drawn = ("metric", "value", "95% interval", "meaning"), any(row[2] for row in rows)
     table = Table(head, rows) if drawn else Table(_without(head), [_without(row) for row in rows])
-    text = f"Measured once, on {manifest.training.test_rows:,} leads that nothing was learnt from."
+    latest = ", the most recent ones" if manifest.report.get("split") == "time" else ""
+    text = f"Measured once, on {manifest.training.test_rows:,} leads that nothing was learnt from{latest}."
     return Section("How good it is on leads it has not seen", (text,), tables=(table,))
 
 

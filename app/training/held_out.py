@@ -27,9 +27,9 @@ class HeldOut:
     """`n` leads the model has not seen.
 
     `outcome` (n,) is 0 or 1, `probability` (n,) calibrated, `verdict` (n,) an index into `VERDICTS` under the
-    default settings. `order` (n,) is when the leads came to be, None where that is not known. `columns` are
-    the texts and booleans the model reads. `importance` has the ROC AUC lost in each of several shuffles,
-    `drift` the state of each group of features against the training leads, both by name.
+    default settings. `order` (n,) rises in the order in which the leads came, None where that is not known.
+    `columns` are the texts and booleans the model reads. `importance` has the ROC AUC lost in each of several
+    shuffles, `drift` the state of each group of features against the training leads, both by name.
     """
 
     outcome: IntArray
@@ -60,7 +60,7 @@ def look_at_held_out(model: CalibratedModel, rows: TrainingRows, manifest: Model
         outcome=rows.outcome,
         probability=model.probabilities(matrix),
         verdict=build_verdicts(checked.weighted_coverage, checked.out_of_range, _MIN_COVERAGE, abstain_below),
-        order=_order(rows),
+        order=rows.order,
         columns={
             column.name: rows.leads.columns[column.name]
             for column in feature_set.input_columns
@@ -75,7 +75,3 @@ def look_at_held_out(model: CalibratedModel, rows: TrainingRows, manifest: Model
 
 
 _STATES: tuple[DriftState, ...] = ("stable", "moderate", "drifting")
-
-
-def _order(rows: TrainingRows) -> FloatArray | None:
-    return rows.as_of if rows.leads.n and rows.as_of.min() < rows.as_of.max() else None
