@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
@@ -17,6 +18,7 @@ from app.ai.calibration import (
     confidence,
     fit_isotonic,
     fit_sigmoid,
+    shift_log_odds,
 )
 from app.ai.venn_abers import build_table, look_up, merge
 from tests.builders import INF, NAN, ODD_FLOATS
@@ -41,6 +43,10 @@ CALIBRATORS = {
     ),
     "venn-abers": Calibrator("venn_abers", build_table(*sample(500)).to_json(), 0.001, 0.999, 1e-6),
     "ties broken": Calibrator("isotonic", fit_isotonic(*sample(500)), 0.1, 0.8, 1e-6),
+    "shifted sigmoid": Calibrator("sigmoid", fit_sigmoid(*sample(2000)), 0.01, 0.99, 0.0, -0.4),
+    "shifted isotonic": Calibrator("isotonic", fit_isotonic(*sample(2000)), 0.001, 0.999, 1e-4, 0.7),
+    "shifted far": Calibrator("venn_abers", build_table(*sample(500)).to_json(), 0.0, 1.0, 0.0, 20.0),
+    "shifted none": Calibrator("none", {}, 0.0, 1.0, 0.0, -20.0),
     "none": Calibrator("none", {}, 0.01, 0.99),
     "unbounded": Calibrator("none", {}),
 }  # fmt: skip
@@ -170,7 +176,37 @@ def test_a_tie_break_that_would_change_probabilities_is_refused(share: float) ->
         Calibrator("none", {}, 0.0, 1.0, share)
 
 
-def test_a_calibrator_without_a_tie_break_is_written_as_it_always_was() -> None:
+@pytest.mark.parametrize("shift", [-20.1, 21.0, NAN, INF])
+def test_a_shift_out_of_all_measure_is_refused(shift: float) -> None:
+    with pytest.raises(ValueError, match="shifted"):
+        Calibrator("none", {}, shift=shift)
+
+
+def test_a_shift_is_added_to_the_log_odds_before_the_bounds() -> None:
+    raw, outcome = sample(500)
+    given = Calibrator("isotonic", fit_isotonic(raw, outcome))
+    expected = np.clip(expit(logit(calibrate(raw, given)) - 0.8), 0.05, 0.6)
+    found = calibrate(raw, Calibrator("isotonic", given.params, 0.05, 0.6, shift=-0.8))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert (found == 0.05).any()
+    assert (found == 0.6).any()
+
+
+@pytest.mark.parametrize("shift", [-20.0, -0.3, 1e-12, 0.3, 20.0])
+def test_a_shift_never_ranks_neighbouring_probabilities_the_wrong_way_round(shift: float) -> None:
+    starts = np.concatenate(
+        [np.random.default_rng(1).random(300), [0.0, 5e-324, 2.2e-308, 1e-17, 1 - 2**-48]]
+    )
+    for start in starts:
+        p = [start]
+        for _ in range(50):
+            p.append(min(np.nextafter(p[-1], INF), 1.0))
+        shifted = shift_log_odds(np.array(p), shift)
+        assert (np.diff(shifted) >= 0).all()
+        assert ((shifted >= 0) & (shifted <= 1)).all()
+
+
+def test_a_calibrator_without_tie_break_and_shift_is_written_as_it_always_was() -> None:
     assert set(Calibrator("none", {}).to_json()) == {"method", "params", "lower", "upper"}
 
 

@@ -25,7 +25,8 @@ _PARAMS: Mapping[str, frozenset[str]] = {
     "venn_abers": frozenset({"scores", "p0", "p1"}),
     "none": frozenset(),
 }
-MAX_TIE_BREAK = 1e-3
+MAX_TIE_BREAK, MAX_SHIFT = 1e-3, 20.0
+_OPTIONAL = frozenset({"tie_break", "shift"})
 _HUGE = 1e150
 """Scores beyond it are taken for it, so that differences and products of two are finite."""
 _LOGISTIC_STEP, _LOGISTIC_END = 2.0**-40, 750.0
@@ -47,6 +48,9 @@ class Calibrator:
     in which the score itself, laid out between the bounds, is mixed into every probability: a ranking that is
     kept to the last lead, for a change no larger than that share. 0 leaves ties as they are.
 
+    `shift` is added to the log-odds of what the method gives, before the bounds: how much more or less often
+    leads come true of late than when the method was fitted.
+
     Raises:
         ValueError: unknown method, missing, superfluous or unusable parameters, or bounds outside [0, 1].
     """
@@ -56,6 +60,7 @@ class Calibrator:
     lower: float = 0.0
     upper: float = 1.0
     tie_break: float = 0.0
+    shift: float = 0.0
 
     def __post_init__(self) -> None:
         if self.method not in get_args(CalibrationMethod):
@@ -66,13 +71,15 @@ class Calibrator:
             raise ValueError("the bounds of a probability are 0 <= lower <= upper <= 1")
         if not 0 <= self.tie_break <= MAX_TIE_BREAK:
             raise ValueError(f"a tie is broken by a share of 0 to {MAX_TIE_BREAK}")
+        if not -MAX_SHIFT <= self.shift <= MAX_SHIFT:
+            raise ValueError(f"log-odds are shifted by {-MAX_SHIFT} to {MAX_SHIFT}")
         _check_params(self.method, self.params)
 
     def to_json(self) -> JsonObject:
         """Returns the calibrator as JSON values; `from_json` gives an equal one."""
         data = {"method": self.method, "params": dict(self.params), "lower": self.lower, "upper": self.upper}
-        # Only where it is used: manifests written before there was one keep their digest.
-        return {**data, "tie_break": self.tie_break} if self.tie_break else data
+        # Only where they are used: manifests written before there were any keep their digest.
+        return data | {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Calibrator":
@@ -81,8 +88,10 @@ class Calibrator:
         Raises:
             ValueError: a field is missing or unknown, or see the class.
         """
-        if set(data) - {"tie_break"} != {"method", "params", "lower", "upper"}:
-            raise ValueError("a calibrator has the fields lower, method, params, upper and perhaps tie_break")
+        if set(data) - _OPTIONAL != {"method", "params", "lower", "upper"}:
+            raise ValueError(
+                "a calibrator has the fields lower, method, params, upper and perhaps shift and tie_break"
+            )
         return cls(**data)
 
 
@@ -101,9 +110,23 @@ def calibrate(raw: FloatArray, calibrator: Calibrator) -> FloatArray:
         scores = _interpolate(scores, params["scores"], params["probabilities"])
     elif calibrator.method == "venn_abers":
         scores = merge(*look_up(_table(params), scores))
+    if calibrator.shift:
+        scores = shift_log_odds(scores, calibrator.shift)
     # Adding zero turns -0.0 into 0.0: which of the two a maximum returns is not defined.
     probability = np.minimum(np.maximum(scores, calibrator.lower), calibrator.upper) + 0.0
     return _break_ties(probability, raw, calibrator) if calibrator.tie_break else probability
+
+
+def shift_log_odds(p: FloatArray, shift: float) -> FloatArray:
+    """Returns probabilities (n,) whose log-odds are greater by `shift` (`MAX_SHIFT` at most, either way).
+
+    0 and 1, and what lies beyond, become or stay 0 and 1. Never less for a greater probability: each of the
+    steps, correctly rounded, keeps the order of the step before it, or reverses it.
+    """
+    inside = np.minimum(np.maximum(p, 0.0), 1.0)
+    with np.errstate(divide="ignore", over="ignore"):
+        shifted: FloatArray = 1.0 / (1.0 + (1.0 - inside) / inside * float(np.exp(-shift)))
+    return shifted
 
 
 def confidence(p: FloatArray, method: ConfidenceMethod, intervals: FloatArray | None = None) -> FloatArray:
