@@ -181,6 +181,11 @@ ROWS = {
 }
 
 PROOFS = {
+    "receipts": Proof(
+        "receipts add up to the probability, to 1e-9",
+        "test_receipts",
+        "test_receipts_of_leads_with_gaps_add_up_for_every_model_and_calibrator",
+    ),
     "verdict": Proof(
         "Brier score rises from ok to caution to abstain",
         "test_honest_verdict",

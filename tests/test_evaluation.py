@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from tests.real_leads import CSV, TRAPS, needs_real_leads
 
 POLICY = ScoringPolicy(min_coverage=0.6, confidence_method="margin")
 VERSION = "20260601_000000"
+MID_FEBRUARY = datetime(2025, 2, 15, tzinfo=UTC)
 
 
 def evaluate_quietly(options: TrainingOptions, bundle: ModelBundle) -> Evaluation:
@@ -65,7 +67,8 @@ def crm(create_database: Callable[..., str], tmp_path_factory: pytest.TempPathFa
                 SELECT lead_id, as_of, won, noise, signal::text AS signal FROM unseen;
             CREATE VIEW only_lost AS SELECT * FROM unseen WHERE won = 0;
             CREATE VIEW a_few AS SELECT * FROM unseen LIMIT 30;
-            CREATE VIEW timeless AS SELECT lead_id, won, signal, noise FROM leads
+            CREATE VIEW timeless AS SELECT lead_id, won, signal, noise FROM leads;
+            CREATE VIEW begun AS SELECT lead_id, as_of AS created_at, won, signal, noise FROM leads
             """
         )
     models = tmp_path_factory.mktemp("models")
@@ -151,6 +154,16 @@ def test_leads_without_a_time_of_their_own_are_warned_of_only_where_the_model_co
     train(replace(timeless, model_dir=tmp_path, exclude=()))
     (warning,) = evaluate_quietly(timeless, ModelRegistry(tmp_path).load()).warnings
     assert "trained on timeless" in warning
+
+
+def test_leads_taken_as_they_were_when_the_model_was_trained_overlap_if_they_had_begun(
+    crm: TrainingOptions, tmp_path: Path
+) -> None:
+    begun = replace(crm, source="begun", model_dir=tmp_path, exclude=("created_at",), now=MID_FEBRUARY)
+    train(begun)
+    (warning,) = evaluate_quietly(begun, ModelRegistry(tmp_path).load()).warnings
+    assert warning.startswith("1,080 of 2,000 leads are of the time model")
+    assert "(up to 2025-02-15)" in warning
 
 
 def test_leads_of_which_nothing_is_known_are_judged_by_the_base_rate_they_are_answered_with(

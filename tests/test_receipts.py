@@ -1,6 +1,7 @@
 """Receipts: whatever the model, the calibrator and the lead, every step is there and they add up."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache
 
 import msgspec
@@ -133,6 +134,18 @@ def test_a_receipt_adds_up_to_the_probability(model: str, method: str, lead: dic
         raw = bundle.explainer().baseline + sum(line.contribution for line in receipt.contributions)
         assert raw == pytest.approx(answers["raw_score"][0], abs=1e-12)
         assert ABSTAINED not in explanation.reasons
+
+
+def test_receipts_of_leads_with_gaps_add_up_for_every_model_and_calibrator(
+    record_property: Callable[[str, object], None],
+) -> None:
+    errors = []
+    for model in MODELS:
+        for method in CALIBRATORS:
+            explanations, answers = explain(calibrated(model, method), *build_lead_rows(60, seed=4), {})
+            errors.append(np.abs(np.array(list(map(add_up, explanations))) - answers["probability"]).max())
+    record_property("largest difference", f"{max(errors):.0e} in {len(errors)} models of 61 leads")
+    assert max(errors) < 1e-9
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -161,7 +161,7 @@ def _explain_overlap(options: TrainingOptions, bundle: ModelBundle, rows: Traini
     trained_from, trained_to = manifest.training.as_of_from, manifest.training.as_of_to
     if trained_from is None or trained_to is None:
         return None
-    if (rows.as_of == rows.as_of[0]).all():
+    if rows.order is None:
         if options.source != manifest.source:
             return None
         return (
@@ -169,12 +169,15 @@ def _explain_overlap(options: TrainingOptions, bundle: ModelBundle, rows: Traini
             "their own: it has learnt from most of them, and will do worse on new ones."
         )
     start, end = (datetime.fromisoformat(text).timestamp() for text in (trained_from, trained_to))
-    within = int(((rows.as_of >= start) & (rows.as_of <= end)).sum())
+    # Without as-of times of their own all leads were taken as they were at the moment of training.
+    snapshot = start == end
+    within = int(((rows.order <= end) & ((rows.order >= start) | snapshot)).sum())
     if not within:
         return None
+    window = f"up to {_day(end)}" if snapshot else f"{_day(start)} to {_day(end)}"
     return (
         f"{within:,} of {rows.leads.n:,} leads are of the time model {manifest.version} was trained on "
-        f"({_day(start)} to {_day(end)}): if it has learnt from them, it will do worse on new ones."
+        f"({window}): if it has learnt from them, it will do worse on new ones."
     )
 
 
