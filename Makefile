@@ -32,12 +32,13 @@ model: .venv/.training ## Train the shipped model again from the demo CRM (same 
 REAL_LEADS ?= ../shared/data/x_education_leads.csv
 TRAPS := tags,lead_quality,lead_profile,asymmetrique_activity_index,asymmetrique_profile_index,\
 	asymmetrique_activity_score,asymmetrique_profile_score,last_activity,last_notable_activity
-TARGETS := roc_auc=0.880 pr_auc=0.829 brier=0.134 log_loss=0.420 calibration_error=0.012 intervals=14
+TARGETS := roc_auc=0.880 pr_auc=0.829 brier=0.134 log_loss=0.420 calibration_error=0.012 ranking=0 intervals=14 \
+	later_roc_auc=0.900 later_brier=0.121
 
 prove-probabilities: .venv/.dev ## Measure the probabilities on real leads (REAL_LEADS=file, ONLY=row)
 	@test -f "$(REAL_LEADS)" || { echo "The real leads are not at $(REAL_LEADS); set REAL_LEADS=/path/to/the.csv" >&2; exit 1; }
 	@$(BIN)/python -m bench.prove_probabilities --csv "$(REAL_LEADS)" --id "Prospect ID" --label Converted \
-		--missing Select --exclude "$(TRAPS)" $(addprefix --target ,$(TARGETS)) $(if $(ONLY),--only $(ONLY))
+		--missing Select --exclude "$(TRAPS)" --order-by lead_number $(addprefix --target ,$(TARGETS)) $(if $(ONLY),--only $(ONLY))
 
 bench-request-path: .venv/.serve ## Time scoring against an older commit, side by side (BASELINE=ref)
 	@$(BIN)/python -m bench.request_path $(if $(BASELINE),--baseline $(BASELINE))

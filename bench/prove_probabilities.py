@@ -1,12 +1,13 @@
 """What the probabilities are worth on the leads of any CSV file, row by row beside what was to be reached.
 
 python -m bench.prove_probabilities --csv FILE --id COLUMN --label COLUMN [--missing TEXT] [--exclude A,B]
-    [--target ROW=NUMBER] [--only ROW,ROW] [--learning-curve]
+    [--order-by COLUMN] [--target ROW=NUMBER] [--only ROW,ROW] [--learning-curve]
 
 The file is imported into a throwaway database, read by the rules of `leadscore train`, and everything `train`
-does to rows (derive, fit, calibrate) is done inside each fold on the other four. Folds are
-`StratifiedKFold(5, shuffle=True, random_state=0)` over the rows in the order of the file. Other rows of the
-table are proved by a test; they show the figures it measured. Ends with status 1 if a target is missed.
+does to rows (derive, choose, fit, calibrate) is done inside each fold on the other four. Folds are
+`StratifiedKFold(5, shuffle=True, random_state=0)` over the rows in the order of the file. The rows on later
+leads order all of them by a column, learn from the first four fifths and judge the last. Other rows are
+proved by a test; they show the figures it measured. Ends with status 1 if a target is missed.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -28,12 +29,12 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from app.ai.domain import FloatArray, InputColumn, IntArray
+from app.ai.domain import BoolArray, FloatArray, InputColumn, IntArray
 from app.db.csv_file import open_csv
 from app.db.csv_import import import_csv
 from app.db.embedded import open_embedded
 from app.db.leads import fetch_all_chunks
-from app.errors import LeadScoringError
+from app.errors import CommandError, LeadScoringError
 from app.training.bootstrap import bootstrap_intervals
 from app.training.evaluate import evaluate
 from app.training.fit import CalibratedModel, fit_calibrated
@@ -41,6 +42,7 @@ from app.training.interval_coverage import build_model_intervals, measure_covera
 from app.training.leakage import check_leakage
 from app.training.options import ModelType, TrainingOptions
 from app.training.rows import Progress, TrainingRows, choose_columns, fetch_rows
+from app.training.splits import group_rows
 from app.training.train import _choose_features
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +62,10 @@ class Judged(NamedTuple):
     def metric(self, name: str) -> float:
         """Returns one of the metrics of a manifest."""
         return evaluate(self.probability, self.outcome, 0.5)[name]
+
+    def take(self, rows: BoolArray) -> "Judged":
+        """Returns these leads, by mask."""
+        return Judged(*(part[rows] for part in self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,18 +87,31 @@ class Leads:
         """The folds, laid together."""
         return Judged(*map(np.concatenate, zip(*self.folds, strict=True)))
 
+    @cached_property
+    def later(self) -> tuple[Judged, BoolArray]:
+        """The last fifth, judged by a model of those before; and which of them equal no earlier lead."""
+        if self.rows.order is None:
+            raise CommandError("which leads are the later ones? Name a column that says so with --order-by")
+        turn = np.argsort(self.rows.order, kind="stable")
+        cut = self.rows.leads.n - self.rows.leads.n // FOLDS
+        before, after = np.sort(turn[:cut]), np.sort(turn[cut:])
+        group = group_rows(self.rows)
+        judged = self._judge("later leads", self.rows.take(before), self.rows.take(after))
+        return judged, ~np.isin(group[after], group[before])
+
     def judge_folds(self, stage: str, share: float) -> list[Judged]:
         """Judges each fold by a model of this share of the other four, drawn at random."""
         splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+        unordered = replace(self.rows, order=None)
         judged = []
-        for number, (others, fold) in enumerate(splitter.split(self.rows.outcome, self.rows.outcome)):
+        for number, (others, fold) in enumerate(splitter.split(unordered.outcome, unordered.outcome)):
             kept = np.random.default_rng(number).permutation(others)[: round(share * len(others))]
             part = f"{stage} {number + 1} of {FOLDS}"
-            judged.append(self._judge(part, self.rows.take(np.sort(kept)), self.rows.take(fold)))
+            judged.append(self._judge(part, unordered.take(np.sort(kept)), unordered.take(fold)))
         return judged
 
-    def _judge(self, part: str, others: TrainingRows, held_out: TrainingRows) -> Judged:
-        model = self._fit(part, others)
+    def _judge(self, part: str, learnt: TrainingRows, held_out: TrainingRows) -> Judged:
+        model = self._fit(part, learnt)
         matrix = model.fitted.build_matrix(held_out)
         return Judged(
             model.fitted.raw_scores(matrix),
@@ -168,6 +187,19 @@ def _measure_intervals(leads: Leads) -> Figure:
     return Figure(told["covered"], beside)
 
 
+def _measure_later(name: str) -> Callable[[Leads], Figure]:
+    def measure(leads: Leads) -> Figure:
+        later, unlike = leads.later
+        low, high = bootstrap_intervals(later.probability, later.outcome, 0)[name]
+        beside = f"{len(unlike):,} leads, 95 %: {low:.4f} to {high:.4f}"
+        others = later.take(unlike)
+        if len(np.unique(others.outcome)) == 2:
+            beside += f"; {others.metric(name):.4f} on the {len(others.outcome):,} that equal no earlier one"
+        return Figure(later.metric(name), beside)
+
+    return measure
+
+
 ROWS = {
     "roc_auc": Row("ROC AUC", "at least", _mean_of_folds("roc_auc")),
     "pr_auc": Row("PR AUC, after calibration", "at least", _mean_of_folds("pr_auc")),
@@ -178,6 +210,8 @@ ROWS = {
     ),
     "ranking": Row("ROC AUC changed by calibrating", "at most", _measure_ranking),
     "intervals": Row("bins whose rate lies in the mean interval", "at least", _measure_intervals),
+    "later_roc_auc": Row("later leads: ROC AUC", "at least", _measure_later("roc_auc")),
+    "later_brier": Row("later leads: Brier score", "at most", _measure_later("brier")),
 }
 
 PROOFS = {
@@ -213,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if asked.learning_curve:
                     _print_learning_curve(leads)
                     return 0
+                if leads.rows.order is None and not asked.only:
+                    chosen = [name for name in chosen if not name.startswith("later")]
                 for name in (name for name in ROWS if name in chosen):
                     missed += not _print_row(asked, name, leads)
         for name in (name for name in PROOFS if name in chosen):
@@ -229,6 +265,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--label", required=True, help="the column with the outcome as two values")
     parser.add_argument("--missing", action="append", default=[], help="a text that means missing")
     parser.add_argument("--exclude", type=_names, default=(), help="columns the model must not see")
+    parser.add_argument("--order-by", metavar="COLUMN", help="rises in the order in which leads came to be")
     parser.add_argument("--model", choices=get_args(ModelType), default="random_forest")
     parser.add_argument("--target", action="append", default=[], metavar="ROW=NUMBER", help="what to reach")
     parser.add_argument("--only", type=_names, default=(), metavar="ROW", help="these rows of the table")
@@ -269,6 +306,7 @@ def open_leads(asked: argparse.Namespace, progress: Progress) -> Iterator[Leads]
             source=TABLE,
             label=summary.label,
             exclude=asked.exclude,
+            order_by=asked.order_by,
             model=asked.model,
         )
         columns, _ = choose_columns(options)
@@ -297,6 +335,8 @@ def _print_row(asked: argparse.Namespace, name: str, leads: Leads) -> bool:
     reached = target is None or (figure.value >= target if row.side == "at least" else figure.value <= target)
     wanted = "" if target is None else f", {row.side} {target:g}: {'yes' if reached else 'NO'}"
     value = f"{figure.value:.4f}" if isinstance(figure.value, float) else str(figure.value)
+    if 0 < figure.value < 5e-5:
+        value = f"{figure.value:.0e}"
     _print(f"{row.heading}: {value}{wanted}", f"({figure.beside})", _command(asked, name))
     return reached
 
@@ -329,9 +369,8 @@ def _command(asked: argparse.Namespace, name: str) -> str:
 
 def _print_learning_curve(leads: Leads) -> None:
     for share in SHARES:
-        values = [
-            fold.metric("roc_auc") for fold in leads.judge_folds(f"{share:.0%} of the leads, fold", share)
-        ]
+        folds = leads.judge_folds(f"{share:.0%} of the leads, fold", share)
+        values = [fold.metric("roc_auc") for fold in folds]
         rows = round(share * leads.rows.leads.n * (FOLDS - 1) / FOLDS)
         print(
             f"learnt from {rows:,}: ROC AUC {np.mean(values):.4f} (sd {np.std(values, ddof=1):.4f})",

@@ -24,18 +24,18 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("leads") / "leads.csv"
     with path.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out)
-        writer.writerow(["Reference", "Visits", "Channel", "Note", "Enrolled"])
+        writer.writerow(["Reference", "Countdown", "Visits", "Channel", "Note", "Enrolled"])
         for number in range(ROWS_OF_FILE):
             label = "" if number < 10 else "Yes" if won[number] else "No"
             channel = random.choice(["Fair", "Web", "n/a"])
-            writer.writerow([f"E-{number}", visits[number], channel, label, label])
+            writer.writerow([f"E-{number}", ROWS_OF_FILE - number, visits[number], channel, label, label])
     return path
 
 
 @pytest.fixture
 def arguments(file: Path) -> list[str]:
     return ["--csv", str(file), "--id", "Reference", "--label", "Enrolled", "--missing", "n/a",
-            "--exclude", "note", "--model", "logistic_regression"]  # fmt: skip
+            "--exclude", "note", "--order-by", "countdown", "--model", "logistic_regression"]  # fmt: skip
 
 
 @pytest.fixture
@@ -67,9 +67,11 @@ def test_every_measured_row_is_printed_with_its_figure_target_and_command(
         assert f"--model logistic_regression {' '.join(targets)} --only {name}\n" in text
 
 
-def test_folds_are_cut_in_the_order_of_the_file(arguments: list[str], file: Path) -> None:
+def test_folds_are_cut_in_the_order_of_the_file_and_the_last_fifth_in_that_of_the_column(
+    arguments: list[str], file: Path
+) -> None:
     with open_leads(parse(arguments), lambda *_: None) as leads:
-        rows, folds = leads.rows, leads.folds
+        rows, folds, (later, unlike) = leads.rows, leads.folds, leads.later
     with file.open(encoding="utf-8", newline="") as lines:
         decided = [line for line in csv.DictReader(lines) if line["Enrolled"]]
     outcome = np.array([line["Enrolled"] == "Yes" for line in decided]).astype(int)
@@ -80,6 +82,11 @@ def test_folds_are_cut_in_the_order_of_the_file(arguments: list[str], file: Path
         np.testing.assert_array_equal(fold.outcome, outcome[held_out])
         # The model has little but the visits to go by: its scores follow those of the same leads.
         assert abs(np.corrcoef(fold.raw, visits[held_out])[0, 1]) > 0.9
+    # The column to order by counts down, so the file's first leads are the later ones.
+    np.testing.assert_array_equal(later.outcome, outcome[:78])
+    assert abs(np.corrcoef(later.raw, visits[:78])[0, 1]) > 0.9
+    earlier = {(line["Visits"], line["Channel"]) for line in decided[78:]}
+    assert unlike.tolist() == [(line["Visits"], line["Channel"]) not in earlier for line in decided[:78]]
 
 
 def test_a_row_that_does_not_exist_is_refused_by_name(
