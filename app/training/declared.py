@@ -32,30 +32,31 @@ class _Feature(NamedTuple):
 
 
 _FEATURES = (
-    _Feature("lead_age_days", "age_days", ("created_at",), "days since the enquiry"),
-    _Feature("days_since_last_touch", "age_days", ("last_touch_at",), "days since the last contact"),
-    _Feature("days_until_intake", "days_until", ("intake_at",), "days until the intake the lead asked for"),
+    _Feature("lead_age_days", "age_days", ("created_at",), "enquiry"),
+    _Feature("days_since_last_touch", "age_days", ("last_touch_at",), "last contact"),
+    _Feature("days_until_intake", "days_until", ("intake_at",), "intake asked for"),
     _Feature("source", "level", ("source",), "how the lead found us"),
-    _Feature("programme", "level", ("programme",), "the programme asked for"),
+    _Feature("programme", "level", ("programme",), "programme asked for"),
     _Feature("study_mode", "level", ("study_mode",), "how the programme is taught"),
     _Feature("country", "level", ("country",), "country of residence"),
     _Feature("education_level", "level", ("education_level",), "highest education so far"),
     _Feature("tuition_fee", "value", ("tuition_fee",), "tuition fee of the programme"),
     _Feature("gpa", "value", ("gpa",), "grade point average as the lead stated it"),
-    _Feature("first_response", "log1p", ("first_response_minutes",), "log(1 + minutes until we answered)"),
-    _Feature("has_phone", "flag", ("has_phone",), "a phone number was left"),
-    _Feature("newsletter_opt_in", "flag", ("newsletter_opt_in",), "the newsletter was asked for"),
-    _Feature("touchpoints", "log1p", ("touchpoint_count",), "log(1 + contacts of any kind)"),
+    _Feature("first_response", "log1p", ("first_response_minutes",), "minutes until we answered"),
+    _Feature("has_phone", "flag", ("has_phone",), "phone number left"),
+    _Feature("newsletter_opt_in", "flag", ("newsletter_opt_in",), "newsletter asked for"),
+    _Feature("touchpoints", "log1p", ("touchpoint_count",), "contacts of any kind"),
     _Feature(
         "inbound_share", "ratio", ("inbound_count", "touchpoint_count"), "share of contacts by the lead"
     ),
-    _Feature("emails_opened", "log1p", ("emails_opened",), "log(1 + e-mails opened)"),
-    _Feature("calls_answered", "log1p", ("calls_answered",), "log(1 + calls answered)"),
+    _Feature("emails_opened", "log1p", ("emails_opened",), "e-mails opened"),
+    _Feature("calls_answered", "log1p", ("calls_answered",), "calls answered"),
     _Feature("events_attended", "value", ("events_attended",), "open days and webinars attended"),
-    _Feature("minutes_on_site", "log1p", ("minutes_on_site",), "log(1 + minutes spent on our site)"),
+    _Feature("minutes_on_site", "log1p", ("minutes_on_site",), "minutes spent on our site"),
     _Feature("prior_applications", "value", ("prior_applications",), "applications before this enquiry"),
 )
-"""A level becomes the log-odds of an application among the training rows that have it."""
+"""A level becomes the log-odds of an application among the training rows that have it. Descriptions say what
+a number is of, as a salesperson would: "last contact", of which the reasons say that it was 41 days ago."""
 
 DECLARED_COLUMNS: tuple[InputColumn, ...] = tuple(InputColumn(name, kind) for name, kind in _KINDS.items())
 
