@@ -1,9 +1,11 @@
 # The steps are those of the Makefile: hash-pinned install, then the checkout itself. The running user owns neither
 # code nor models; everything the service writes goes to /data.
+# The first stage has a C compiler, for the loops of scoring; the image that serves has none.
 FROM python:3.11-slim AS build
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev
 WORKDIR /app
 RUN python -m venv .venv
-COPY requirements.lock pyproject.toml README.md LICENSE ./
+COPY requirements.lock pyproject.toml setup.py README.md LICENSE ./
 RUN .venv/bin/python -m pip install --no-cache-dir --require-hashes -r requirements.lock
 COPY app app
 RUN .venv/bin/python -m pip install --no-cache-dir --no-deps --no-build-isolation --editable .
@@ -14,7 +16,7 @@ RUN useradd --system --uid 10001 --no-create-home leadscore && install -d -o lea
 COPY --from=build /app/.venv .venv
 COPY pyproject.toml alembic.ini ./
 COPY alembic alembic
-COPY app app
+COPY --from=build /app/app app
 COPY models models
 ENV PATH="/app/.venv/bin:$PATH" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HOST=0.0.0.0 PORT=8000 VAR_DIR=/data APP_ENV=production

@@ -55,7 +55,7 @@ lock: .venv/.dev ## Renew the hash-pinned locks from pyproject.toml
 		--extra build --extra training --extra dev --constraint requirements-training.lock -o requirements-dev.lock
 
 clean: ## Remove the virtual environment, caches and everything the service wrote
-	rm -rf .venv var .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv var build *.egg-info app/ai/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -63,7 +63,7 @@ clean: ## Remove the virtual environment, caches and everything the service wrot
 		|| { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/.serve: requirements.lock pyproject.toml | .venv/bin/python
+.venv/.serve: requirements.lock pyproject.toml setup.py app/ai/_score_kernels.c | .venv/bin/python
 	$(PIP) install --require-hashes -r requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -23,8 +23,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 
 from app.ai.domain import FloatArray, IntArray
+from app.ai.fitted_trees import read_boosting, read_forest
 from app.ai.inference import split_pipeline
-from app.ai.tree_shapley import Tree, build_tree_game
+from app.ai.tree_shapley import build_tree_game
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -71,23 +72,8 @@ def _explain(model: Any, player_of: IntArray, means: FloatArray) -> ScoreExplain
 
 
 def _explain_forest(model: Any, player_of: IntArray) -> ScoreExplainer:
-    count = len(model.estimators_)
-    game = build_tree_game(
-        [
-            Tree(
-                tree.children_left,
-                tree.children_right,
-                tree.feature,
-                tree.threshold,
-                tree.missing_go_to_left.astype(np.bool_),
-                # Rows, not weights: the baseline is the mean score of the leads there are.
-                tree.n_node_samples.astype(np.float64),
-                tree.value[:, 0, 1] / count,
-            )
-            for tree in (member.tree_ for member in model.estimators_)
-        ],
-        player_of,
-    )
+    trees = read_forest(model)
+    game = build_tree_game([tree._replace(value=tree.value / len(trees)) for tree in trees], player_of)
 
     def contributions(values: FloatArray) -> FloatArray:
         # As the scorer does: trees compare in single precision.
@@ -97,22 +83,7 @@ def _explain_forest(model: Any, player_of: IntArray) -> ScoreExplainer:
 
 
 def _explain_boosting(model: Any, player_of: IntArray) -> ScoreExplainer:
-    trees = []
-    for (predictor,) in model._predictors:  # noqa: SLF001  the fitted trees have no public name
-        nodes = predictor.nodes
-        leaf = nodes["is_leaf"].astype(np.bool_)
-        trees.append(
-            Tree(
-                np.where(leaf, -1, nodes["left"].astype(np.int64)),
-                np.where(leaf, -1, nodes["right"].astype(np.int64)),
-                nodes["feature_idx"].astype(np.int64),
-                nodes["num_threshold"],
-                nodes["missing_go_to_left"].astype(np.bool_),
-                nodes["count"].astype(np.float64),
-                nodes["value"],
-            )
-        )
-    game = build_tree_game(trees, player_of)
+    game = build_tree_game(read_boosting(model), player_of)
     start = game.baseline + float(model._baseline_prediction[0, 0])  # noqa: SLF001
     return _link(start, game.values)
 

@@ -22,30 +22,14 @@ Pure: NumPy, no I/O; a lead's values depend on that lead alone, to the last bit.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from app.ai.domain import BoolArray, FloatArray, IntArray
+from app.ai.fitted_trees import Tree
 
 _CELLS = 1 << 17
 """Leads are taken together as long as they fill this many numbers an array, which stay in the cache."""
-
-
-class Tree(NamedTuple):
-    """One tree of `m` nodes, the first of which is the root; every array is (m,).
-
-    `left` and `right` are the children's places, -1 at a leaf. A value up to `threshold` goes left, and a NaN
-    where `missing_left` says so. `cover` counts the training rows of a node. `value` matters at leaves only.
-    """
-
-    left: IntArray
-    right: IntArray
-    feature: IntArray
-    threshold: FloatArray
-    missing_left: BoolArray
-    cover: FloatArray
-    value: FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -63,7 +63,8 @@ def build_manifest(
     """
     parts = build_parts(description)
     try:
-        outputs = score_rows(parts, build_scorer(estimator), description.golden_inputs)
+        # By scikit-learn: the self-test at each load compares whatever scores there with it.
+        outputs = score_rows(parts, build_scorer(estimator, lambda: None), description.golden_inputs)
         manifest = ModelManifest(
             **msgspec.structs.asdict(description),
             manifest_version=1,
