@@ -174,6 +174,11 @@ def import_file(
     show_default=True,
     help="Model type.",
 )
+@click.option(
+    "--base-rate",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of leads you expect to reach the outcome; needed while none is decided, used while few are.",
+)
 @click.option("--format", "fmt", type=click.Choice(["skops", "joblib"]), default="skops", show_default=True)
 @click.option("--as-of", type=_moment, help="Train as if it were this moment (UTC); by default now.")
 @click.option("--since", type=_moment, help="Leave out leads of an earlier time (UTC).")
@@ -195,6 +200,7 @@ def train(
     exclude: tuple[str, ...],
     allow_leaky: tuple[str, ...],
     model: ModelType,
+    base_rate: float | None,
     fmt: ArtifactFormat,
     as_of: datetime | None,
     since: datetime | None,
@@ -223,6 +229,7 @@ def train(
             exclude=exclude,
             allow_leaky=allow_leaky,
             model=model,
+            base_rate=base_rate,
             fmt=fmt,
             as_of=_utc(as_of) if as_of else None,
             since=_utc(since) if since else None,

@@ -247,10 +247,10 @@ def _really_there(matrix: FeatureMatrix, indicator: BoolArray) -> BoolArray:
 
 
 def _weigh(cells: BoolArray, weights: Sequence[float] | None = None) -> FloatArray:
-    """Returns the share (n,) of all weight that lies in these cells (n, k)."""
+    """Returns the share (n,) of all weight that lies in these cells (n, k), 0 where nothing has a weight."""
     # Whole numbers add up the same in any order, so a lead's share cannot depend on its batch.
     units = np.rint(np.asarray(weights or [1.0] * cells.shape[1]) * _WEIGHT_UNITS).astype(np.int64)
-    share: FloatArray = (cells @ units) / units.sum()
+    share: FloatArray = (cells @ units) / max(units.sum(), 1)
     return share
 
 

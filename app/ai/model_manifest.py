@@ -56,7 +56,8 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     `created_at` is RFC 3339 UTC; `report` is free for figures that only people read. `venn_abers` is the
     `to_json()` of the table intervals are looked up in; a model where it is unset has no intervals.
     `feature_weights`, which sum to 1, say what each feature is worth to the model; unset, all are worth the
-    same. `abstain_below` is the coverage, so weighted, below which the base rate is the better answer.
+    same; all 0, the model goes by none of them and abstains from every lead. `abstain_below` is the coverage,
+    so weighted, below which the base rate is the better answer.
     """
 
     model_type: ModelType
@@ -85,8 +86,10 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         if not self.golden_inputs or any(len(row) != width for row in self.golden_inputs):
             raise ValueError("needs golden inputs, each with one value for every feature")
         weights = self.feature_weights
-        if weights is not msgspec.UNSET and (len(weights) != width or abs(math.fsum(weights) - 1) > 1e-6):
-            raise ValueError("the feature weights are one for every feature, and sum to 1")
+        if weights is not msgspec.UNSET and (
+            len(weights) != width or (any(weights) and abs(math.fsum(weights) - 1) > 1e-6)
+        ):
+            raise ValueError("the feature weights are one for every feature, and sum to 1 or are all 0")
         numbers = [value for row in self.golden_inputs for value in row if value is not None]
         if not all(map(math.isfinite, [self.threshold, self.base_rate, *self.metrics.values(), *numbers])):
             raise ValueError("a number is not finite")

@@ -41,9 +41,10 @@ def describe_data_limits(manifest: ModelManifest) -> list[str]:
         limits.append(f"It has learnt from only {training.train_rows:,} leads; more would make it better.")
     limits += [f"Suspicious column: {warning}" for warning in report.get("warnings", ())]
     lower, upper = manifest.calibrator["lower"], manifest.calibrator["upper"]
-    limits.append(
-        f"It never says less than {lower:.1%} or more than {upper:.1%}: its data do not support more."
-    )
+    if lower > 0 or upper < 1:
+        limits.append(
+            f"It never says less than {lower:.1%} or more than {upper:.1%}: its data do not support more."
+        )
     return limits
 
 

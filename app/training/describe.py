@@ -63,8 +63,8 @@ def describe_model(
         source=options.source,
         label=options.label or options.outcome,
         training=TrainingFacts(
-            as_of_from=_moment(moments.min()),
-            as_of_to=_moment(moments.max()),
+            as_of_from=to_moment(moments.min()),
+            as_of_to=to_moment(moments.max()),
             train_rows=train_part.leads.n,
             calibrate_rows=train_part.leads.n,
             test_rows=test_part.leads.n,
@@ -72,10 +72,10 @@ def describe_model(
             seed=options.seed,
         ),
         metrics=evaluate(probability, test_part.outcome, model.threshold),
-        golden_inputs=_golden_inputs(matrix, options.seed),
-        created_at=_moment(options.now.timestamp()),
+        golden_inputs=build_golden_inputs(matrix, options.seed),
+        created_at=to_moment(options.now.timestamp()),
         report={
-            **_report(options, notes),
+            **build_notes(options, notes),
             "split": "random" if test_part.order is None else "time",
             "importance": importance,
             "reliability": build_reliability(probability, test_part.outcome),
@@ -89,22 +89,24 @@ def describe_model(
     )
 
 
-def _report(options: TrainingOptions, notes: Notes) -> JsonObject:
+def build_notes(options: TrainingOptions, notes: Notes) -> JsonObject:
+    """Returns what was noticed, for the manifest's report."""
     return {
         "dropped": notes.dropped,
         "excluded": sorted(options.exclude),
         "warnings": list(notes.warnings),
         "undecided": notes.undecided,
-        "since": _moment(options.since.timestamp()) if options.since else None,
+        "since": to_moment(options.since.timestamp()) if options.since else None,
     }
 
 
-def _golden_inputs(matrix: FeatureMatrix, seed: int) -> list[FeatureRow]:
+def build_golden_inputs(matrix: FeatureMatrix, seed: int) -> list[FeatureRow]:
     """Draws rows of built features, gaps and all, and adds one that is nothing but gaps."""
     drawn = np.random.default_rng(seed).permutation(len(matrix.values))[: GOLDEN_ROWS - 1]
     rows = np.vstack([matrix.values[drawn], np.full(matrix.values.shape[1], np.nan)]).tolist()
     return [[value if np.isfinite(value) else None for value in row] for row in rows]
 
 
-def _moment(seconds: float) -> str:
+def to_moment(seconds: float) -> str:
+    """Returns seconds UTC as RFC 3339."""
     return datetime.fromtimestamp(float(seconds), UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -71,7 +71,8 @@ def evaluate_model(
         DatabaseUnavailableError: the database does not answer.
     """
     _require_columns(options, bundle)
-    rows, undecided = fetch_rows(options, bundle.input_columns, progress)
+    rows, everyone = fetch_rows(options, bundle.input_columns, progress)
+    _require_enough(rows.outcome)
     answers, rejected = _answer(bundle, rows, policy, progress)
     answered, outcome = answers[~rejected], rows.outcome[~rejected]
     _require_enough(outcome)
@@ -86,7 +87,7 @@ def evaluate_model(
         outcome=options.label or options.outcome,
         leads=len(outcome),
         positives=int(outcome.sum()),
-        undecided=undecided,
+        undecided=everyone.leads.n - rows.leads.n,
         rejected=int(rejected.sum()),
         metrics=evaluate(probability, outcome, manifest.threshold),
         intervals=bootstrap_intervals(probability, outcome, _SEED),

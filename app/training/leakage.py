@@ -97,12 +97,7 @@ def check_leakage(
     denied = [column.name for column in columns if is_denied(column.name)]
     if denied:
         raise TrainingError(f"{', '.join(denied)}: such a column knows the outcome and never feeds a model.")
-    found = [
-        measure_separation(column.name, leads.columns[column.name], outcome, as_of) for column in columns
-    ]
-    suspicious = sorted(
-        (one for one in found if one.auc > FLAGGED_AUC), key=lambda one: (-one.auc, one.column)
-    )
+    suspicious = find_suspicious(leads, outcome, as_of, columns)
     refused = [one for one in suspicious if one.auc > REFUSED_AUC and one.column not in allowed]
     if refused:
         names = ",".join(one.column for one in refused)
@@ -110,7 +105,19 @@ def check_leakage(
             f"{'; '.join(map(str, refused))} (limit {REFUSED_AUC:.2f}): probably written after the outcome. "
             f"Drop it with --exclude {names}, or keep it with --allow-leaky {names} if scoring knows it."
         )
-    return tuple(suspicious)
+    return suspicious
+
+
+def find_suspicious(
+    leads: LeadColumns, outcome: IntArray, as_of: FloatArray, columns: Sequence[InputColumn]
+) -> tuple[Separation, ...]:
+    """Returns the columns that separate the 0/1 outcomes beyond `FLAGGED_AUC`, strongest first."""
+    found = (
+        measure_separation(column.name, leads.columns[column.name], outcome, as_of) for column in columns
+    )
+    return tuple(
+        sorted((one for one in found if one.auc > FLAGGED_AUC), key=lambda one: (-one.auc, one.column))
+    )
 
 
 def measure_separation(name: str, column: Column, outcome: IntArray, as_of: FloatArray) -> Separation:

@@ -24,7 +24,8 @@ class TrainingOptions:
     set for the default source without a label and to derived features otherwise. `exclude` never feeds the
     model; `allow_leaky` names columns the leakage guard lets pass. `order_by` names the column, a time or any
     number, that says in which order leads came to be (default: `as_of` or `created_at`, where the source has
-    one); it never feeds the model either. `since` leaves out leads of an earlier time. `version`
+    one); it never feeds the model either. `since` leaves out leads of an earlier time. `base_rate` is the
+    share of leads expected to reach the outcome, for as long as outcomes are few. `version`
     (`YYYYMMDD_HHMMSS`) defaults to `now`.
     """
 
@@ -41,6 +42,7 @@ class TrainingOptions:
     allow_leaky: tuple[str, ...] = ()
     features: Literal["auto", "declared"] | None = None
     model: ModelType = "random_forest"
+    base_rate: float | None = None
     seed: int = 0
     fmt: ArtifactFormat = "skops"
     version: str | None = None

@@ -71,7 +71,27 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
         rows.insert(2, ("no lead from before", manifest.report["since"]))
     if manifest.report.get("undecided"):
         rows.insert(3, ("left out as undecided", f"{manifest.report['undecided']:,} leads"))
+    if "day_one" in manifest.report:
+        rows.insert(0, ("day-one model", describe_day_one(manifest.report["day_one"])))
     return rows
+
+
+def describe_day_one(known: Mapping[str, Any]) -> str:
+    """Returns what a reader of a day-one model's figures must know: how few outcomes it rests on."""
+    outcomes, positives = known["outcomes"], known["positives"]
+    if not outcomes:
+        basis = "no outcome is known yet: every lead is answered the base rate that was expected"
+    elif positives in {0, outcomes}:
+        basis = f"{outcomes} outcomes, all of one kind: every lead is answered the base rate"
+    else:
+        basis = (
+            f"{outcomes} outcomes, {positives} of them positive: answers are shrunk towards the base rate "
+            f"(probability that the features say anything: {known['evidence']:.0%})"
+        )
+    return (
+        f"{basis}. Nothing was left to test on. Train again at {known['enough']} outcomes, "
+        f"{known['enough_of_each']} of each kind."
+    )
 
 
 def describe_metrics(

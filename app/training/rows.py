@@ -20,7 +20,6 @@ from app.training.options import TrainingOptions
 Progress = Callable[[str, int, int], None]
 """Told the stage, how much of it is done, and how much there is (0 while that is unknown)."""
 
-MIN_ROWS, MIN_OF_EACH_CLASS = 50, 10
 _AS_OF, _CREATED_AT, _EXTERNAL_REF = "as_of", "created_at", "external_ref"
 _SECONDS_PER_DAY = 86_400.0
 
@@ -83,8 +82,10 @@ def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], d
 
 def fetch_rows(
     options: TrainingOptions, columns: Sequence[InputColumn], progress: Progress
-) -> tuple[TrainingRows, int]:
-    """Reads the decided leads in the order of their IDs, and counts those that are left out as undecided.
+) -> tuple[TrainingRows, TrainingRows]:
+    """Reads the decided leads in the order of their IDs, and with them everyone, decided or not.
+
+    The outcomes of `everyone`, the second of the two, mean nothing where a lead is not decided.
 
     With a label, a lead without one is undecided. Otherwise it is decided once its whole horizon has passed,
     also when its outcome came early: taking young leads that applied, and not those that may yet, would make
@@ -92,8 +93,8 @@ def fetch_rows(
     out too: there was nothing left to predict. Leads of a time before `options.since` do not count at all.
 
     Raises:
-        TrainingError: there are too few decided leads, or hardly any of one class, or a label is not 0 or 1,
-            or the options ask for an order or a time that not every lead has.
+        TrainingError: there are no leads, or a label is not 0 or 1, or the options ask for an order or a time
+            that not every lead has.
         DatabaseUnavailableError: the database does not answer.
     """
     extra = _extra_columns(options, fetch_columns(options.url, options.source))
@@ -102,9 +103,10 @@ def fetch_rows(
     outcome, decided = _labels(options, leads) if options.label else _outcomes(options, leads, as_of)
     features = LeadColumns(leads.n, {column.name: leads.columns[column.name] for column in columns})
     recent = _recent(options, leads)
-    rows = TrainingRows(features, outcome, as_of, _order(options, leads)).take(decided & recent)
-    _require_enough(rows.outcome)
-    return rows, int((recent & ~decided).sum())
+    if not recent.any():
+        raise TrainingError(f"{options.source} has no leads since {options.since:%Y-%m-%d}.")
+    everyone = TrainingRows(features, outcome, as_of, _order(options, leads))
+    return everyone.take(decided & recent), everyone.take(recent)
 
 
 def _extra_columns(options: TrainingOptions, kinds: Mapping[str, ColumnKind]) -> list[InputColumn]:
@@ -217,13 +219,3 @@ def _require_columns(source: str, known: Iterable[str], wanted: Iterable[str]) -
             close = get_close_matches(name, list(known), 1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise TrainingError(f"{source} has no column {name} that can be read{hint}")
-
-
-def _require_enough(outcome: IntArray) -> None:
-    positives = int(outcome.sum())
-    negatives = len(outcome) - positives
-    if len(outcome) < MIN_ROWS or min(positives, negatives) < MIN_OF_EACH_CLASS:
-        raise TrainingError(
-            f"too few decided leads: {positives} with the outcome and {negatives} without; "
-            f"at least {MIN_ROWS} are needed, {MIN_OF_EACH_CLASS} of each."
-        )

@@ -6,15 +6,18 @@ train` command and `app.training.shipped_model`.
 """
 
 import time
+from collections.abc import Callable
 
 from app.ai.domain import InputColumn
 from app.ai.features import FeatureSet
-from app.ai.model_manifest import read_manifest
+from app.ai.model_manifest import ModelDescription, ModelManifest, read_manifest
+from app.training.day_one import is_day_one
 from app.training.declared import build_declared_features
 from app.training.derive import derive_features
 from app.training.describe import Notes, describe_model
+from app.training.describe_day_one import train_day_one
 from app.training.fit import FeatureBuilder, fit_calibrated
-from app.training.held_out import look_at_held_out
+from app.training.held_out import HeldOut, look_at_held_out
 from app.training.leakage import check_leakage
 from app.training.model_card import write_model_card
 from app.training.options import TrainingOptions
@@ -36,20 +39,47 @@ def train(
     """
     started = time.monotonic()
     columns, denied = choose_columns(options)
-    rows, undecided = fetch_rows(options, columns, progress)
+    rows, everyone = fetch_rows(options, columns, progress)
+    undecided = everyone.leads.n - rows.leads.n
+    if is_day_one(rows.outcome):
+        notes = Notes(denied, (), undecided)
+        estimator, description = train_day_one(options, columns, rows, everyone, notes)
+        return _publish(options, estimator, description, lambda _: None, started)
     suspicious = check_leakage(rows.leads, rows.outcome, rows.as_of, columns, options.allow_leaky)
     train_part, test_part = split_rows(rows, options.seed)
     build, dropped = _choose_features(options, columns, train_part)
     model = fit_calibrated(
         train_part, build, options.model, options.seed, lambda done, total: progress("fit", done, total)
     )
-    notes = Notes({**denied, **dropped}, tuple(map(str, suspicious)), undecided)
+    notes = Notes({**denied, **dropped}, (*map(str, suspicious), *_name_unused(options)), undecided)
     description = describe_model(options, train_part, test_part, model, notes)
-    manifest_path = publish_model(options.model_dir, model.fitted.estimator, description, options.fmt)
+    return _publish(
+        options,
+        model.fitted.estimator,
+        description,
+        lambda manifest: look_at_held_out(model, test_part, manifest),
+        started,
+    )
+
+
+def _publish(
+    options: TrainingOptions,
+    estimator: object,
+    description: ModelDescription,
+    look: Callable[[ModelManifest], HeldOut | None],
+    started: float,
+) -> TrainingReport:
+    """Publishes a model and its card, for which `look` goes once more to the leads that were set aside."""
+    manifest_path = publish_model(options.model_dir, estimator, description, options.fmt)
     manifest = read_manifest(manifest_path.read_bytes())
-    held_out = look_at_held_out(model, test_part, manifest)
-    card_path = write_model_card(manifest, held_out, manifest_path)
+    card_path = write_model_card(manifest, look(manifest), manifest_path)
     return TrainingReport(manifest, manifest_path, card_path, time.monotonic() - started)
+
+
+def _name_unused(options: TrainingOptions) -> list[str]:
+    if options.base_rate is None:
+        return []
+    return ["the expected base rate is not used: there are enough outcomes to tell the real one"]
 
 
 def _choose_features(
