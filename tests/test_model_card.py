@@ -388,6 +388,19 @@ def test_the_candidates_and_the_intervals_come_from_the_report(
     assert "| forest, deep | 0.4243 ± 0.0131 | 0.8771 | 0.1349 | 5 | runner-up |" in markdown
     assert "| isotonic | 0.4179 | 0.0093 | 0.0101 | chosen |" in markdown
     assert "in the order of time" in markdown
+    assert "recency" not in markdown
+    assert "log-odds" not in markdown
+    moving = {**CHOICE, "recency": {"half_life": 0.5, "shift": True, "tried": [1, 2]}}
+    shifted = msgspec.structs.replace(
+        compared,
+        report={**compared.report, "choice": moving},
+        calibrator={**compared.calibrator, "shift": -0.125},
+    )
+    _, markdown = render(shifted, held_out, charts=False)
+    assert "moved all probabilities down by 0.125 in log-odds" in markdown
+    assert "| half life | 0.5 |" in markdown
+    assert "| shift | True |" in markdown
+    assert "tried" not in markdown
     assert re.search(r"\| ROC AUC \| 0\.\d{4} \| 0\.8100 to 0\.8700 \|", markdown)
     _, plain = render(manifest, held_out, charts=False)
     assert "Candidates compared" not in plain

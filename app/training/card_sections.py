@@ -3,8 +3,7 @@
 Written for people who call leads, not for statisticians. Never computes a figure. Called by `model_card`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from app.ai.features import FeatureSet, FeatureSpec
 from app.ai.model_manifest import ModelManifest
@@ -27,55 +26,6 @@ _MEANINGS = {
     "recall": "share of the outcomes that are above the threshold",
     "f1_score": "balance of precision and recall",
 }
-
-
-def describe_candidates(manifest: ModelManifest) -> list[Section]:
-    """Returns the section on how the model was chosen, none where nothing was compared."""
-    choice: Mapping[str, Any] = manifest.report.get("choice") or {}
-    candidates = choice.get("candidates") or ()
-    if not candidates:
-        return []
-    order = "in the order of time" if choice.get("order") == "time" else "at random"
-    roles = {choice.get("runner_up"): "runner-up", choice.get("chosen"): "chosen"}
-    tables = [
-        Table(
-            ("candidate", "log-loss", "ROC AUC", "Brier", "folds", ""),
-            [
-                (
-                    str(entry.get("name", "")),
-                    _with_spread(entry, "log_loss"),
-                    _with_spread(entry, "roc_auc"),
-                    _with_spread(entry, "brier"),
-                    _number(entry.get("folds"), ".0f"),
-                    roles.get(entry.get("name"), ""),
-                )
-                for entry in candidates
-            ],
-            "Candidates, the best first (mean ± standard deviation over folds)",
-        )
-    ]
-    if calibrators := choice.get("calibrators"):
-        tables.append(
-            Table(
-                ("calibrator", "log-loss", "calibration error", "of which noise", ""),
-                [
-                    (
-                        str(entry.get("method", "")),
-                        _number(entry.get("log_loss"), ".4f"),
-                        _number(entry.get("calibration_error"), ".4f"),
-                        _number(entry.get("noise_floor"), ".4f"),
-                        "chosen" if entry.get("method") == choice.get("calibrator") else "",
-                    )
-                    for entry in calibrators
-                ],
-                "Ways to turn scores into probabilities",
-            )
-        )
-    text = (
-        f"Compared by cross-validation on the training leads, divided {order}; lower log-loss wins. The "
-        "held-out leads had no part in it."
-    )
-    return [Section("Candidates compared", (text,), tables=tables)]
 
 
 def describe_metrics(manifest: ModelManifest) -> Section:
@@ -238,15 +188,6 @@ def _meaning(group: Sequence[FeatureSpec]) -> str:
 
 def _charts(evidence: Evidence, *wanted: tuple[str, str]) -> list[Chart]:
     return [Chart(evidence.charts[name], caption) for name, caption in wanted if name in evidence.charts]
-
-
-def _with_spread(entry: Mapping[str, Any], name: str) -> str:
-    spread = _number(entry.get(f"{name}_sd"), ".4f")
-    return _number(entry.get(name), ".4f") + (f" ± {spread}" if spread else "")
-
-
-def _number(value: object, fmt: str) -> str:
-    return format(value, fmt) if isinstance(value, int | float) else ""
 
 
 def _without(row: Iterable[str]) -> tuple[str, ...]:

@@ -8,12 +8,12 @@ held-out leads has a shorter card. Pure but for `write_model_card`. Called by `a
 from pathlib import Path
 
 from app.ai.model_manifest import ModelManifest, build_card_name
+from app.training.card_candidates import describe_candidates
 from app.training.card_evidence import NO_CHARTS, Evidence, charts_available, collect_evidence
 from app.training.card_limits import describe_data_limits, describe_held_out_limits
 from app.training.card_page import Card, Section, Table, build_html, build_markdown
 from app.training.card_sections import (
     describe_calibration,
-    describe_candidates,
     describe_features,
     describe_gain,
     describe_metrics,
