@@ -39,6 +39,7 @@ CHANGE_LISTENER = Gauge(
 LEAD_CHANGES = Counter(
     "leadscore_lead_changes", "Changes heard of: of one lead, or of any there is.", ["scope"]
 )
+LEADS_AHEAD = Counter("leadscore_leads_ahead", "Lead IDs scored ahead of being asked.")
 LISTENER_LOSSES = Counter(
     "leadscore_change_listener_losses", "Sessions that listen for changes lost or not opened."
 )

@@ -81,6 +81,8 @@ class Settings(BaseSettings):
     """How long a prediction may be answered from the cache; 0 turns the cache off."""
     ml_prediction_cache_size: int = Field(100_000, ge=1, le=10_000_000)
     """Most predictions a worker remembers."""
+    ml_prewarm_leads: int = Field(0, ge=0, le=1_000_000)
+    """The newest leads are kept scored ahead of being asked, this many of them; 0: none."""
     ml_min_feature_coverage: float = Field(0.6, ge=0, le=1)
     """Below this share of really present features a prediction says `caution`."""
     ml_max_batch_size: int = Field(2000, ge=1, le=2000)
@@ -113,6 +115,19 @@ class Settings(BaseSettings):
         if len(parts) > 2 or not all(part.isidentifier() and part.isascii() for part in parts):
             raise ValueError("expected a relation name such as lead_source or crm.leads")
         return value
+
+    @model_validator(mode="after")
+    def _room_for_prewarmed_leads(self) -> Self:
+        if self.ml_prewarm_leads and not self.ml_prediction_cache_ttl_seconds:
+            raise ValueError(
+                "ML_PREWARM_LEADS needs the cache that ML_PREDICTION_CACHE_TTL_SECONDS=0 turns off"
+            )
+        if 4 * self.ml_prewarm_leads > self.ml_prediction_cache_size:
+            raise ValueError(
+                "ML_PREWARM_LEADS may be a quarter of ML_PREDICTION_CACHE_SIZE at most: a lead has two IDs,"
+                " and its next answers are made before its last ones expire"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refuse_conveniences_in_production(self) -> Self:

@@ -21,6 +21,7 @@ from app.ai.model_manifest import ModelManifest
 from app.ai.model_registry import LoadReport, ModelRegistry
 from app.ai.prediction_cache import AnswerCache, CacheFreshness, NullCache, PredictionCache
 from app.ai.predictor import Predictor, ScoringPolicy
+from app.ai.refresh_ahead import RefreshAhead
 from app.ai.telemetry_log import TelemetryLog
 from app.db.ai_events import PostgresEventSink
 from app.db.change_listener import ChangeListener
@@ -33,6 +34,7 @@ from app.settings import Settings
 PROBE_DEADLINE_SECONDS = 0.25
 DRIFT_WINDOW_ROWS = 5000
 TELEMETRY_DEADLINE_SECONDS = 5.0
+REFRESH_DEADLINE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,10 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             settings.ai_breaker_failures, settings.ai_breaker_open_seconds, time.monotonic
         )
         await _warm_up(lead_source, registry)
+        if isinstance(cache, PredictionCache) and settings.ml_prewarm_leads:
+            _start_refreshing_ahead(
+                stack, url, settings, registry=registry, cache=cache, executor=executor, policy=policy
+            )
         yield Services(predictor, registry, telemetry, breaker, drift, lambda: _ping(probe), cache_freshness)
 
 
@@ -132,6 +138,32 @@ def _open_registry(
     )
     stack.callback(registry.close)
     return registry
+
+
+def _start_refreshing_ahead(
+    stack: AsyncExitStack,
+    url: str,
+    settings: Settings,
+    *,
+    registry: ModelRegistry,
+    cache: PredictionCache,
+    executor: ThreadPoolExecutor,
+    policy: ScoringPolicy,
+) -> None:
+    source = PostgresLeadSource(_open_database(stack, url, 1, REFRESH_DEADLINE_SECONDS), settings.lead_source)
+    # A drift window of its own: the same leads again and again would hide what requests bring.
+    predictor = Predictor(registry, source, cache, DriftWindow(1), executor=executor, policy=policy)
+    refresh = RefreshAhead(
+        predictor,
+        registry,
+        cache,
+        source,
+        leads=settings.ml_prewarm_leads,
+        ttl_seconds=settings.ml_prediction_cache_ttl_seconds,
+    )
+    task = asyncio.create_task(refresh.run(), name="refresh-ahead")
+    stack.push_async_callback(asyncio.wait, {task})
+    stack.callback(task.cancel)
 
 
 def _report_load(report: LoadReport, registry: ModelRegistry, telemetry: Telemetry) -> None:

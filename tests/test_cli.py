@@ -162,6 +162,7 @@ def test_serving_a_database_of_your_own_neither_migrates_nor_seeds_it_and_says_w
     [
         ("PORT", "http"),
         ("ML_CACHE_TTL_SECONDS", "-1"),
+        ("ML_PREWARM_LEADS", "25001"),
         ("CORS_ORIGINS", "*"),
         ("LEAD_SOURCE", "a;b"),
         ("APP_ENV", "prod"),

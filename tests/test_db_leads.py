@@ -263,3 +263,21 @@ async def test_a_database_that_is_not_there_is_unavailable(server_url: str) -> N
         fetch_columns(nowhere, "leads")
     with pytest.raises(DatabaseUnavailableError):
         list(fetch_all_chunks(nowhere, "leads", COLUMNS))
+
+
+async def test_the_newest_leads_come_first_with_every_id_they_may_be_asked_by(
+    database_url: str, connect: Connect
+) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            "INSERT INTO people (id, external_ref, created_at) VALUES"
+            " (%s, 'old', '2026-01-01'), (%s, 'newest', '2026-03-01'), (%s, NULL, '2026-02-01')",
+            [A, B, C],
+        )
+    source = connect(database_url, "lead_source")
+    assert await source.fetch_recent(2) == [B, "newest", C]
+    assert await source.fetch_recent(9) == [B, "newest", C, A, "old"]
+
+
+async def test_without_a_time_of_creation_no_lead_is_newest(url: str, connect: Connect) -> None:
+    assert await connect(url).fetch_recent(3) == []

@@ -234,6 +234,14 @@ class Predictions:
 
 JsonObject = dict[str, Any]
 
+_SECONDS_PER_DAY = 86_400
+
+
+def start_of_day(seconds: float) -> float:
+    """Returns the start of the UTC day, in seconds UTC: the as-of time of whatever is asked that day."""
+    return seconds // _SECONDS_PER_DAY * _SECONDS_PER_DAY
+
+
 _UUID = re.compile("[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 

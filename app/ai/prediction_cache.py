@@ -152,6 +152,10 @@ class PredictionCache:
         self._emptied = moment
         self._moment = moment
 
+    def emptied(self) -> int:
+        """Returns the moment the whole cache was last emptied."""
+        return self._emptied
+
     def trust_until(self, monotonic_seconds: float) -> None:
         """Says until when whatever was not forgotten holds."""
         self._trusted_until = monotonic_seconds

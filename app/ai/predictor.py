@@ -170,6 +170,15 @@ class Predictor:
             _log.exception("prediction_failed")
             raise PredictionFailedError from exc
 
+    async def refresh(self, lead_ids: Sequence[str], context: RequestContext) -> None:
+        """Answers canonical, distinct IDs anew, for the cache alone.
+
+        Raises:
+            ModelNotReadyError, DatabaseUnavailableError, PredictionFailedError: as for `predict`.
+        """
+        bundle = await self._models.active()
+        await self._answer(bundle, lead_ids, context, Stopwatch(self._clock))
+
     async def _predict(self, lead_ids: Sequence[str], context: RequestContext) -> Predictions:
         watch = Stopwatch(self._clock)
         bundle = await self._models.active()

@@ -16,7 +16,7 @@ from psycopg import sql
 
 from app.ai.domain import Column, ColumnKind, InputColumn, LeadColumns
 
-LEAD_ID, EXTERNAL_REF = "lead_id", "external_ref"
+LEAD_ID, EXTERNAL_REF, CREATED_AT = "lead_id", "external_ref", "created_at"
 
 ColumnTypes = Mapping[str, str]
 """The names of a relation's columns and of their PostgreSQL types, `enum` for any enumeration."""
@@ -106,6 +106,18 @@ def page_statement(relation: str, types: ColumnTypes, columns: Sequence[InputCol
         sql.SQL(" || '\\x00'::bytea || ").join(texts),
         sql.Identifier(*relation.split(".")),
     )
+
+
+def recent_statement(relation: str, types: ColumnTypes) -> sql.Composed:
+    """Returns the statement whose rows are the ID and perhaps the reference of the newest leads, as text.
+
+    Its parameter is their number.
+    """
+    refs = ", external_ref::text" if EXTERNAL_REF in types else ""
+    return sql.SQL(
+        f"SELECT lead_id::text{refs} FROM {{}}"  # noqa: S608  names of our own
+        " WHERE created_at IS NOT NULL ORDER BY created_at DESC LIMIT %s"
+    ).format(sql.Identifier(*relation.split(".")))
 
 
 def _aggregate(column: InputColumn, types: ColumnTypes) -> sql.Composed:

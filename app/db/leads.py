@@ -22,11 +22,13 @@ from app.ai.domain import (
     InputColumn,
     IntArray,
     LeadColumns,
+    canonical_lead_id,
     is_uuid,
 )
 from app.db.engine import Connection, Database
 from app.db.lead_cells import (
     COLUMN_TYPES,
+    CREATED_AT,
     EXTERNAL_REF,
     LEAD_ID,
     ColumnTypes,
@@ -37,6 +39,7 @@ from app.db.lead_cells import (
     decode_page,
     page_statement,
     quoted_relation,
+    recent_statement,
     wrong_columns,
 )
 from app.db.uuid_array import UuidArray
@@ -113,6 +116,31 @@ class PostgresLeadSource:
         row_of = _match(lead_ids, _rows(found), _rows_by_ref(found_refs))
         uuid_of = _name_leads(lead_ids, row_of, found) if refs else lead_ids
         return FetchedLeads(row_of, uuid_of, LeadColumns(len(found), decoded))
+
+    async def fetch_recent(self, leads: int) -> list[str]:
+        """Returns the IDs of the newest leads, newest first: for each its UUID, then its reference if any.
+
+        Without a column `created_at` no lead is newer than another, and none is returned.
+
+        Raises:
+            DatabaseUnavailableError: no answer within the deadline.
+            PredictionFailedError: the relation cannot be read.
+        """
+        if not self._types:
+            await self.fetch_schema()
+        if CREATED_AT not in self._types:
+            _log.warning("no_recent_leads", relation=self._relation, reason="it has no created_at")
+            return []
+        statement = recent_statement(self._relation, self._types)
+
+        async def read(connection: Connection) -> Any:
+            return await (await connection.execute(statement, [leads])).fetchall()
+
+        try:
+            rows = await self._database.run(read)
+        except psycopg.Error as exc:
+            raise self._failure("the newest leads cannot be read", exc) from exc
+        return list(dict.fromkeys(canonical_lead_id(value) for row in rows for value in row if value))
 
     def _statement(self, columns: tuple[InputColumn, ...], *, by_id: bool, by_ref: bool) -> sql.Composed:
         key = (columns, by_id, by_ref)

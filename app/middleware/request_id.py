@@ -13,6 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils import uuid7
 
+from app.ai.domain import start_of_day
 from app.ai.events import RequestRecord
 from app.metrics import observe_request
 
@@ -23,7 +24,6 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _TRACEPARENT = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
-_SECONDS_PER_DAY = 86_400
 
 _log = structlog.get_logger("app.request")
 
@@ -78,7 +78,7 @@ class RequestIdMiddleware:
         return RequestRecord(
             request_id=given.group().decode() if given else self._new_id(),
             started=self._monotonic(),
-            as_of=self._now() // _SECONDS_PER_DAY * _SECONDS_PER_DAY,
+            as_of=start_of_day(self._now()),
             trace_id=trace.group(1).decode() if trace else None,
         )
 

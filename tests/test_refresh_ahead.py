@@ -1,0 +1,171 @@
+"""Scoring ahead of being asked: when it is due, how it yields, and that nobody sees it but the cache."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx2
+import psycopg
+import pytest
+from prometheus_client import REGISTRY
+
+from app.ai.domain import RequestContext, start_of_day
+from app.ai.drift_window import DriftWindow
+from app.ai.predictor import Predictor, ScoringPolicy
+from app.ai.refresh_ahead import CHUNK_IDS, PAUSE_FACTOR, RefreshAhead
+from app.db.demo_crm import load_demo
+from app.errors import DatabaseUnavailableError, ModelNotReadyError
+from tests.fakes import FakeClock, FakeLeadSource, FakeModels
+from tests.in_process import build_settings, serve
+from tests.lead_models import AS_OF, build_lead_bundle, build_lead_rows, publish_lead_model
+from tests.test_db_engine import eventually
+from tests.test_prediction_cache import build_cache
+from tests.test_warm_path import SCORE, warm_up
+
+TTL = 300.0
+LEADS = 2 * CHUNK_IDS + 1
+
+
+class World:
+    """A refresher over fakes; every read of a lead takes 10 ms, and pauses pass at once and are noted."""
+
+    def __init__(self, executor: ThreadPoolExecutor) -> None:
+        rows = build_lead_rows(LEADS, seed=5)
+        self.source = FakeLeadSource({f"lead_{number}": row for number, row in enumerate(rows)})
+        self.recent: list[str] = list(self.source.leads)
+        self.models = FakeModels(build_lead_bundle())
+        self.clock = FakeClock()
+        self.now = FakeClock(AS_OF + 3600)
+        self.cache = build_cache(1000, self.clock)
+        self.pauses: list[float] = []
+        self.predictor = Predictor(
+            self.models, self, self.cache, DriftWindow(1), executor=executor,
+            policy=ScoringPolicy(0.6, "max_probability"), clock=self.clock,
+        )  # fmt: skip
+        self.refresh = RefreshAhead(
+            self.predictor, self.models, self.cache, self, leads=LEADS, ttl_seconds=TTL,
+            now=self.now, monotonic=self.clock, sleep=self._pause,
+        )  # fmt: skip
+
+    async def fetch(self, lead_ids, columns):  # type: ignore[no-untyped-def]
+        self.clock.now += 0.01
+        return await self.source.fetch(lead_ids, columns)
+
+    async def fetch_recent(self, leads: int) -> Sequence[str]:
+        return self.recent[:leads]
+
+    async def _pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        await asyncio.sleep(0)
+
+    async def hits(self) -> int:
+        """How many of the leads a request would find in the cache."""
+        context = RequestContext("request-1", start_of_day(self.now()))
+        bundle = await self.models.active()
+        return int(self.cache.find(bundle.ref, context.as_of, self.recent)[0].sum())
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as threads:
+        yield threads
+
+
+@pytest.fixture
+def world(executor: ThreadPoolExecutor) -> World:
+    return World(executor)
+
+
+async def test_the_newest_leads_are_in_the_cache_before_anybody_asks(world: World) -> None:
+    await world.refresh.look()
+    assert await world.hits() == LEADS
+    await world.refresh.look()
+    assert len(world.source.asked) == 3
+
+
+async def test_a_new_model_a_new_day_and_an_emptied_cache_are_each_worth_another_round(world: World) -> None:
+    await world.refresh.look()
+    world.models.bundle = build_lead_bundle("20260202_120000", seed=2)
+    assert await world.hits() == 0
+    await world.refresh.look()
+    assert await world.hits() == LEADS
+    world.now.now += 86_400
+    assert await world.hits() == 0
+    await world.refresh.look()
+    assert await world.hits() == LEADS
+    world.cache.forget_all()
+    assert await world.hits() == 0
+    await world.refresh.look()
+    assert await world.hits() == LEADS
+
+
+async def test_no_answer_expires_however_long_nobody_asks(world: World) -> None:
+    for _ in range(1000):
+        await world.refresh.look()
+        assert await world.hits() == LEADS
+        world.clock.now += 1
+    assert len(world.source.asked) == 3 * (1 + 1000 // 225)
+
+
+async def test_requests_get_their_turn_between_a_few_leads_and_the_next_and_three_quarters_of_the_time(
+    world: World,
+) -> None:
+    await world.refresh.look()
+    assert [len(asked) for asked in world.source.asked] == [CHUNK_IDS, CHUNK_IDS, 1]
+    assert world.pauses == pytest.approx([PAUSE_FACTOR * 0.01] * 3)
+
+
+async def test_while_nobody_listens_for_changes_nothing_is_scored_ahead(world: World) -> None:
+    world.cache.trust_until(0)
+    await world.refresh.look()
+    assert not world.source.asked
+
+
+@pytest.mark.parametrize("failure", ["database", "model", "defect"])
+async def test_whatever_fails_is_tried_again(world: World, failure: str) -> None:
+    errors = {"database": DatabaseUnavailableError(), "defect": ZeroDivisionError()}
+    world.source.error = errors.get(failure)
+    world.models.error = ModelNotReadyError() if failure == "model" else None
+    task = asyncio.create_task(world.refresh.run())
+    assert await eventually(lambda: len(world.pauses) > 0, seconds=20)
+    world.source.error = world.models.error = None
+    assert await eventually(lambda: len(world.cache) == LEADS, seconds=20)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def scored_ahead() -> float:
+    return REGISTRY.get_sample_value("leadscore_leads_ahead_total") or 0
+
+
+def test_a_service_that_has_just_started_answers_the_newest_leads_from_memory(
+    database_url: str, tmp_path: Path
+) -> None:
+    load_demo(database_url, people=60, seed=4, until=datetime.now(UTC))
+    with psycopg.connect(database_url) as connection:
+        newest = connection.execute(
+            "SELECT id::text, external_ref FROM people ORDER BY created_at DESC LIMIT 20"
+        ).fetchall()
+    publish_lead_model(tmp_path / "models")
+    settings = build_settings(tmp_path, database_url, ml_prewarm_leads=20)
+    before = scored_ahead()
+    with serve(settings) as base, httpx2.Client(base_url=base) as client:
+        deadline = time.monotonic() + 10
+        while scored_ahead() < before + 40:
+            assert time.monotonic() < deadline
+            client.get("/livez")
+        answer = warm_up(client, *(lead_id for row in newest for lead_id in row))
+        assert answer["cache_hits"] == 40
+        health = client.get("/ai/advanced-ml/health").json()
+        assert health["drift"]["rows"] == 0
+        assert client.post(SCORE, json=["nobody"]).json()["cache_hits"] == 0
+    with psycopg.connect(database_url) as connection:
+        (actions,) = (
+            connection.execute("SELECT count(*) FROM ai_events WHERE request_id IS NULL").fetchone() or ()
+        )
+    assert actions == 1  # the model that was loaded
