@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from app.ai.model_catalogue import AvailableModel, ModelCatalogue
 
 Progress = Callable[[str, int, int], None]
-ModelType = Literal["random_forest", "logistic_regression", "hist_gradient_boosting"]
+ModelType = Literal["auto", "random_forest", "logistic_regression", "hist_gradient_boosting"]
 ArtifactFormat = Literal["skops", "joblib"]
 
 
@@ -170,9 +170,9 @@ def import_file(
 @click.option(
     "--model",
     type=click.Choice(get_args(ModelType)),
-    default="random_forest",
+    default="auto",
     show_default=True,
-    help="Model type.",
+    help="Model type; auto compares all of them and takes the one with the lowest log-loss.",
 )
 @click.option(
     "--base-rate",

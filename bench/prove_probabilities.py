@@ -36,8 +36,10 @@ from app.db.embedded import open_embedded
 from app.db.leads import fetch_all_chunks
 from app.errors import CommandError, LeadScoringError
 from app.training.bootstrap import bootstrap_intervals
+from app.training.candidates import list_candidates
+from app.training.choose import choose_model
 from app.training.evaluate import evaluate
-from app.training.fit import CalibratedModel, fit_calibrated
+from app.training.fit import CalibratedModel
 from app.training.interval_coverage import build_model_intervals, measure_coverage
 from app.training.leakage import check_leakage
 from app.training.options import ModelType, TrainingOptions
@@ -122,12 +124,12 @@ class Leads:
 
     def _fit(self, part: str, rows: TrainingRows) -> CalibratedModel:
         build, _ = _choose_features(self.options, self.columns, rows)
-        return fit_calibrated(
+        return choose_model(
             rows,
             build,
-            self.options.model,
+            list_candidates(self.options.model),
             self.options.seed,
-            lambda done, total: self.progress(part, done, total),
+            lambda stage, done, total: self.progress(f"{part}: {stage}", done, total),
         )
 
 
@@ -266,7 +268,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--missing", action="append", default=[], help="a text that means missing")
     parser.add_argument("--exclude", type=_names, default=(), help="columns the model must not see")
     parser.add_argument("--order-by", metavar="COLUMN", help="rises in the order in which leads came to be")
-    parser.add_argument("--model", choices=get_args(ModelType), default="random_forest")
+    parser.add_argument("--model", choices=get_args(ModelType), default="auto")
     parser.add_argument("--target", action="append", default=[], metavar="ROW=NUMBER", help="what to reach")
     parser.add_argument("--only", type=_names, default=(), metavar="ROW", help="these rows of the table")
     parser.add_argument(

@@ -8,6 +8,7 @@ import pytest
 from app.ai.domain import InputColumn, IntArray, LeadColumns
 from app.ai.feature_safety import build_statistics, check_features
 from app.ai.features import CellState, FeatureSet, build_features
+from app.training.candidates import CANDIDATES
 from app.training.derive import MAX_ONE_HOT, derive_features
 from app.training.evaluate import measure_importance
 from app.training.fit import FittedModel
@@ -98,7 +99,7 @@ def test_a_column_is_shuffled_as_a_whole() -> None:
     matrix = build_features(leads, features, AS_OF)
     known = [features.names.index(f"town=town {number}") for number in (1, 3, 5)]
     fitted = FittedModel(
-        None, features, build_statistics(matrix), lambda values: values[:, known].sum(axis=1)
+        None, features, build_statistics(matrix), lambda values: values[:, known].sum(axis=1), CANDIDATES[0]
     )
     importance = measure_importance(fitted, matrix, outcome, seed=0)
     assert set(importance) == {"town", "gpa"}

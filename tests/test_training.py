@@ -22,7 +22,7 @@ from app.db.engine import Database
 from app.db.leads import PostgresLeadSource, fetch_all_chunks
 from app.errors import ArtifactError, TrainingError
 from app.training.declared import DECLARED_COLUMNS, build_declared_features
-from app.training.fit import choose_threshold, fit_calibrator
+from app.training.fit import choose_threshold
 from app.training.options import TrainingOptions
 from app.training.report import TrainingReport, print_report
 from app.training.rows import choose_columns, fetch_rows
@@ -33,7 +33,8 @@ DAY = 86_400.0
 
 
 def build_options(url: str, model_dir: Path, **changes: object) -> TrainingOptions:
-    return replace(TrainingOptions(url=url, model_dir=model_dir, seed=3, now=DEMO_UNTIL), **changes)
+    options = TrainingOptions(url=url, model_dir=model_dir, seed=3, now=DEMO_UNTIL, model="random_forest")
+    return replace(options, **changes)
 
 
 def load_only(model_dir: Path) -> ModelBundle:
@@ -216,6 +217,8 @@ def test_the_report_and_the_card_say_the_held_out_figures_and_no_value_of_a_lead
     markdown = report.card_path.with_suffix(".md").read_text()
     figure = f"{report.manifest.metrics['roc_auc']:.4f}"
     assert all(figure in text for text in (out.getvalue(), html, markdown))
+    chosen = report.manifest.report["choice"]["chosen"]
+    assert all(chosen in text for text in (out.getvalue(), html, markdown))
     low, high = report.manifest.report["intervals"]["roc_auc"]
     assert f"{figure}  (95 %: {low:.4f} to {high:.4f})" in out.getvalue()
     assert "http" not in html
@@ -242,22 +245,9 @@ def test_progress_tells_every_stage_to_its_end(made_up: Callable[[int], str], tm
 
     train(quick_options(made_up(300), tmp_path, exclude=("after_the_fact",)), progress)
     assert seen["read"][0] == 300
+    assert seen["compare"][0] == seen["compare"][1] > 0
     assert seen["fit"][0] == seen["fit"][1] > 0
-    assert set(seen) == {"read", "fit"}
-
-
-def test_a_calibrator_is_chosen_on_scores_it_was_not_fitted_on() -> None:
-    rng = np.random.default_rng(0)
-    fold = np.arange(4000) % 5
-    raw = rng.random(4000)
-    bent = (rng.random(4000) < 0.9 * np.minimum(4 * raw, 1)).astype(np.int64)
-    calibrator, probability = fit_calibrator(raw, bent, fold)
-    assert calibrator.method == "isotonic"
-    assert 0 < calibrator.lower < calibrator.upper < 1
-    assert abs(probability.mean() - bent.mean()) < 0.02
-    few = rng.random(60)
-    outcome = (rng.random(60) < few).astype(np.int64)
-    assert fit_calibrator(few, outcome, fold[:60])[0].method == "sigmoid"
+    assert set(seen) == {"read", "compare", "fit"}
 
 
 def test_the_threshold_has_the_highest_f1_of_all_thresholds() -> None:

@@ -14,7 +14,10 @@ MODELS = Path(__file__).resolve().parents[1] / "models"
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> TrainingReport:
     folder = tmp_path_factory.mktemp("made")
-    (folder / "advanced_ml_random_forest_20260101_120000.skops").write_bytes(b"an older one, to be replaced")
+    for model_type in ("random_forest", "logistic_regression"):
+        for suffix in (".skops", ".manifest.json", ".card.html"):
+            older = folder / f"advanced_ml_{model_type}_20260101_120000{suffix}"
+            older.write_bytes(b"an older one, to be replaced")
     return replace_shipped_model(folder, lambda *_: None)
 
 
@@ -35,8 +38,15 @@ def test_the_shipped_model_is_made_again_with_the_same_predictions(report: Train
     assert made.training == shipped.training, hint
     # Not the fingerprint: another processor may round the last bit of a logarithm differently.
     assert made.golden_outputs == pytest.approx(shipped.golden_outputs, abs=1e-9), hint
-    assert report.manifest_path == folder / "advanced_ml_random_forest_20260101_120000.manifest.json"
-    assert report.card_path.exists()
+
+
+def test_nothing_is_left_of_an_older_one_of_any_type(report: TrainingReport) -> None:
+    stem = f"advanced_ml_{report.manifest.model_type}_20260101_120000"
+    folder = report.manifest_path.parent
+    assert {path.name for path in folder.iterdir()} == {
+        f"{stem}{suffix}" for suffix in (".skops", ".manifest.json", ".card.md", ".card.html")
+    }
+    assert b"an older one" not in report.card_path.read_bytes()
 
 
 def test_the_shipped_model_is_small_and_worth_serving() -> None:

@@ -51,7 +51,7 @@ def describe_model(
     moments = np.concatenate([train_part.as_of, test_part.as_of])
     positives = int(train_part.outcome.sum() + test_part.outcome.sum())
     return ModelDescription(
-        model_type=options.model,
+        model_type=fitted.candidate.model_type,
         version=options.model_version,
         feature_set=fitted.feature_set.to_json(),
         statistics=[entry.to_json() for entry in fitted.statistics],
@@ -77,6 +77,7 @@ def describe_model(
         report={
             **build_notes(options, notes),
             "split": "random" if test_part.order is None else "time",
+            "choice": model.choice,
             "importance": importance,
             "reliability": build_reliability(probability, test_part.outcome),
             "intervals": bootstrap_intervals(probability, test_part.outcome, options.seed),

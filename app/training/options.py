@@ -7,7 +7,7 @@ from typing import Literal
 
 from app.ai.model_manifest import ArtifactFormat
 
-ModelType = Literal["random_forest", "logistic_regression", "hist_gradient_boosting"]
+ModelType = Literal["auto", "random_forest", "logistic_regression", "hist_gradient_boosting"]
 DEFAULT_SOURCE = "lead_training"
 
 
@@ -24,9 +24,9 @@ class TrainingOptions:
     set for the default source without a label and to derived features otherwise. `exclude` never feeds the
     model; `allow_leaky` names columns the leakage guard lets pass. `order_by` names the column, a time or any
     number, that says in which order leads came to be (default: `as_of` or `created_at`, where the source has
-    one); it never feeds the model either. `since` leaves out leads of an earlier time. `base_rate` is the
-    share of leads expected to reach the outcome, for as long as outcomes are few. `version`
-    (`YYYYMMDD_HHMMSS`) defaults to `now`.
+    one); it never feeds the model either. `since` leaves out leads of an earlier time. `model` is the type to
+    fit, or `auto` for the one that evidence favours. `base_rate` is the share of leads expected to reach the
+    outcome, for as long as outcomes are few. `version` (`YYYYMMDD_HHMMSS`) defaults to `now`.
     """
 
     url: str
@@ -41,7 +41,7 @@ class TrainingOptions:
     exclude: tuple[str, ...] = ()
     allow_leaky: tuple[str, ...] = ()
     features: Literal["auto", "declared"] | None = None
-    model: ModelType = "random_forest"
+    model: ModelType = "auto"
     base_rate: float | None = None
     seed: int = 0
     fmt: ArtifactFormat = "skops"

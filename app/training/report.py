@@ -126,6 +126,8 @@ def print_report(report: TrainingReport, console: Console) -> None:
     for heading, text in describe_metrics(manifest.metrics, manifest.report.get("intervals", {})):
         table.add_row(f"held-out {heading}", text)
     console.print(table)
+    if choice := manifest.report.get("choice"):
+        console.print(_candidates_table(choice))
     for column, reason in manifest.report["dropped"].items():
         console.print(escape(f"left out: {column} ({reason})"))
     for warning in manifest.report["warnings"]:
@@ -176,3 +178,17 @@ def _describe_evaluated(evaluation: Evaluation) -> list[tuple[str, str]]:
     if evaluation.rejected:
         rows.append(("not answered", f"{evaluation.rejected:,} leads, rejected by feature safety"))
     return rows
+
+
+def _candidates_table(choice: Mapping[str, Any]) -> Table:
+    order = "in the order of time" if choice["order"] == "time" else "at random"
+    table = Table(title=f"Candidates, cross-validated {order}", title_justify="left")
+    for heading in ("candidate", "log-loss", "ROC AUC", "Brier score", "folds"):
+        table.add_column(heading, justify="left" if heading == "candidate" else "right")
+    for one in choice["candidates"]:
+        figures = (f"{one['log_loss']:.4f} ± {one['log_loss_sd']:.4f}", f"{one['roc_auc']:.4f}",
+                   f"{one['brier']:.4f}", str(one["folds"]))  # fmt: skip
+        table.add_row(
+            escape(one["name"]), *figures, style="bold" if one["name"] == choice["chosen"] else None
+        )
+    return table

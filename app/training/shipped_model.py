@@ -33,13 +33,21 @@ def train_shipped_model(model_dir: Path, progress: Progress) -> TrainingReport:
 
 
 def replace_shipped_model(model_dir: Path, progress: Progress) -> TrainingReport:
-    """Makes the shipped model again in a directory that may hold it already; the manifest goes last."""
+    """Makes the shipped model again in a directory that may hold it already; the manifest goes last.
+
+    What is left of an earlier one, of another type perhaps, is removed: a version is one model.
+    """
     with tempfile.TemporaryDirectory(prefix="leadscore-model-") as folder:
         report = train_shipped_model(Path(folder), progress)
         manifest_name = report.manifest_path.name
         model_dir.mkdir(parents=True, exist_ok=True)
-        for made in sorted(Path(folder).iterdir(), key=lambda path: path.name == manifest_name):
-            _replace(made, model_dir / made.name)
+        made = sorted(Path(folder).iterdir(), key=lambda path: path.name == manifest_name)
+        for path in made:
+            _replace(path, model_dir / path.name)
+        for path in set(model_dir.glob(f"*_{report.manifest.version}.*")) - {
+            model_dir / path.name for path in made
+        }:
+            path.unlink()
     return replace(
         report,
         manifest_path=model_dir / manifest_name,

@@ -1,4 +1,4 @@
-"""The story of a training, top to bottom: read, guard, split, derive, fit, calibrate, evaluate, publish.
+"""The story of a training, top to bottom: read, guard, split, derive, choose, calibrate, evaluate, publish.
 
 Reads leads through the same columns and builds the same features as serving. The test part is set aside
 before anything is learnt and looked at once. Never decides which model serves. Called by the `leadscore
@@ -11,12 +11,14 @@ from collections.abc import Callable
 from app.ai.domain import InputColumn
 from app.ai.features import FeatureSet
 from app.ai.model_manifest import ModelDescription, ModelManifest, read_manifest
+from app.training.candidates import list_candidates
+from app.training.choose import choose_model
 from app.training.day_one import is_day_one
 from app.training.declared import build_declared_features
 from app.training.derive import derive_features
 from app.training.describe import Notes, describe_model
 from app.training.describe_day_one import train_day_one
-from app.training.fit import FeatureBuilder, fit_calibrated
+from app.training.fit import FeatureBuilder
 from app.training.held_out import HeldOut, look_at_held_out
 from app.training.leakage import check_leakage
 from app.training.model_card import write_model_card
@@ -48,9 +50,7 @@ def train(
     suspicious = check_leakage(rows.leads, rows.outcome, rows.as_of, columns, options.allow_leaky)
     train_part, test_part = split_rows(rows, options.seed)
     build, dropped = _choose_features(options, columns, train_part)
-    model = fit_calibrated(
-        train_part, build, options.model, options.seed, lambda done, total: progress("fit", done, total)
-    )
+    model = choose_model(train_part, build, list_candidates(options.model), options.seed, progress)
     notes = Notes({**denied, **dropped}, (*map(str, suspicious), *_name_unused(options)), undecided)
     description = describe_model(options, train_part, test_part, model, notes)
     return _publish(

@@ -1,0 +1,193 @@
+"""Chooses a model by evidence: candidates cross-validated on the same folds, then the winner's calibrator.
+
+All candidates meet on one round of folds; the best of each model type go on to further rounds, so that the
+last word is not the luck of one split. What counts is the log-loss of honestly calibrated probabilities: raw
+scores of a balanced forest are no probabilities, and need not be. The winner's out-of-fold scores of the
+first round then serve calibrators, threshold and intervals. Pure. Called by `app.training.train`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import joblib
+import numpy as np
+from sklearn.metrics import roc_auc_score
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
+
+from app.ai.calibration import calibration_statistics
+from app.ai.domain import BoolArray, FloatArray, IntArray, JsonObject
+from app.ai.inference import build_scorer
+from app.ai.venn_abers import build_table
+from app.training.calibrators import choose_calibrator, cross_fit
+from app.training.candidates import Candidate
+from app.training.fit import (
+    CalibratedModel,
+    FeatureBuilder,
+    OutOfFold,
+    choose_threshold,
+    fit_estimator,
+    fit_model,
+    learn_features,
+)
+from app.training.rows import Progress, TrainingRows
+from app.training.splits import Fold, build_folds
+
+_METRICS = ("log_loss", "roc_auc", "brier")
+Measured = list[tuple[float, float, float]]
+"""Log-loss, ROC AUC and Brier score, fold by fold."""
+
+ROUNDS = 3
+"""How often the best of each model type are cross-validated where folds are drawn at random."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """A candidate on one round of folds: raw scores, outcomes and folds of all test rows, each (m,)."""
+
+    candidate: Candidate
+    raw: FloatArray
+    outcome: IntArray
+    fold: IntArray
+
+    def measure(self) -> Measured:
+        """Measures cross-fitted Venn-Abers probabilities.
+
+        One method for all candidates, which suits any shape and any number of scores: which calibrator the
+        winner gets is another question.
+        """
+        probability = cross_fit("venn_abers", self.raw, self.outcome, self.fold)
+        return [_measure(probability[part], self.outcome[part]) for part in _parts(self.fold)]
+
+
+def choose_model(
+    rows: TrainingRows,
+    build: FeatureBuilder,
+    candidates: Sequence[Candidate],
+    seed: int,
+    progress: Progress,
+) -> CalibratedModel:
+    """Returns the candidate that evidence favours, fitted on all rows and calibrated; names are distinct.
+
+    Raises:
+        TrainingError: the rows cannot be parted into folds.
+    """
+    trials = run_trials(
+        rows, build, candidates, build_folds(rows, seed), seed=seed, progress=_under(progress, "compare")
+    )
+    measured = {trial.candidate.name: trial.measure() for trial in trials}
+    finalists = _best_of_each_type(candidates, measured)
+    # In the order of time there is but one way to part the rows.
+    rounds = ROUNDS if rows.order is None and len(finalists) > 1 else 1
+    for number in range(1, rounds):
+        folds, stage = build_folds(rows, seed + number), f"compare again ({number} of {rounds - 1})"
+        for trial in run_trials(rows, build, finalists, folds, seed=seed, progress=_under(progress, stage)):
+            measured[trial.candidate.name] += trial.measure()
+    ranked = sorted(
+        candidates, key=lambda one: (-len(measured[one.name]), _mean_log_loss(measured[one.name]))
+    )
+    won = next(trial for trial in trials if trial.candidate == ranked[0])
+    progress("fit", 0, 2)
+    choice = choose_calibrator(won.raw, won.outcome, won.fold)
+    progress("fit", 1, 2)
+    fitted = fit_model(rows, build, won.candidate, seed)
+    progress("fit", 2, 2)
+    return CalibratedModel(
+        fitted=fitted,
+        calibrator=choice.calibrator,
+        threshold=choose_threshold(choice.probability, won.outcome),
+        venn_abers=build_table(won.raw, won.outcome),
+        out_of_fold=OutOfFold(won.raw, choice.probability, won.outcome),
+        choice={
+            "order": "random" if rows.order is None else "time",
+            "folds": len(measured[ranked[0].name]),
+            "candidates": [_describe(one, measured[one.name]) for one in ranked],
+            "chosen": ranked[0].name,
+            "runner_up": ranked[1].name if len(ranked) > 1 else None,
+            "calibrators": choice.evidence,
+            "calibrator": choice.calibrator.method,
+        },
+    )
+
+
+def run_trials(
+    rows: TrainingRows,
+    build: FeatureBuilder,
+    candidates: Sequence[Candidate],
+    folds: Sequence[Fold],
+    *,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> list[Trial]:
+    """Fits each candidate on each fold's training rows and scores its test rows the way serving does.
+
+    Features are learnt once a fold, for all candidates. Fits share the cores; the result does not depend on
+    how many there are.
+    """
+    total = len(candidates) * len(folds)
+    progress(0, total)
+
+    def list_fits() -> Iterator[Any]:
+        for fold in folds:
+            train = rows.take(fold.train)
+            learnt = learn_features(train, build)
+            strangers = learnt.values_of(rows.take(fold.test))
+            for one in candidates:
+                yield joblib.delayed(_score)(one, learnt.values, train.outcome, strangers, seed)
+
+    scores: list[list[FloatArray]] = [[] for _ in candidates]
+    # Threads: fitting leaves Python for most of its time, and nothing has to be copied to another process.
+    with threadpool_limits(1):
+        done = joblib.Parallel(-1, prefer="threads", return_as="generator")(list_fits())
+        for number, raw in enumerate(done):
+            scores[number % len(candidates)].append(raw)
+            progress(number + 1, total)
+    outcome = np.concatenate([rows.outcome[fold.test] for fold in folds])
+    fold_of = np.repeat(np.arange(len(folds)), [len(fold.test) for fold in folds])
+    return [
+        Trial(candidate, np.concatenate(raw), outcome, fold_of)
+        for candidate, raw in zip(candidates, scores, strict=True)
+    ]
+
+
+def _score(
+    candidate: Candidate, values: FloatArray, outcome: IntArray, strangers: FloatArray, seed: int
+) -> FloatArray:
+    return build_scorer(fit_estimator(candidate, values, outcome, seed, cores=1))(strangers)
+
+
+def _under(progress: Progress, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(stage, done, total)
+
+
+def _parts(fold: IntArray) -> list[BoolArray]:
+    return [fold == number for number in np.unique(fold)]
+
+
+def _measure(probability: FloatArray, outcome: IntArray) -> tuple[float, float, float]:
+    told = calibration_statistics(probability, outcome)
+    return told["log_loss"], float(roc_auc_score(outcome, probability)), told["brier"]
+
+
+def _mean_log_loss(measured: Measured) -> float:
+    return float(np.mean(measured, axis=0)[0])
+
+
+def _best_of_each_type(
+    candidates: Sequence[Candidate], measured: Mapping[str, Measured]
+) -> tuple[Candidate, ...]:
+    best: dict[str, Candidate] = {}
+    for one in sorted(candidates, key=lambda one: _mean_log_loss(measured[one.name])):
+        best.setdefault(one.model_type, one)
+    return tuple(best.values())
+
+
+def _describe(candidate: Candidate, measured: Measured) -> JsonObject:
+    means, spreads = np.mean(measured, axis=0), np.std(measured, axis=0)
+    told: JsonObject = {
+        "name": candidate.name, "model_type": candidate.model_type, "params": dict(candidate.params),
+        "folds": len(measured),
+    }  # fmt: skip
+    for name, mean, spread in zip(_METRICS, means.tolist(), spreads.tolist(), strict=True):
+        told |= {name: round(mean, 6), f"{name}_sd": round(spread, 6)}
+    return told
