@@ -15,7 +15,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from app.ai.domain import VERDICTS, Column
-from app.ai.features import FeatureSet
+from app.ai.features import FeatureSet, FeatureSpec
 from app.ai.model_manifest import ModelManifest, read_manifest
 from app.training.card_evidence import NO_CHARTS, collect_evidence
 from app.training.card_figures import (
@@ -438,10 +438,19 @@ def test_training_imports_what_draws_only_when_it_draws() -> None:
     assert run.stdout == "False\n"
 
 
-def test_a_column_with_a_feature_for_each_level_is_one_row_that_says_so(
+def with_features(manifest: ModelManifest, *specs: FeatureSpec) -> ModelManifest:
+    return msgspec.structs.replace(
+        manifest,
+        feature_set=FeatureSet(specs).to_json(),
+        statistics=[manifest.statistics[0]] * len(specs),
+        golden_inputs=[[None] * len(specs)] * len(manifest.golden_outputs),
+    )
+
+
+def test_what_a_feature_means_is_said_for_the_column_as_a_whole(
     manifest: ModelManifest, held_out: HeldOut
 ) -> None:
-    column = ("source", "text")
+    column, moment, number = ("source", "text"), ("called", "timestamp"), ("gpa", "number")
     levels = [
         spec("one_of", column, name=f"source={level}", params={"values": [level]}, missing="zero",
              description=f"source is {level}")
@@ -449,19 +458,15 @@ def test_a_column_with_a_feature_for_each_level_is_one_row_that_says_so(
     ]  # fmt: skip
     other = spec("level", column, name="source", description="source is none of the usual ones",
                  params={"levels": {"website": 0.0, "fair": 0.0}, "unseen": 1.0, "missing": 0.0})  # fmt: skip
-    feature_set = FeatureSet((other, *levels)).to_json()
-    statistics = [manifest.statistics[0]] * 3
-    many = msgspec.structs.replace(
-        manifest,
-        feature_set=feature_set,
-        statistics=statistics,
-        golden_inputs=[[None] * 3] * len(manifest.golden_outputs),
-    )
-    rows = [
-        line
-        for line in render(many, held_out, charts=False)[1].splitlines()
-        if line.startswith("| source | 0.0")
-    ]
-    assert rows == [
-        "| source | 0.0500 | 0.0400 to 0.0600 | which of 2 usual values it is, none of them, or not known |"
+    called = spec("age_days", moment, name="called", description="last call")
+    gpa = [spec("value", number, name="gpa", description="grade"),
+           spec("is_present", number, name="gpa__present", description="whether grade is known")]  # fmt: skip
+    many = with_features(manifest, other, *levels, called, *gpa)
+    losses = (0.05, 0.04, 0.06)
+    shown = replace(held_out, importance=dict.fromkeys(("source", "called", "gpa"), losses))
+    lines = render(many, shown, charts=False)[1].splitlines()
+    assert [line.split(" | ")[-1] for line in lines if "0.0400 to 0.0600" in line] == [
+        "which of 2 usual values it is, none of them, or not known |",
+        "days since last call |",
+        "grade, and whether it is known |",
     ]

@@ -26,6 +26,8 @@ _MEANINGS = {
     "recall": "share of the outcomes that are above the threshold",
     "f1_score": "balance of precision and recall",
 }
+_COUNTED = {"age_days": "days since {}", "days_until": "days until {}"}
+"""What a transform makes of a time; elsewhere a feature's description says it all."""
 
 
 def describe_metrics(manifest: ModelManifest) -> Section:
@@ -36,7 +38,7 @@ def describe_metrics(manifest: ModelManifest) -> Section:
             heading,
             f"{manifest.metrics[name]:.4f}",
             "{:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else "",
-            _MEANINGS[name],
+            _MEANINGS.get(name, ""),
         )
         for name, heading in HEADLINES
         if name in manifest.metrics
@@ -181,9 +183,11 @@ def _slice_table(division: Division) -> Table:
 
 def _meaning(group: Sequence[FeatureSpec]) -> str:
     levels = sum(spec.transform == "one_of" for spec in group)
-    if len(group) == 1 or not levels:
-        return group[0].description
-    return f"which of {levels} usual values it is, none of them, or not known"
+    if levels:
+        return f"which of {levels} usual values it is, none of them, or not known"
+    first, known = group[0], any(spec.transform == "is_present" for spec in group[1:])
+    told = _COUNTED.get(first.transform, "{}").format(first.description)
+    return f"{told}, and whether it is known" if known else told
 
 
 def _charts(evidence: Evidence, *wanted: tuple[str, str]) -> list[Chart]:
