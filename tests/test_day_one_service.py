@@ -17,6 +17,7 @@ from app.ai.domain import VERDICTS
 from app.ai.model_manifest import manifest_fingerprint
 from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy, find_intervals, score_leads
+from app.ai.reasons import ABSTAINED
 from app.cli import cli
 from app.errors import TrainingError
 from app.training.day_one import ENOUGH_ROWS
@@ -73,11 +74,14 @@ def test_without_any_outcome_every_lead_is_answered_the_expected_rate_and_the_ve
     assert (manifest.training.as_of_from, len(manifest.golden_inputs)) == (None, 32)
     settings = build_settings(tmp_path, options.url, ml_model_dir=options.model_dir, lead_source="fresh")
     with serve(settings) as address, httpx.Client(base_url=address, timeout=30) as client:
-        answer = client.post("/ai/advanced-ml/predict-batch?include=interval", json=["ref-1", "ref-2"]).json()
+        answer = client.post(
+            "/ai/advanced-ml/predict-batch?include=interval,reasons", json=["ref-1", "ref-2"]
+        ).json()
         models = client.get("/ai/advanced-ml/models").json()
         card = client.get(f"/ai/advanced-ml/models/{manifest.version}/card").text
     for entry in answer["predictions"]:
         assert (entry["probability"], entry["verdict"], entry["prediction"]) == (0.12, "abstain", False)
+        assert entry["reasons"] == [ABSTAINED]
         assert entry["interval"] == [0.0, 1.0]
     assert models["performance"] == {}
     assert "no outcome is known yet" in card

@@ -5,6 +5,7 @@ The file may not be redistributed, so it lies outside the repository; CI has it 
 
 import csv
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,33 @@ def test_every_lead_of_the_file_is_scored_over_http(
     }
     assert mean[True] - mean[False] > 0.3
     assert fmean(probabilities.values()) == pytest.approx(fmean(converted.values()), abs=0.02)
+
+
+def test_real_leads_get_receipts_that_add_up_in_words_of_the_manifest_and_of_ours(
+    options: TrainingOptions, report: TrainingReport, tmp_path: Path
+) -> None:
+    with CSV.open(encoding="utf-8", newline="") as file:
+        ids = [row["Prospect ID"] for row in csv.DictReader(file)][:100]
+    settings = build_settings(
+        tmp_path, options.url, ml_model_dir=report.manifest_path.parent, lead_source="x_education"
+    )
+    with serve(settings) as address, httpx.Client(base_url=address, timeout=30) as client:
+        answer = client.post("/ai/advanced-ml/predict-batch?include=reasons", json=ids).json()
+    params = [spec["params"] for spec in report.manifest.feature_set]
+    levels = {level for p in params for level in (*p.get("levels", ()), *p.get("values", ()))}
+    words = {*levels, "another one", "unknown", "yes", "no"}
+    number = re.compile(r"(about )?[\d.,]+(, (more|less) than most)?")
+    assert len(answer["predictions"]) == 100
+    for prediction in answer["predictions"]:
+        receipt = prediction["receipt"]
+        steps = sum(line["contribution"] for line in receipt["contributions"])
+        total = receipt["base_rate"] + steps + receipt["calibration"] + receipt["bounds"]
+        assert abs(total - prediction["probability"]) < 1e-9
+        told = {line["value"] for line in receipt["contributions"]}
+        assert not [value for value in told - words if not number.fullmatch(value)]
+    sentences = [sentence for prediction in answer["predictions"] for sentence in prediction["reasons"]]
+    for about in ("total time spent on website (", "lead origin (", "what is your current occupation ("):
+        assert any(sentence.startswith(about) for sentence in sentences)
 
 
 async def test_rows_read_for_training_equal_rows_read_for_serving(
