@@ -1,15 +1,26 @@
 """A base rate that moves is followed where the past shows that it pays, and otherwise left alone."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
 import numpy as np
+import psycopg
 import pytest
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 
 from app.ai.calibration import Calibrator, calibrate, calibration_statistics, fit_sigmoid, shift_log_odds
 from app.ai.domain import FloatArray, IntArray
+from app.ai.model_registry import ModelRegistry
+from app.ai.predictor import ScoringPolicy, score_leads
 from app.ai.venn_abers import build_intervals, build_table, look_up
+from app.training.options import TrainingOptions
 from app.training.recency import (
     HALF_LIVES,
+    NEVER,
+    choose_recency,
     fit_recent_shift,
     fit_shift,
     foretell,
@@ -17,6 +28,8 @@ from app.training.recency import (
     recency_weights,
     shift_table,
 )
+from app.training.train import train
+from tests.builders import DAY, column, leads
 
 N, FOLDS = 6000, 6
 
@@ -87,6 +100,24 @@ def test_a_shift_is_the_maximum_likelihood_on_smoothed_targets() -> None:
     assert shift_log_odds(p, found).mean() == pytest.approx(target.mean(), abs=1e-12)
 
 
+def test_without_two_folds_nothing_is_ever_switched_on() -> None:
+    raw, outcome, fold = simulate(0.9)
+    assert choose_recency({None: raw, 0.5: raw}, outcome, np.zeros_like(fold), fit) is NEVER
+
+
+def test_a_half_life_is_chosen_for_what_it_foretells_and_the_level_is_asked_beside_it() -> None:
+    raw, outcome, fold = simulate(0.0)
+    blurred = raw + np.random.default_rng(3).normal(0, 0.3, N)
+    chosen = choose_recency({None: blurred, 1.0: raw, 0.5: blurred - 0.1}, outcome, fold, fit)
+    assert (chosen.half_life, chosen.intercept) == (1.0, False)
+    assert chosen.evidence["log_loss_with"] < chosen.evidence["log_loss_without"]
+    assert [(one["half_life"], one["intercept"]) for one in chosen.evidence["tried"]] == [
+        (1.0, False), (0.5, False), (1.0, True),
+    ]  # fmt: skip
+    level = choose_recency({None: raw, 0.5: blurred}, *simulate(0.3)[1:], fit)
+    assert (level.half_life, level.intercept) == (None, True)
+
+
 @pytest.mark.parametrize("won", [0, 1])
 @pytest.mark.parametrize("p", [1e-6, 0.4, 1 - 1e-6])
 def test_outcomes_of_one_kind_give_a_finite_shift(p: float, won: int) -> None:
@@ -118,3 +149,86 @@ def test_intervals_move_with_the_probabilities_they_hold(shift: float) -> None:
     unwidened = np.column_stack(look_up(moved, inside))
     assert ((unwidened[:, 0] <= p) & (p <= unwidened[:, 1])).all()
     np.testing.assert_allclose(ends, unwidened, atol=1e-12)
+
+
+NOW, YEAR = datetime(2026, 6, 1, tzinfo=UTC), 365
+
+
+@pytest.fixture
+def train_on(database_url: str, tmp_path: Path) -> Callable[..., TrainingOptions]:
+    """`train_on(interest, outcome)` trains on leads spread over a year, the earliest first."""
+
+    def run(interest: FloatArray, outcome: IntArray) -> TrainingOptions:
+        start = NOW.timestamp() - YEAR * DAY
+        with psycopg.connect(database_url) as connection:
+            connection.execute(
+                "CREATE TABLE moving (lead_id uuid, as_of timestamptz, interest float8, won int)"
+            )
+            with connection.cursor().copy("COPY moving FROM STDIN") as copy:
+                for row, (signal, won) in enumerate(zip(interest, outcome, strict=True)):
+                    moment = datetime.fromtimestamp(start + row * YEAR * DAY / len(outcome), UTC)
+                    copy.write_row((f"{row:032x}", moment, float(signal), int(won)))
+        options = TrainingOptions(url=database_url, model_dir=tmp_path, source="moving", label="won", now=NOW,
+                                  model="logistic_regression")  # fmt: skip
+        train(options)
+        return options
+
+    return run
+
+
+def measure(
+    options: TrainingOptions, chance: Callable[[FloatArray], FloatArray], shift: float | None
+) -> float:
+    """Returns the log-loss on new leads of this chance, by the model as published or with another shift."""
+    bundle = ModelRegistry(options.model_dir).load()
+    if shift is not None:
+        bundle = replace(bundle, calibrator=replace(bundle.calibrator, shift=shift))
+    random = np.random.default_rng(9)
+    interest = random.normal(0, 1, 20_000)
+    outcome = (random.random(len(interest)) < chance(interest)).astype(np.int64)
+    fresh = leads(interest=column("number", *interest.tolist()))
+    answers = score_leads(bundle, fresh, NOW.timestamp(), ScoringPolicy(0.0, "margin")).answers
+    return calibration_statistics(answers["probability"], outcome)["log_loss"]
+
+
+def test_training_follows_a_base_rate_that_moves_and_the_next_leads_are_scored_better(
+    train_on: Callable[..., TrainingOptions],
+) -> None:
+    random = np.random.default_rng(4)
+    interest, time = random.normal(0, 1, 8000), np.linspace(0, 1, 8000)
+    outcome = (random.random(8000) < expit(interest + 0.5 - 2 * time)).astype(np.int64)
+    options = train_on(interest, outcome)
+    manifest = ModelRegistry(options.model_dir).load().manifest
+    recency = manifest.report["choice"]["recency"]
+    assert recency["intercept"]
+    assert recency["log_loss_with"] < recency["log_loss_without"]
+    assert manifest.calibrator["shift"] < -0.1
+    assert measure(options, lambda x: expit(x - 1.5), None) < measure(options, lambda x: expit(x - 1.5), 0.0)
+    # The fifth that was held out is the next window too.
+    drop = manifest.base_rate - manifest.metrics["mean_observed"]
+    assert manifest.metrics["mean_predicted"] < manifest.base_rate - drop / 2
+
+
+def test_training_on_leads_whose_base_rate_stays_switches_nothing_on(
+    train_on: Callable[..., TrainingOptions],
+) -> None:
+    random = np.random.default_rng(5)
+    interest = random.normal(0, 1, 3000)
+    options = train_on(interest, (random.random(3000) < expit(interest - 0.5)).astype(np.int64))
+    manifest = ModelRegistry(options.model_dir).load().manifest
+    recency = manifest.report["choice"]["recency"]
+    assert (recency["half_life"], recency["intercept"]) == (None, False)
+    assert recency["log_loss_with"] == recency["log_loss_without"]
+    assert "shift" not in manifest.calibrator
+
+
+def test_training_weighs_recent_leads_more_where_what_tells_them_apart_has_changed(
+    train_on: Callable[..., TrainingOptions],
+) -> None:
+    random = np.random.default_rng(6)
+    interest, time = random.normal(0, 1, 4000), np.linspace(0, 1, 4000)
+    outcome = (random.random(4000) < expit(4 * (time - 0.35) * interest)).astype(np.int64)
+    options = train_on(interest, outcome)
+    manifest = ModelRegistry(options.model_dir).load().manifest
+    assert manifest.report["choice"]["recency"]["half_life"] in HALF_LIVES
+    assert manifest.metrics["roc_auc"] > 0.8

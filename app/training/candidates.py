@@ -21,11 +21,15 @@ EstimatorType = Literal["random_forest", "logistic_regression", "hist_gradient_b
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model type with its settings, under the name people read."""
+    """A model type with its settings, under the name people read.
+
+    With a `half_life` recent leads weigh more in its fit (see `recency.recency_weights`).
+    """
 
     model_type: EstimatorType
     name: str
     params: Mapping[str, Any]
+    half_life: float | None = None
 
 
 def _logistic(strength: float) -> Candidate:

@@ -7,7 +7,7 @@ first round then serve calibrators, threshold and intervals. Pure. Called by `ap
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import joblib
@@ -15,11 +15,11 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
-from app.ai.calibration import calibration_statistics
+from app.ai.calibration import calibration_statistics, shift_log_odds
 from app.ai.domain import BoolArray, FloatArray, IntArray, JsonObject
 from app.ai.inference import build_scorer
 from app.ai.venn_abers import build_table
-from app.training.calibrators import choose_calibrator, cross_fit
+from app.training.calibrators import choose_calibrator, cross_fit, fit_calibrator
 from app.training.candidates import Candidate
 from app.training.fit import (
     CalibratedModel,
@@ -30,6 +30,7 @@ from app.training.fit import (
     fit_model,
     learn_features,
 )
+from app.training.recency import HALF_LIVES, NEVER, Recency, choose_recency, fit_recent_shift, shift_table
 from app.training.rows import Progress, TrainingRows
 from app.training.splits import Fold, build_folds
 
@@ -87,12 +88,15 @@ def choose_model(
         candidates, key=lambda one: (-len(measured[one.name]), _mean_log_loss(measured[one.name]))
     )
     won = next(trial for trial in trials if trial.candidate == ranked[0])
+    recency = NEVER
+    if rows.order is not None:
+        won, recency = _ask_recency(rows, build, won, seed, _under(progress, "weigh recent leads"))
     progress("fit", 0, 2)
     choice = choose_calibrator(won.raw, won.outcome, won.fold)
     progress("fit", 1, 2)
     fitted = fit_model(rows, build, won.candidate, seed)
     progress("fit", 2, 2)
-    return CalibratedModel(
+    model = CalibratedModel(
         fitted=fitted,
         calibrator=choice.calibrator,
         threshold=choose_threshold(choice.probability, won.outcome),
@@ -106,8 +110,10 @@ def choose_model(
             "runner_up": ranked[1].name if len(ranked) > 1 else None,
             "calibrators": choice.evidence,
             "calibrator": choice.calibrator.method,
+            "recency": recency.evidence,
         },
     )
+    return _set_level_anew(model, won.fold) if recency.intercept else model
 
 
 def run_trials(
@@ -133,7 +139,7 @@ def run_trials(
             learnt = learn_features(train, build)
             strangers = learnt.values_of(rows.take(fold.test))
             for one in candidates:
-                yield joblib.delayed(_score)(one, learnt.values, train.outcome, strangers, seed)
+                yield joblib.delayed(_score)(one, learnt.values, train, strangers, seed)
 
     scores: list[list[FloatArray]] = [[] for _ in candidates]
     # Threads: fitting leaves Python for most of its time, and nothing has to be copied to another process.
@@ -150,10 +156,45 @@ def run_trials(
     ]
 
 
+def _ask_recency(
+    rows: TrainingRows,
+    build: FeatureBuilder,
+    won: Trial,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> tuple[Trial, Recency]:
+    """Returns the trial with the half-life that foretells best, or as it was, and what was found."""
+    weighted = [replace(won.candidate, half_life=half_life) for half_life in HALF_LIVES]
+    trials = run_trials(rows, build, weighted, build_folds(rows, seed), seed=seed, progress=progress)
+    by_half_life = {trial.candidate.half_life: trial for trial in (won, *trials)}
+    method = choose_calibrator(won.raw, won.outcome, won.fold).evidence[0]["method"]
+    recency = choose_recency(
+        {half_life: trial.raw for half_life, trial in by_half_life.items()},
+        won.outcome,
+        won.fold,
+        lambda raw, outcome: fit_calibrator(method, raw, outcome),
+    )
+    return by_half_life[recency.half_life], recency
+
+
+def _set_level_anew(model: CalibratedModel, fold: IntArray) -> CalibratedModel:
+    """Returns the model with probabilities, threshold and intervals at the level of the latest fold."""
+    told = model.out_of_fold
+    shift = fit_recent_shift(model.calibrator, told.raw, told.outcome, fold)
+    probability = shift_log_odds(told.probability, shift)
+    return replace(
+        model,
+        calibrator=replace(model.calibrator, shift=shift),
+        threshold=choose_threshold(probability, told.outcome),
+        venn_abers=shift_table(model.venn_abers, shift),
+        out_of_fold=replace(told, probability=probability),
+    )
+
+
 def _score(
-    candidate: Candidate, values: FloatArray, outcome: IntArray, strangers: FloatArray, seed: int
+    candidate: Candidate, values: FloatArray, rows: TrainingRows, strangers: FloatArray, seed: int
 ) -> FloatArray:
-    return build_scorer(fit_estimator(candidate, values, outcome, seed, cores=1))(strangers)
+    return build_scorer(fit_estimator(candidate, values, rows, seed, cores=1))(strangers)
 
 
 def _under(progress: Progress, stage: str) -> Callable[[int, int], None]:

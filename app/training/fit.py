@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
 from app.ai.calibration import Calibrator, calibrate
@@ -19,6 +20,7 @@ from app.ai.features import FeatureMatrix, FeatureSet, build_features
 from app.ai.inference import Scorer, build_scorer
 from app.ai.venn_abers import VennAbersTable
 from app.training.candidates import Candidate, build_estimator
+from app.training.recency import recency_weights
 from app.training.rows import TrainingRows
 
 FeatureBuilder = Callable[[TrainingRows], FeatureSet]
@@ -94,15 +96,22 @@ def learn_features(rows: TrainingRows, build: FeatureBuilder) -> LearntFeatures:
     return LearntFeatures(feature_set, statistics, check_features(matrix, feature_set, statistics).values)
 
 
-def fit_estimator(candidate: Candidate, values: FloatArray, outcome: IntArray, seed: int, cores: int) -> Any:
-    """Fits a candidate to feature values (n, k) and 0/1 outcomes (n,); the cores do not change the result."""
+def fit_estimator(candidate: Candidate, values: FloatArray, rows: TrainingRows, seed: int, cores: int) -> Any:
+    """Fits a candidate to the feature values (n, k) of `n` rows; the cores do not change the result.
+
+    Recent rows weigh more if the candidate has a half-life; the rows then have an order.
+    """
     estimator = build_estimator(candidate, seed)
     forest = isinstance(estimator, RandomForestClassifier)
     if forest:
         estimator.n_jobs = cores
+    weights: dict[str, FloatArray] = {}
+    if candidate.half_life and rows.order is not None:
+        weight = "logisticregression__sample_weight" if isinstance(estimator, Pipeline) else "sample_weight"
+        weights = {weight: recency_weights(rows.order, candidate.half_life)}
     # OpenMP's threads wait for each other on shared cores: boosting took ten times as long. Not for forests.
     with threadpool_limits(1, user_api="openmp"):
-        estimator.fit(values, outcome)
+        estimator.fit(values, rows.outcome, **weights)
     if forest:
         estimator.n_jobs = 1
     return estimator
@@ -112,7 +121,7 @@ def fit_model(rows: TrainingRows, build: FeatureBuilder, candidate: Candidate, s
     """Learns feature set, statistics and estimator from these rows and no others."""
     learnt = learn_features(rows, build)
     with threadpool_limits(1):
-        estimator = fit_estimator(candidate, learnt.values, rows.outcome, seed, cores=-1)
+        estimator = fit_estimator(candidate, learnt.values, rows, seed, cores=-1)
     return FittedModel(estimator, learnt.feature_set, learnt.statistics, build_scorer(estimator), candidate)
 
 

@@ -5,14 +5,14 @@ with and without, and what is no better by more than one standard error stays of
 `app.training.choose`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from app.ai.calibration import MAX_SHIFT, Calibrator, calibrate, shift_log_odds
-from app.ai.domain import FloatArray, IntArray
+from app.ai.domain import FloatArray, IntArray, JsonObject
 from app.ai.venn_abers import VennAbersTable
 
 FitCalibrator = Callable[[FloatArray, IntArray], Calibrator]
@@ -26,6 +26,47 @@ class Foretold(NamedTuple):
 
     plain: FloatArray
     shifted: FloatArray
+
+
+class Recency(NamedTuple):
+    """What is switched on: weights of a half-life, the intercept refit; and everything tried, for people."""
+
+    half_life: float | None
+    intercept: bool
+    evidence: JsonObject
+
+
+NEVER = Recency(None, False, {"half_life": None, "intercept": False, "tried": []})
+"""Where nobody knows in which order leads came, nothing can move."""
+
+
+def choose_recency(
+    raw: Mapping[float | None, FloatArray], outcome: IntArray, fold: IntArray, fit: FitCalibrator
+) -> Recency:
+    """Chooses a half-life, of those tried and None, and then whether the level is set anew beside it.
+
+    `raw` has the out-of-fold scores (m,) of a model fitted with each half-life; outcomes (m,) and folds (m,),
+    numbered in the order of time, are the same for all. On is what has the lower log-loss by more than one
+    standard error of the difference, lead by lead.
+    """
+    if len(np.unique(fold)) < 2:
+        return NEVER
+    told = {half_life: foretell(scores, outcome, fold, fit) for half_life, scores in raw.items()}
+    without = told[None].plain
+    tried = [_compare(half_life, False, each.plain, without) for half_life, each in told.items() if half_life]
+    best = min(told, key=lambda half_life: told[half_life].plain.mean())
+    half_life = best if is_better(told[best].plain, without) else None
+    level = told[half_life]
+    tried.append(_compare(half_life, True, level.shifted, level.plain))
+    intercept = is_better(level.shifted, level.plain)
+    return Recency(half_life, intercept, {
+        "half_life": half_life,
+        "intercept": intercept,
+        "log_loss_without": round(float(without.mean()), 6),
+        "log_loss_with": round(float((level.shifted if intercept else level.plain).mean()), 6),
+        "leads": len(without),
+        "tried": tried,
+    })  # fmt: skip
 
 
 def recency_weights(order: FloatArray, half_life: float) -> FloatArray:
@@ -80,6 +121,17 @@ def is_better(losses: FloatArray, than: FloatArray) -> bool:
 def shift_table(table: VennAbersTable, shift: float) -> VennAbersTable:
     """Returns the table with p0 and p1 moved by the shift, so that intervals go where probabilities go."""
     return VennAbersTable(table.scores, shift_log_odds(table.p0, shift), shift_log_odds(table.p1, shift))
+
+
+def _compare(half_life: float | None, intercept: bool, losses: FloatArray, than: FloatArray) -> JsonObject:
+    gain = than - losses
+    return {
+        "half_life": half_life,
+        "intercept": intercept,
+        "log_loss": round(float(losses.mean()), 6),
+        "gain": round(float(gain.mean()), 6),
+        "standard_error": round(float(gain.std() / np.sqrt(len(gain))), 6),
+    }
 
 
 def _foretell_folds(
