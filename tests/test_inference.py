@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from threadpoolctl import threadpool_limits
 
 from app.ai.inference import build_scorer
 from app.ai.score_kernels import ScoreKernels, installed_kernels, load_kernels
@@ -35,6 +36,13 @@ ESTIMATORS = {
         StandardScaler(with_std=False), RandomForestClassifier(10, random_state=1)
     ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Small fits on several threads take ten times as long where the cores are shared."""
+    with threadpool_limits(1):
+        yield
 
 
 needs_kernels = pytest.mark.skipif(installed_kernels() is None, reason="installed without a C compiler")
