@@ -72,6 +72,19 @@ def every_prediction_keeps_the_contract(client: httpx.Client) -> None:
 
 
 @check
+def a_receipt_adds_up_to_the_probability_within_its_interval(client: httpx.Client) -> None:
+    ids = [f"lead_{i}" for i in range(1, 101)]
+    body = client.post(f"{PREDICT}?include=interval,reasons", json=ids).json()
+    for entry in body["predictions"]:
+        receipt = entry["receipt"]
+        steps = sum(line["contribution"] for line in receipt["contributions"])
+        total = receipt["base_rate"] + steps + receipt["calibration"] + receipt["bounds"]
+        assert abs(total - entry["probability"]) < 1e-9
+        assert entry["interval"][0] <= entry["probability"] <= entry["interval"][1]
+    assert any(entry["reasons"] for entry in body["predictions"])
+
+
+@check
 def unknown_leads_are_reported_at_their_positions_and_do_not_fail_the_rest(client: httpx.Client) -> None:
     body = client.post(PREDICT, json=["nobody", "lead_1", "nobody"]).json()
     assert [error["position"] for error in body["errors"]] == [0, 2]
