@@ -151,12 +151,19 @@ def test_an_outcome_that_comes_later_than_the_moment_of_training_is_not_known_ye
     assert rows.as_of.max() + 90 * DAY <= (DEMO_UNTIL - timedelta(days=120)).timestamp()
 
 
-@pytest.mark.parametrize("model", ["logistic_regression", "hist_gradient_boosting"])
-def test_every_model_type_trains_and_loads(made_up: Callable[[int], str], tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize("model", ["logistic_regression", "random_forest", "hist_gradient_boosting"])
+def test_every_model_type_trains_loads_and_scores_a_lead_the_same_in_any_company(
+    made_up: Callable[[int], str], tmp_path: Path, model: str
+) -> None:
     options = quick_options(made_up(300), tmp_path, model=model, fmt="joblib")
     report = train(replace(options, exclude=("after_the_fact",)))
-    assert load_only(tmp_path).manifest.model_type == model
+    bundle = load_only(tmp_path)
+    assert bundle.manifest.model_type == model
     assert report.manifest.metrics["roc_auc"] > 0.6
+    values = np.random.default_rng(0).normal(size=(200, len(bundle.feature_set.specs)))
+    together = calibrate(bundle.scorer(values), bundle.calibrator)
+    alone = [calibrate(bundle.scorer(values[[row]]), bundle.calibrator)[0] for row in range(200)]
+    assert together.tolist() == alone
 
 
 def test_derived_features_leave_out_identity_outcome_and_denied_columns(

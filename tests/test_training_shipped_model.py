@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.ai.model_registry import ModelRegistry
+from app.training.candidates import CANDIDATES
 from app.training.report import TrainingReport
 from app.training.shipped_model import replace_shipped_model
 
@@ -38,6 +39,19 @@ def test_the_shipped_model_is_made_again_with_the_same_predictions(report: Train
     assert made.training == shipped.training, hint
     # Not the fingerprint: another processor may round the last bit of a logarithm differently.
     assert made.golden_outputs == pytest.approx(shipped.golden_outputs, abs=1e-9), hint
+
+
+def test_the_default_chooses_among_all_candidates_and_publishes_the_one_it_chose(
+    report: TrainingReport,
+) -> None:
+    choice = report.manifest.report["choice"]
+    assert choice["order"] == "time"
+    assert {one["name"] for one in choice["candidates"]} == {candidate.name for candidate in CANDIDATES}
+    best, second = choice["candidates"][:2]
+    assert (choice["chosen"], choice["runner_up"]) == (best["name"], second["name"])
+    assert report.manifest.model_type == best["model_type"]
+    assert report.manifest.calibrator["method"] == choice["calibrator"]
+    assert report.manifest.training.train_rows > report.manifest.training.test_rows
 
 
 def test_nothing_is_left_of_an_older_one_of_any_type(report: TrainingReport) -> None:
