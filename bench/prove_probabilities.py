@@ -36,7 +36,7 @@ from app.db.embedded import open_embedded
 from app.db.leads import fetch_all_chunks
 from app.errors import CommandError, LeadScoringError
 from app.training.bootstrap import bootstrap_intervals
-from app.training.candidates import list_candidates
+from app.training.candidates import Candidate, list_candidates
 from app.training.choose import choose_model
 from app.training.evaluate import evaluate
 from app.training.fit import CalibratedModel
@@ -45,7 +45,7 @@ from app.training.leakage import check_leakage
 from app.training.options import ModelType, TrainingOptions
 from app.training.rows import Progress, TrainingRows, choose_columns, fetch_rows
 from app.training.splits import group_rows
-from app.training.train import _choose_features
+from app.training.train import choose_features
 
 ROOT = Path(__file__).parent.parent
 TABLE = "leads"
@@ -77,6 +77,7 @@ class Leads:
     options: TrainingOptions
     columns: tuple[InputColumn, ...]
     rows: TrainingRows
+    candidates: Sequence[Candidate]
     progress: Progress
 
     @cached_property
@@ -112,24 +113,25 @@ class Leads:
             judged.append(self._judge(part, unordered.take(np.sort(kept)), unordered.take(fold)))
         return judged
 
+    def choose(self, part: str, rows: TrainingRows) -> CalibratedModel:
+        """Does to these rows what `train` does to its training part."""
+        build, _ = choose_features(self.options, self.columns, rows)
+        return choose_model(
+            rows,
+            build,
+            self.candidates,
+            self.options.seed,
+            lambda stage, done, total: self.progress(f"{part}: {stage}", done, total),
+        )
+
     def _judge(self, part: str, learnt: TrainingRows, held_out: TrainingRows) -> Judged:
-        model = self._fit(part, learnt)
+        model = self.choose(part, learnt)
         matrix = model.fitted.build_matrix(held_out)
         return Judged(
             model.fitted.raw_scores(matrix),
             model.probabilities(matrix),
             build_model_intervals(model, matrix),
             held_out.outcome,
-        )
-
-    def _fit(self, part: str, rows: TrainingRows) -> CalibratedModel:
-        build, _ = _choose_features(self.options, self.columns, rows)
-        return choose_model(
-            rows,
-            build,
-            list_candidates(self.options.model),
-            self.options.seed,
-            lambda stage, done, total: self.progress(f"{part}: {stage}", done, total),
         )
 
 
@@ -232,6 +234,11 @@ PROOFS = {
         "test_outcomes_not_in_yet",
         "test_waiting_for_the_horizon_calibrates_and_taking_young_leads_for_lost_does_not",
     ),
+    "day_one": Proof(
+        "log-loss under 1 % above the base rate's at 10, 20, 40 and 80 outcomes",
+        "test_day_one",
+        "test_the_rule_holds_on_real_leads_and_where_their_features_are_made_to_say_nothing",
+    ),
 }
 """Rows on other points; each test says what it measured with `record_property`."""
 
@@ -315,7 +322,7 @@ def open_leads(asked: argparse.Namespace, progress: Progress) -> Iterator[Leads]
         rows = fetch_rows(options, columns, progress)[0]
         check_leakage(rows.leads, rows.outcome, rows.as_of, columns, ())
         in_file_order = rows.take(_find_file_order(asked, options))
-        yield Leads(options, columns, in_file_order, progress)
+        yield Leads(options, columns, in_file_order, list_candidates(options.model), progress)
 
 
 def _find_file_order(asked: argparse.Namespace, options: TrainingOptions) -> IntArray:
@@ -355,7 +362,8 @@ def _print_proof(name: str) -> bool:
         case.find(word) is None for case in cases for word in ("failure", "error", "skipped")
     )
     measured = [f"{one.get('name')} {one.get('value')}" for case in cases for one in case.iter("property")]
-    _print(f"{proof.heading}: {'yes' if held else 'NO'}", f"({'; '.join(measured)})", f"pytest {test}")
+    beside = f"({'; '.join(measured)})" if measured else "(the test holds the figures)"
+    _print(f"{proof.heading}: {'yes' if held else 'NO'}", beside, f"pytest {test}")
     return held
 
 
@@ -370,14 +378,16 @@ def _command(asked: argparse.Namespace, name: str) -> str:
 
 
 def _print_learning_curve(leads: Leads) -> None:
+    """Prints the ROC AUC in the folds of the model chosen on all rows, by how many others it learns from."""
+    chosen = leads.choose("all", replace(leads.rows, order=None)).fitted.candidate
+    print(f"{chosen.name}; learnt from so many leads outside the fold, drawn at random:")
+    alone = replace(leads, candidates=(chosen,))
     for share in SHARES:
-        folds = leads.judge_folds(f"{share:.0%} of the leads, fold", share)
-        values = [fold.metric("roc_auc") for fold in folds]
+        values = [
+            fold.metric("roc_auc") for fold in alone.judge_folds(f"{share:.0%} of the leads, fold", share)
+        ]
         rows = round(share * leads.rows.leads.n * (FOLDS - 1) / FOLDS)
-        print(
-            f"learnt from {rows:,}: ROC AUC {np.mean(values):.4f} (sd {np.std(values, ddof=1):.4f})",
-            flush=True,
-        )
+        print(f"  {rows:,}: ROC AUC {np.mean(values):.4f} (sd {np.std(values, ddof=1):.4f})", flush=True)
 
 
 @contextmanager

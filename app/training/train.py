@@ -49,7 +49,7 @@ def train(
         return _publish(options, estimator, description, lambda _: None, started)
     suspicious = check_leakage(rows.leads, rows.outcome, rows.as_of, columns, options.allow_leaky)
     train_part, test_part = split_rows(rows, options.seed)
-    build, dropped = _choose_features(options, columns, train_part)
+    build, dropped = choose_features(options, columns, train_part)
     model = choose_model(train_part, build, list_candidates(options.model), options.seed, progress)
     notes = Notes({**denied, **dropped}, (*map(str, suspicious), *_name_unused(options)), undecided)
     description = describe_model(options, train_part, test_part, model, notes)
@@ -82,7 +82,7 @@ def _name_unused(options: TrainingOptions) -> list[str]:
     return ["the expected base rate is not used: there are enough outcomes to tell the real one"]
 
 
-def _choose_features(
+def choose_features(
     options: TrainingOptions, columns: tuple[InputColumn, ...], train_part: TrainingRows
 ) -> tuple[FeatureBuilder, dict[str, str]]:
     """Returns how features are built from any training rows, and what the rows at hand leave out and why."""
