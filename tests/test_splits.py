@@ -122,6 +122,17 @@ def test_a_last_fifth_of_one_class_is_refused_with_what_to_do() -> None:
         split_rows(replace(rows, outcome=outcome), seed=0)
 
 
+def test_where_nearly_every_late_lead_repeats_an_earlier_one_the_test_part_is_drawn() -> None:
+    rows = build_rows(np.arange(N, dtype=float))
+    coarse = column("number", *np.floor(rows.leads.columns["visits"].values / 10).tolist())
+    rows = replace(rows, leads=leads(visits=coarse, source=rows.leads.columns["source"]))
+    learnt, measured = split_rows(rows, seed=0)
+    assert learnt.order is None
+    assert measured.order is None
+    assert measured.leads.n == pytest.approx(N / 5, abs=15)
+    assert not content(learnt) & content(measured)
+
+
 @pytest.mark.parametrize("order", [None, np.arange(N, dtype=float)])
 def test_folds_that_would_hold_one_class_only_are_refused(order: FloatArray | None) -> None:
     rows = build_rows(order)

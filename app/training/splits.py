@@ -7,6 +7,7 @@ parameter. Called by `app.training.train` and wherever a fit is cross-validated.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,9 @@ FOLDS = 5
 _FIRST_SHARE = 1 / 3
 """The share of rows, from the earliest on, that every time-ordered fold learns from."""
 
+_NEW_SHARE = 0.25
+"""With fewer rows like no earlier one, the last fifth would be tested on its odd ones only."""
+
 
 class Fold(NamedTuple):
     """Places of the rows to fit on and of the rows to measure on."""
@@ -33,21 +37,23 @@ def split_rows(rows: TrainingRows, seed: int) -> tuple[TrainingRows, TrainingRow
     """Returns the part to fit and calibrate on, and the fifth to test on once.
 
     With an order the test part is the last fifth, less the rows that equal an earlier one, which go to the
-    other part. Otherwise it is drawn at random.
+    other part. Otherwise, or where fewer than a quarter of the last fifth are like no earlier one, it is
+    drawn at random, and neither part has an order.
 
     Raises:
         TrainingError: a part would hold leads of one class only.
     """
-    group = group_rows(rows)
+    group, held_out = group_rows(rows), np.zeros(rows.leads.n, dtype=np.bool_)
+    where = "the most recent fifth of the leads, less those identical to an earlier one,"
+    if rows.order is not None:
+        latest = np.argsort(rows.order, kind="stable")[rows.leads.n - rows.leads.n // FOLDS :]
+        held_out[latest] = True
+        held_out &= ~np.isin(group, group[~held_out])
+        if held_out.sum() < len(latest) * _NEW_SHARE:
+            rows = replace(rows, order=None)
     if rows.order is None:
         held_out = _random_folds(group, rows.outcome, np.random.default_rng(seed)) == 0
         where = "the fifth drawn to test on, with identical leads kept together,"
-    else:
-        latest = np.argsort(rows.order, kind="stable")[rows.leads.n - rows.leads.n // FOLDS :]
-        held_out = np.zeros(rows.leads.n, dtype=np.bool_)
-        held_out[latest] = True
-        held_out &= ~np.isin(group, group[~held_out])
-        where = "the most recent fifth of the leads, less those identical to an earlier one,"
     for part, name in ((held_out, where), (~held_out, "what is left to learn from")):
         if not _both_classes(rows.outcome[part]):
             raise TrainingError(
