@@ -156,7 +156,7 @@ def test_what_few_real_outcomes_say_is_used(real_leads: TrainingRows) -> None:
     assert eighty < forty < -0.02
 
 
-def test_weights_are_half_as_large_as_long_as_outcomes_are_twenty_and_none_for_one_kind() -> None:
+def test_weights_follow_the_evidence_and_are_none_for_outcomes_of_one_kind() -> None:
     random = np.random.default_rng(0)
     values = random.normal(size=(2000, 3))
     outcome = (random.random(2000) < expit(values @ [1.0, -0.5, 0.0] - 1)).astype(np.int64)
@@ -168,6 +168,14 @@ def test_weights_are_half_as_large_as_long_as_outcomes_are_twenty_and_none_for_o
     assert expit(one_kind.log_odds(values)) == pytest.approx(0.02)
     noise = fit_shrunk(values, random.permutation(outcome), float(outcome.mean()))
     assert noise.evidence < 0.1
+
+
+def test_twenty_outcomes_count_for_half_however_clear_they_seem() -> None:
+    clear = np.repeat([1.0, -1.0], 10)[:, None]
+    fit = fit_shrunk(clear, (clear[:, 0] > 0).astype(np.int64), 0.5)
+    assert fit.evidence > 0.99
+    # The most probable weight w under the widest prior, of variance 2, solves 20 / (1 + exp(w)) = w / 2.
+    assert 0.8 < fit.weights[0] < 2.65 / 2
 
 
 def test_a_score_out_of_fold_does_not_know_its_own_outcome() -> None:
@@ -185,6 +193,16 @@ def test_a_score_out_of_fold_does_not_know_its_own_outcome() -> None:
     turned = outcome.copy()
     turned[23] = 1 - turned[23]
     assert score_strangers(values, turned, 0.5, seed=0)[7] == scores[7], "nor that of a lead equal to it"
+
+
+def test_intervals_are_made_of_scores_out_of_fold() -> None:
+    seen, _ = draw(draw_pool(np.random.default_rng(8), 0.39, 1.0), np.random.default_rng(8), 60)
+    model = fit(seen)
+    safe = check_features(model.matrix, model.feature_set, model.statistics).values
+    scores = score_strangers(model.estimator[0].transform(safe), seen.outcome, model.base_rate, 0)
+    expected = build_band(scores, seen.outcome).to_json()
+    for name, numbers in model.band.to_json().items():
+        assert numbers == pytest.approx(expected[name])
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])
@@ -262,7 +280,10 @@ def test_the_base_rate_weighs_what_was_expected_as_ten_leads() -> None:
 
 def test_looks_are_learnt_from_everyone_and_no_outcome_changes_what_is_looked_at() -> None:
     pool = draw_pool(np.random.default_rng(6), 0.3, 1.0)
-    features, _ = choose_features(pool, columns_of(pool))
+    many = np.array([f"level {i % 40}" for i in range(pool.leads.n)], object)
+    pool.leads.columns["many"] = Column("text", many, np.ones(len(many), np.bool_))
+    features, dropped = choose_features(pool, columns_of(pool))
+    assert "too many levels" in dropped["many"]
     assert {"number_0", "flag", "word=a", "word=e"} <= set(features.names)
     turned = replace(pool, outcome=1 - pool.outcome)
     assert choose_features(turned, columns_of(pool))[0].fingerprint == features.fingerprint

@@ -32,6 +32,8 @@ PRIOR_ROWS = 10.0
 """Decided leads that the operator's own base rate counts for."""
 
 _ALIKE = 0.95
+_TOO_ALIKE = f"the same in more than {_ALIKE:.0%} of leads"
+_TOO_MANY = "too many levels for so few outcomes"
 _FOLDS = 10
 
 
@@ -139,13 +141,17 @@ def choose_features(
     specs = tuple(
         spec
         for spec, values in zip(derived.feature_set.specs, matrix.values.T, strict=True)
-        if len(spec.params.get("levels", ())) <= MAX_ONE_HOT and _tells_apart(values)
+        if not _has_many_levels(spec) and _tells_apart(values)
     )
     if not specs:
         return _only_feature(columns)
     read = {column.name for spec in specs for column in spec.inputs}
-    alike = f"the same in more than {_ALIKE:.0%} of leads, or of too many levels for so few outcomes"
-    missed = {column.name: alike for column in columns if column.name not in read}
+    many = {spec.name for spec in derived.feature_set.specs if _has_many_levels(spec)}
+    missed = {
+        column.name: _TOO_MANY if column.name in many else _TOO_ALIKE
+        for column in columns
+        if column.name not in read
+    }
     return FeatureSet(specs), {**missed, **derived.dropped}
 
 
@@ -169,6 +175,10 @@ def _only_feature(columns: Sequence[InputColumn]) -> tuple[FeatureSet, dict[str,
         description=f"whether {first.name} is known",
     )  # fmt: skip
     return FeatureSet((spec,)), {column.name: "tells too few leads apart" for column in others}
+
+
+def _has_many_levels(spec: FeatureSpec) -> bool:
+    return len(spec.params.get("levels", ())) > MAX_ONE_HOT
 
 
 def _tells_apart(values: FloatArray) -> bool:
