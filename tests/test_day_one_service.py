@@ -17,10 +17,11 @@ from app.ai.domain import VERDICTS
 from app.ai.model_manifest import manifest_fingerprint
 from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy, find_intervals, score_leads
-from app.ai.reasons import ABSTAINED
+from app.ai.reasons import NOTHING_LEARNT
 from app.cli import cli
 from app.errors import TrainingError
 from app.training.day_one import ENOUGH_ROWS
+from app.training.evaluation import evaluate_model
 from app.training.options import TrainingOptions
 from app.training.report import TrainingReport, print_report
 from app.training.rows import choose_columns, fetch_rows
@@ -74,15 +75,14 @@ def test_without_any_outcome_every_lead_is_answered_the_expected_rate_and_the_ve
     assert (manifest.training.as_of_from, len(manifest.golden_inputs)) == (None, 32)
     settings = build_settings(tmp_path, options.url, ml_model_dir=options.model_dir, lead_source="fresh")
     with serve(settings) as address, httpx.Client(base_url=address, timeout=30) as client:
-        answer = client.post(
-            "/ai/advanced-ml/predict-batch?include=interval,reasons", json=["ref-1", "ref-2"]
-        ).json()
+        asked = "/ai/advanced-ml/predict-batch?include=interval,reasons"
+        answer = client.post(asked, json=["ref-1", "ref-2"]).json()
         models = client.get("/ai/advanced-ml/models").json()
         card = client.get(f"/ai/advanced-ml/models/{manifest.version}/card").text
     for entry in answer["predictions"]:
         assert (entry["probability"], entry["verdict"], entry["prediction"]) == (0.12, "abstain", False)
-        assert entry["reasons"] == [ABSTAINED]
         assert entry["interval"] == [0.0, 1.0]
+        assert entry["reasons"] == [NOTHING_LEARNT]
     assert models["performance"] == {}
     assert "no outcome is known yet" in card
 
@@ -105,6 +105,28 @@ def test_with_a_few_outcomes_the_same_service_begins_to_tell_leads_apart(options
     assert ((ends[:, 0] <= probability) & (probability <= ends[:, 1])).all()
     assert 0.2 < np.diff(ends).mean() < 0.8
     assert (scored.answers["verdict"] == VERDICTS.index("ok")).mean() > 0.9
+
+
+def test_a_receipt_adds_up_and_an_evaluation_measures_a_model_of_few_outcomes(
+    options: TrainingOptions, tmp_path: Path
+) -> None:
+    decide(options, "number <= 60")
+    train_next(options)
+    settings = build_settings(tmp_path, options.url, ml_model_dir=options.model_dir, lead_source="fresh")
+    with serve(settings) as address, httpx.Client(base_url=address, timeout=30) as client:
+        asked = "/ai/advanced-ml/predict-batch?include=reasons"
+        answer = client.post(asked, json=[f"ref-{i}" for i in range(1, 31)]).json()
+    for entry in answer["predictions"]:
+        receipt = entry["receipt"]
+        lines = sum(line["contribution"] for line in receipt.pop("contributions"))
+        assert lines + sum(receipt.values()) == pytest.approx(entry["probability"], abs=1e-9)
+    assert any(entry["reasons"] for entry in answer["predictions"])
+    decide(options, "number > 60")
+    found = evaluate_model(options, ModelRegistry(options.model_dir).load(), POLICY, lambda *_: None)
+    assert found.metrics["roc_auc"] > 0.6
+    coverage = found.interval_coverage
+    assert coverage is not None
+    assert coverage["covered"] == coverage["bins"]
 
 
 def test_the_report_and_the_card_say_how_few_outcomes_there_are_and_when_to_train_again(

@@ -16,7 +16,7 @@ from app.ai.domain import VERDICTS, AnswerArray, Contribution, Explanation, Lead
 from app.ai.feature_safety import check_features
 from app.ai.features import build_features
 from app.ai.model_bundle import ModelBundle
-from app.ai.reasons import ABSTAINED, put_into_words, write_reasons
+from app.ai.reasons import ABSTAINED, NOTHING_LEARNT, put_into_words, write_reasons
 
 _ABSTAIN = VERDICTS.index("abstain")
 
@@ -46,6 +46,8 @@ def explain_leads(
     groups = put_into_words(leads, matrix, bundle.feature_set, bundle.statistics)
     names = bundle.feature_set.group_names
     told = set(scored.tolist())
+    weights = bundle.manifest.feature_weights
+    unsaid = NOTHING_LEARNT if weights and not any(weights) else ABSTAINED
     explanations = []
     for row, added in enumerate(contributions.tolist()):
         lines = tuple(
@@ -53,6 +55,6 @@ def explain_leads(
             for name, group, contribution in zip(names, groups, added, strict=True)
         )
         receipt = Receipt(base_rate, lines, float(calibration[row]), float(bounds[row]))
-        reasons = write_reasons(groups, row, added) if row in told else [ABSTAINED]
+        reasons = write_reasons(groups, row, added) if row in told else [unsaid]
         explanations.append(Explanation(receipt, tuple(reasons)))
     return explanations

@@ -19,6 +19,7 @@ from app.ai.features import FeatureMatrix, FeatureSet, FeatureSpec
 
 MAX_REASONS = 5
 ABSTAINED = "too little is known of this lead: the probability is the base rate"
+NOTHING_LEARNT = "too few outcomes are known yet to tell leads apart: the probability is the base rate"
 
 _UNKNOWN, _UNUSABLE, _ANOTHER = "unknown", "not usable", "another one"
 _MOST = 0.75
