@@ -21,7 +21,6 @@ from app.training.card_evidence import NO_CHARTS, collect_evidence
 from app.training.card_figures import (
     build_gain,
     build_precision_recall,
-    build_reliability_bins,
     build_roc,
     build_thresholds,
 )
@@ -30,6 +29,7 @@ from app.training.card_slices import MIN_SLICE_ROWS, OTHERS, UNKNOWN, build_divi
 from app.training.evaluate import evaluate
 from app.training.held_out import HeldOut
 from app.training.model_card import build_card
+from app.training.reliability import build_reliability_bins
 from tests.builders import spec
 from tests.model_files import V1, manifest_of, publish
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from app.ai.domain import FloatArray
-from app.training.card_figures import ReliabilityBin
+from app.training.reliability import ReliabilityBin
 
 MAX_BARS = 15
 _WIDTH = 5.6  # inches; the page scales it

@@ -10,16 +10,15 @@ from importlib.util import find_spec
 from app.ai.domain import FloatArray
 from app.ai.model_manifest import ModelManifest
 from app.training.card_figures import (
-    ReliabilityBin,
     Threshold,
     build_gain,
     build_precision_recall,
-    build_reliability_bins,
     build_roc,
     build_thresholds,
 )
 from app.training.card_slices import Division, build_divisions
 from app.training.held_out import HeldOut
+from app.training.reliability import ReliabilityBin, build_reliability_bins
 
 NO_CHARTS = (
     "The model card has no charts, only their figures: matplotlib is not installed. `make model` installs "

@@ -1,4 +1,4 @@
-"""The numbers behind the model card's charts: reliability with its noise band, curves, gain, thresholds.
+"""The numbers behind the model card's charts: curves, gain, thresholds.
 
 Pure. Everything is computed from held-out probabilities (n,) and 0/1 outcomes (n,) in which both occur.
 Called by `model_card`.
@@ -7,47 +7,11 @@ Called by `model_card`.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binom
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from app.ai.calibration import equal_mass_bins
 from app.ai.domain import FloatArray, IntArray
 
-BINS = 15
 _CURVE_POINTS = 200
-
-
-@dataclass(frozen=True, slots=True)
-class ReliabilityBin:
-    """Leads with similar probabilities: their mean, the share that reached the outcome, how many they are.
-
-    In 95 of 100 samples this size the share of a perfectly calibrated model lies in `low` to `high`.
-    """
-
-    predicted: float
-    observed: float
-    low: float
-    high: float
-    leads: int
-
-    @property
-    def inside(self) -> bool:
-        """Whether the share is one that chance alone explains."""
-        return self.low <= self.observed <= self.high
-
-
-def build_reliability_bins(probability: FloatArray, outcome: IntArray) -> list[ReliabilityBin]:
-    """Returns up to 15 bins of equal size, lowest first.
-
-    The band is that of the binomial distribution (consistency bars; Broecker and Smith, Weather and
-    Forecasting 22, 2007). Probabilities that differ within a bin vary less, so it is never too narrow.
-    """
-    bins = []
-    for part in equal_mass_bins(probability, BINS):
-        n, predicted = len(part), float(probability[part].mean())
-        low, high = binom.ppf((0.025, 0.975), n, min(predicted, 1.0)) / n
-        bins.append(ReliabilityBin(predicted, float(outcome[part].mean()), float(low), float(high), n))
-    return bins
 
 
 def build_roc(probability: FloatArray, outcome: IntArray) -> FloatArray:

@@ -10,9 +10,9 @@ import numpy as np
 
 from app.ai.domain import VERDICTS
 from app.ai.model_manifest import ModelManifest
-from app.training.card_figures import ReliabilityBin
 from app.training.card_slices import MIN_SLICE_ROWS, OTHERS, Division, find_off_slices
 from app.training.held_out import HeldOut
+from app.training.reliability import ReliabilityBin
 
 _NINETY_FIVE_PERCENT = 1.959964
 _FEW_ROWS = 1000

@@ -13,10 +13,11 @@ from app.ai.domain import JsonObject
 from app.ai.features import FeatureMatrix
 from app.ai.model_manifest import FeatureRow, ModelDescription, TrainingFacts
 from app.training.bootstrap import bootstrap_intervals
-from app.training.evaluate import build_reliability, evaluate, measure_importance
+from app.training.evaluate import evaluate, measure_importance
 from app.training.fit import CalibratedModel
 from app.training.interval_coverage import build_model_intervals, measure_coverage
 from app.training.options import TrainingOptions
+from app.training.reliability import describe_reliability
 from app.training.rows import TrainingRows
 from app.training.verdict import build_weights, measure_abstain_below
 
@@ -79,7 +80,7 @@ def describe_model(
             "split": "random" if test_part.order is None else "time",
             "choice": model.choice,
             "importance": importance,
-            "reliability": build_reliability(probability, test_part.outcome),
+            "reliability": describe_reliability(probability, test_part.outcome),
             "intervals": bootstrap_intervals(probability, test_part.outcome, options.seed),
             "interval_coverage": measure_coverage(
                 build_model_intervals(model, matrix), probability, test_part.outcome

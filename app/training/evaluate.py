@@ -6,7 +6,7 @@ Pure; never fits and never sees a training row. Called by `app.training.train`.
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from app.ai.calibration import calibration_statistics, equal_mass_bins
+from app.ai.calibration import calibration_statistics
 from app.ai.domain import FloatArray, IntArray
 from app.ai.features import FeatureMatrix
 from app.errors import TrainingError
@@ -45,14 +45,6 @@ def evaluate(probability: FloatArray, outcome: IntArray, threshold: float) -> di
         "lift_at_10_percent": _lift(probability, outcome, 0.1),
         **{name: float(value) for name, value in calibration_statistics(probability, outcome).items()},
     }
-
-
-def build_reliability(probability: FloatArray, outcome: IntArray, bins: int = 10) -> list[list[float]]:
-    """Returns [mean predicted, share that happened, rows] for bins of equal size, lowest first."""
-    return [
-        [round(float(probability[part].mean()), 6), round(float(outcome[part].mean()), 6), len(part)]
-        for part in equal_mass_bins(probability, bins)
-    ]
 
 
 def measure_importance(

@@ -17,9 +17,10 @@ from app.ai.predictor import ScoringPolicy, find_intervals, score_leads
 from app.db.leads import fetch_columns
 from app.errors import TrainingError
 from app.training.bootstrap import bootstrap_intervals
-from app.training.evaluate import build_reliability, evaluate
+from app.training.evaluate import evaluate
 from app.training.interval_coverage import measure_coverage
 from app.training.options import TrainingOptions
+from app.training.reliability import describe_reliability
 from app.training.rows import Progress, TrainingRows, fetch_rows
 
 _ROWS_AT_ONCE = 20_000
@@ -97,7 +98,7 @@ def evaluate_model(
             if bundle.venn_abers
             else None
         ),
-        reliability=build_reliability(probability, outcome),
+        reliability=describe_reliability(probability, outcome),
         warnings=() if overlap is None else (overlap,),
     )
 
