@@ -2,7 +2,7 @@
 
 python -m bench.warm [--singles N] [--batches N]
 
-Three services side by side, asked in turn: the service as it runs by default, once every lead is in its cache;
+Three services side by side, asked in turn: the service as it runs by default, every lead in its cache;
 the same without a cache; and a route of the same framework and server that returns the body it was sent. Each
 of the first two has an embedded PostgreSQL and a demo CRM of its own. Loopback, one connection each.
 """
@@ -116,8 +116,8 @@ def measure(services: tuple[socket.socket, ...], leads: int, requests: int) -> n
 
 def ask(connection: socket.socket, body: bytes) -> tuple[float, bytes]:
     """Returns the milliseconds until the last byte of a good answer, and its body."""
-    head = f"POST {PATH} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    message = head.encode() + b"\r\n\r\n" + body
+    head = f"POST {PATH} HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(body)}\r\n"
+    message = head.encode() + b"Content-Type: application/json\r\n\r\n" + body
     began = time.perf_counter()
     connection.sendall(message)
     received = b""

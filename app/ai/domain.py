@@ -250,6 +250,12 @@ def canonical_lead_id(lead_id: str) -> str:
     return lead_id.lower() if is_uuid(lead_id) else lead_id
 
 
+def canonical_lead_ids(lead_ids: Sequence[str]) -> Sequence[str]:
+    """Returns the canonical form of each; without capital letters, which is usual, these are they."""
+    text = "".join(lead_ids)
+    return lead_ids if text == text.lower() else [canonical_lead_id(lead_id) for lead_id in lead_ids]
+
+
 def is_uuid(lead_id: str) -> bool:
     """Tells whether the ID has the form of a UUID (8-4-4-4-12 hexadecimal digits, any case)."""
     return _UUID.fullmatch(lead_id) is not None

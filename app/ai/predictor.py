@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -33,7 +34,7 @@ from app.ai.domain import (
     Predictions,
     Rejection,
     RequestContext,
-    canonical_lead_id,
+    canonical_lead_ids,
 )
 from app.ai.drift_window import DriftWindow
 from app.ai.explanation import explain_leads
@@ -104,6 +105,11 @@ class _Outcome(NamedTuple):
     answers: AnswerArray
     fate: IntArray
     hit: BoolArray
+
+    def kept(self) -> AnswerArray:
+        """Returns the answers of the answered positions; moving them costs, and mostly they are all there."""
+        answered = self.fate == _ANSWERED
+        return self.answers if answered.all() else self.answers[answered]
 
 
 class Stopwatch:
@@ -188,9 +194,8 @@ class Predictor:
                 "The model that serves was published without intervals; leave interval out of include."
             )
         watch.lap("model")
-        canonical = [canonical_lead_id(lead_id) for lead_id in lead_ids]
-        place = {lead_id: index for index, lead_id in enumerate(dict.fromkeys(canonical))}
-        distinct = list(place)
+        canonical = canonical_lead_ids(lead_ids)
+        distinct = list(dict.fromkeys(canonical))
         # A receipt is for the data it was made from, so leads with reasons are read and scored afresh.
         cache: AnswerCache = NullCache() if "reasons" in context.include else self._cache
         hit, answers = cache.find(bundle.ref, context.as_of, distinct)
@@ -208,14 +213,16 @@ class Predictor:
                 if not hit.all():
                     raise
                 degraded = True
-        positions = np.fromiter((place[lead_id] for lead_id in canonical), np.int64, len(canonical))
-        outcome = _Outcome(answers[positions], fate[positions], hit[positions])
+        outcome, positions = _Outcome(answers, fate, hit), np.arange(len(distinct))
+        if len(distinct) < len(canonical):
+            place = {lead_id: index for index, lead_id in enumerate(distinct)}
+            positions = np.fromiter((place[lead_id] for lead_id in canonical), np.int64, len(canonical))
+            outcome = _Outcome(answers[positions], fate[positions], hit[positions])
         predictions = self._assemble(bundle, lead_ids, outcome, watch.stages_ms)
         if degraded:
             predictions = replace(predictions, degraded=True)
         if "interval" in context.include:
-            kept = outcome.answers[outcome.fate == _ANSWERED]
-            predictions = replace(predictions, intervals=find_intervals(bundle, kept))
+            predictions = replace(predictions, intervals=find_intervals(bundle, outcome.kept()))
         if found is not None and "reasons" in context.include:
             answered = positions[outcome.fate == _ANSWERED].tolist()
             predictions = replace(predictions, explanations=[found.explanations[index] for index in answered])
@@ -270,12 +277,12 @@ class Predictor:
     def _assemble(
         self, bundle: ModelBundle, lead_ids: Sequence[str], outcome: _Outcome, stages_ms: dict[str, float]
     ) -> Predictions:
-        answered = np.flatnonzero(outcome.fate == _ANSWERED).tolist()
-        declined = np.flatnonzero(outcome.fate != _ANSWERED).tolist()
-        kept = outcome.answers[answered]
+        answered = outcome.fate == _ANSWERED
+        declined = np.flatnonzero(~answered).tolist()
+        kept = outcome.kept()
         return Predictions(
             asked=len(lead_ids),
-            lead_ids=[lead_ids[position] for position in answered],
+            lead_ids=list(compress(lead_ids, answered.tolist())),
             raw_score=kept["raw_score"],
             probability=kept["probability"],
             confidence=kept["confidence"],
