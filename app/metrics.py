@@ -62,6 +62,8 @@ TELEMETRY_RECORD_SECONDS = Histogram(
     "leadscore_telemetry_record_seconds", "Time until an event is durable.", buckets=_LATENCY_BUCKETS
 )
 
+_ANSWERED = LEADS.labels("answered")
+_HITS, _MISSES = CACHE_LOOKUPS.labels("hit"), CACHE_LOOKUPS.labels("miss")
 _BREAKER_LEVELS = {"closed": 0, "half_open": 1, "open": 2}
 
 
@@ -79,12 +81,12 @@ def observe_batch(
     stages_ms: Mapping[str, float],
 ) -> None:
     """Counts one answered batch; `coverage_sum` is over its answered leads, `rejections` counts by code."""
-    LEADS.labels("answered").inc(answered)
+    _ANSWERED.inc(answered)
     FEATURE_COVERAGE.inc(coverage_sum)
     for code, count in rejections.items():
         LEADS.labels(code).inc(count)
-    CACHE_LOOKUPS.labels("hit").inc(cache_hits)
-    CACHE_LOOKUPS.labels("miss").inc(answered - cache_hits)
+    _HITS.inc(cache_hits)
+    _MISSES.inc(answered - cache_hits)
     for stage, milliseconds in stages_ms.items():
         STAGE_SECONDS.labels(stage).observe(milliseconds / 1000)
 

@@ -2,9 +2,10 @@
 
 python -m bench.warm [--singles N] [--batches N]
 
-Three services side by side, asked in turn: the service as it runs by default, every lead in its cache;
-the same without a cache; and a route of the same framework and server that returns the body it was sent. Each
-of the first two has an embedded PostgreSQL and a demo CRM of its own. Loopback, one connection each.
+Four services side by side, asked in turn: the service as it runs by default, every lead in its cache; the
+same without events, which tells what it takes to have each on disk before its answer leaves; the same without
+a cache; and a route of the same framework and server that returns the body it was sent. All but the last have
+an embedded PostgreSQL and a demo CRM of their own. Loopback, one connection each.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ from fastapi import FastAPI, Request, Response
 ROOT = Path(__file__).parent.parent
 PATH = "/ai/advanced-ml/predict-batch"
 PEOPLE, WARM_UP = 10_000, 30
-NAMES = ("warm", "cold", "echo")
+SERVICES = {"warm": {}, "warm, no events": {"AI_TELEMETRY_ENABLED": "false"},
+            "cold": {"ML_PREDICTION_CACHE_TTL_SECONDS": "0"}}  # fmt: skip
 
 app = FastAPI()
 
@@ -47,20 +49,28 @@ def main() -> None:
     asked = parser.parse_args()
     service = [sys.executable, "-m", "app.cli", "serve"]
     server = [sys.executable, "-m", "uvicorn", "bench.warm:app", "--port", "0", "--no-access-log"]
-    with (
-        tempfile.TemporaryDirectory(prefix="leadscore-") as folder,
-        started(service, VAR_DIR=f"{folder}/warm") as warm,
-        started(service, VAR_DIR=f"{folder}/cold", ML_PREDICTION_CACHE_TTL_SECONDS="0") as cold,
-        started(server) as bare,
-    ):
+    with tempfile.TemporaryDirectory(prefix="leadscore-") as folder, ExitStack() as stack:
+        connections = {
+            name: stack.enter_context(started(service, VAR_DIR=f"{folder}/{number}", **environment))
+            for number, (name, environment) in enumerate(SERVICES.items())
+        }
+        connections["echo"] = stack.enter_context(started(server))
         for leads, requests in ((1, asked.singles), (2000, asked.batches)):
-            times = measure((warm, cold, bare), leads, requests)
-            print(f"{leads:,} lead{'s' if leads > 1 else ''}, {requests:,} requests each")
-            for name, column in zip(NAMES, times.T, strict=True):
-                p50, p99 = np.percentile(column, (50, 99))
-                print(f"  {name:<6} p50 {p50:7.3f} ms   p99 {p99:7.3f} ms")
-            warm_p50, cold_p50, echo_p50 = np.median(times, axis=0)
-            print(f"  warm / echo {warm_p50 / echo_p50:.2f}   warm / cold {warm_p50 / cold_p50:.3f}")
+            times = measure(connections, leads, requests)
+            report(f"{leads:,} lead{'s' if leads > 1 else ''}", dict(zip(connections, times.T, strict=True)))
+
+
+def report(title: str, times: dict[str, np.ndarray]) -> None:
+    """Prints the latencies, and their ratio to those of the echo and of the cold service."""
+    medians = {name: float(np.median(column)) for name, column in times.items()}
+    print(f"{title}, {len(times['echo']):,} requests each")
+    for name, column in times.items():
+        p5, p99 = np.percentile(column, (5, 99))
+        to_echo, to_cold = medians[name] / medians["echo"], medians[name] / medians["cold"]
+        print(
+            f"  {name:<16} p50 {medians[name]:7.3f} ms   p5 {p5:7.3f}   p99 {p99:7.3f}"
+            f"   {to_echo:6.2f} x echo   {to_cold:6.3f} x cold"
+        )
 
 
 @contextmanager
@@ -91,21 +101,25 @@ def started(command: list[str], **environment: str) -> Iterator[socket.socket]:
             drain.wait(30)
 
 
-def measure(services: tuple[socket.socket, ...], leads: int, requests: int) -> np.ndarray:
-    """Returns the wall times (requests, 3) in milliseconds; the first ones, which warm up, are left out."""
+def measure(connections: dict[str, socket.socket], leads: int, requests: int) -> np.ndarray:
+    """Returns the wall times (requests, services) in milliseconds.
+
+    The first ones, which warm up, are left out, and those that met a suspended cache.
+    """
     batches = [
         json.dumps([f"lead_{person + 1}" for person in range(start, start + leads)]).encode()
         for start in range(0, min(PEOPLE, 100 * leads), leads)
     ]
-    for body in batches:
-        ask(services[0], body)
-    times = np.empty((requests + WARM_UP, len(services)))
+    names = list(connections)
+    for name, body in itertools.product(names[:2], batches):
+        ask(connections[name], body)
+    times = np.empty((requests + WARM_UP, len(names)))
     for number, body in zip(range(len(times)), itertools.cycle(batches), strict=False):
-        for place in np.roll(range(len(services)), number):
-            times[number, place], answer = ask(services[place], body)
-            if place < 2 and number >= WARM_UP:
-                hits = json.loads(answer)["cache_hits"]
-                if hits != (leads if place == 0 else 0):
+        for place in np.roll(range(len(names)), number):
+            times[number, place], answer = ask(connections[names[place]], body)
+            if names[place] != "echo":
+                expected = leads if names[place].startswith("warm") else 0
+                if json.loads(answer)["cache_hits"] != expected:
                     times[number, place] = np.nan
     kept = times[WARM_UP:]
     lost = np.isnan(kept).any(axis=1)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from app.ai.dependencies import CurrentRecord, LeadPredictor
+from app.ai.dependencies import predictor_of, record_of
 from app.ai.domain import VERDICTS, Extra, Predictions, Receipt, RequestContext
 from app.ai.scoring_requests import SCORING_ERRORS, read_lead_ids
 from app.schemas.ai_ml import PredictBatchResponse
@@ -30,12 +30,13 @@ def build_router(
         responses=describe_answers("One outcome for each ID asked.", PredictBatchResponse, SCORING_ERRORS),
         openapi_extra=describe_scoring_body(max_batch_size, offered.items()),
     )
-    async def predict_batch(request: Request, record: CurrentRecord, predictor: LeadPredictor) -> Response:
+    async def predict_batch(request: Request) -> Response:
         """Answers each lead ID with a calibrated probability, or with the reason why there is none."""
+        record = record_of(request)
         lead_ids, include = await read_lead_ids(request, max_batch_size, offered)
         record.asked = len(lead_ids)
         context = RequestContext(record.request_id, record.as_of, include)
-        record.predictions = await predictor.predict(lead_ids, context)
+        record.predictions = await predictor_of(request).predict(lead_ids, context)
         elapsed_ms = (clock() - record.started) * 1000
         body = encode_answer(record.predictions, record.request_id, elapsed_ms)
         return Response(body, media_type="application/json")

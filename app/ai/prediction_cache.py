@@ -12,6 +12,7 @@ silence may be trusted; beyond that nothing is found.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
@@ -214,9 +215,13 @@ class NullCache:
 
 def _hash(model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[_HashArray, _HashArray]:
     """Returns twice 64 bits for each key. No ID begins with the character that tells the two apart."""
-    world = f" {model.sha256} {as_of}"
-    first = _hash_texts(lead_ids) ^ _hash_texts([world])
-    second = _hash_texts(["\0" + lead_id for lead_id in lead_ids]) ^ _hash_texts(["\0" + world])
+    first, second = _hash_world(model.sha256, as_of)
+    return _hash_texts(lead_ids) ^ first, _hash_texts(["\0" + lead_id for lead_id in lead_ids]) ^ second
+
+
+@lru_cache(maxsize=4)
+def _hash_world(sha256: str, as_of: float) -> tuple[np.uint64, np.uint64]:
+    first, second = _hash_texts([f" {sha256} {as_of}", f"\0 {sha256} {as_of}"])
     return first, second
 
 
