@@ -4,7 +4,9 @@ python -m bench.request_path [--baseline REF] [--singles N] [--batches N]
 
 Both services get the model that the older one shipped, a demo CRM of their own, and no prediction cache.
 Every request goes to both of them, in turn first to one and first to the other, so whatever else the machine
-does slows both. Loopback only; each service is stopped by its own process.
+does slows both. What it does not even out is luck at the start: two services of the same code may differ by
+several per cent on a busy machine, and `--baseline HEAD` tells by how much. Loopback only; each service is
+stopped by its own process.
 """
 
 import argparse
