@@ -1,0 +1,131 @@
+"""A client that keeps `connections` requests on their way, and knows how long each took.
+
+It speaks HTTP/1.1 over bare sockets, so that on two cores it takes as little as possible from the server it
+measures. A request is sent on a connection when the answer to the one before has arrived (closed loop).
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PATH = "/ai/advanced-ml/predict-batch"
+
+
+@dataclass
+class Sample:
+    """What a contender did in one cell of the table: milliseconds of each answer, and seconds it took."""
+
+    milliseconds: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def percentile(self, share: float) -> float:
+        """Returns the latency that `share` of the answers stayed within, in milliseconds."""
+        ordered = sorted(self.milliseconds)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    @property
+    def rate(self) -> float:
+        """Answers a second, over all connections."""
+        return len(self.milliseconds) / self.seconds
+
+
+def build_request(body: bytes, path: str = PATH) -> bytes:
+    """Returns the bytes of one POST."""
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def ask(port: int, request: bytes) -> bytes:
+    """Sends one request on a connection of its own; returns the body of a 200."""
+    connection = await _connect(port)
+    try:
+        return await connection.exchange(request)
+    finally:
+        connection.close()
+
+
+async def run_load(
+    port: int, requests: Iterator[bytes], sample: Sample, *, connections: int, seconds: float, at_least: int
+) -> None:
+    """Adds to `sample` for `seconds`, and until `at_least` answers have come."""
+    opened = [await _connect(port) for _ in range(connections)]
+    for connection in opened:
+        await connection.exchange(next(requests))  # the first of a burst finds cold caches everywhere
+    began = time.perf_counter()
+    goal = len(sample.milliseconds) + at_least
+
+    async def keep_asking(connection: _Connection) -> None:
+        while time.perf_counter() - began < seconds or len(sample.milliseconds) < goal:
+            request = next(requests)
+            sent = time.perf_counter()
+            await connection.exchange(request)
+            sample.milliseconds.append((time.perf_counter() - sent) * 1000)
+
+    await asyncio.gather(*map(keep_asking, opened))
+    sample.seconds += time.perf_counter() - began
+    for connection in opened:
+        connection.close()
+
+
+class _Connection(asyncio.Protocol):
+    """One kept-alive connection."""
+
+    def __init__(self) -> None:
+        self._transport: Any = None
+        self._answer: asyncio.Future[bytes]
+        self._parts: list[bytes] = []
+        self._missing = -1
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._parts.append(data)
+        if self._missing < 0:
+            whole = b"".join(self._parts)
+            head, found, rest = whole.partition(b"\r\n\r\n")
+            if not found:
+                return
+            if not head.startswith(b"HTTP/1.1 200"):
+                self._fail(RuntimeError(f"not a 200: {whole[:500]!r}"))
+                return
+            length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            self._parts, self._missing = [rest], int(length[15:]) - len(rest)
+        else:
+            self._missing -= len(data)
+        if self._missing == 0 and not self._answer.done():
+            self._answer.set_result(b"".join(self._parts))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(exc or ConnectionError("the server closed the connection"))
+
+    async def exchange(self, request: bytes) -> bytes:
+        """Sends one request, returns the body of the answer."""
+        self._answer = asyncio.get_running_loop().create_future()
+        self._parts, self._missing = [], -1
+        self._transport.write(request)
+        return await self._answer
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _fail(self, error: Exception) -> None:
+        answer = getattr(self, "_answer", None)
+        if answer is not None and not answer.done():
+            answer.set_exception(error)
+
+
+async def _connect(port: int) -> _Connection:
+    _, connection = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", port)
+    return connection
+
+
+def cycle(requests: Sequence[bytes]) -> Iterator[bytes]:
+    """Yields the requests over and over."""
+    while True:
+        yield from requests

@@ -1,0 +1,100 @@
+"""Starts the service and its contenders on free ports of the loopback, and ends each by its process ID."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    name: str
+    port: int
+    pid: int
+    seconds_to_ready: float
+
+    def resident_megabytes(self) -> float:
+        """Returns the resident memory of the process that serves (the largest one, in MB)."""
+        pids = [self.pid, *_children(self.pid)]
+        return max(_resident(pid) for pid in pids)
+
+
+@contextmanager
+def start_service(name: str, url: str, directory: Path, **environment: str) -> Iterator[Server]:
+    """Starts `leadscore serve` on `bench_leads`; `environment` adds to its settings."""
+    settings = {
+        "DATABASE_URL": url, "LEAD_SOURCE": "bench_leads", "PORT": "0", "VAR_DIR": str(directory / name),
+        "LOG_LEVEL": "ERROR", **environment,
+    }  # fmt: skip
+    with _start(name, ["app.cli", "serve"], settings) as server:
+        yield server
+
+
+@contextmanager
+def start_contender(name: str, url: str, model_dir: Path) -> Iterator[Server]:
+    """Starts an application of `bench.contenders`."""
+    with _start(name, ["bench.contenders", name, url, str(model_dir)], {}) as server:
+        yield server
+
+
+@contextmanager
+def _start(name: str, command: list[str], environment: dict[str, str]) -> Iterator[Server]:
+    began = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env={**os.environ, **_ONE_THREAD, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            found = next(
+                (
+                    match
+                    for line in process.stdout
+                    if (match := re.search(r"listens on http://.*:(\d+)", line))
+                ),
+                None,
+            )
+            if found is None:
+                raise SystemExit(f"{name} did not start; what it said is above")
+            yield Server(name, int(found[1]), process.pid, time.perf_counter() - began)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                status = (entry / "stat").read_text()
+            except OSError:
+                continue
+            if int(status.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def _resident(pid: int) -> float:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

@@ -1,0 +1,287 @@
+"""`make bench`: what the service costs, side by side with what it could cost and what it usually costs.
+
+Everything runs in one go on one machine: the service (cold, without its cache; warm, with it; and cold
+without telemetry), a bare echo, the floor, the textbook way, and the row-by-row way, all on the same leads in
+the same PostgreSQL, with the same model. Before anything is timed all of them must give the same
+probabilities. Then they take turns, a burst each, round after round, so that whatever else the machine does
+hits all of them.
+
+python -m bench.suite [--leads N] [--seconds S] [--rounds R] [--short] [--json FILE] [--var DIR]
+"""
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from bench.bulk import BulkRates, measure_bulk
+from bench.data import open_leads, sample_lead_ids
+from bench.load import Sample, ask, build_request, cycle, run_load
+from bench.servers import ROOT, Server, start_contender, start_service
+
+SIZES = (1, 50, 500, 2000)
+CONNECTIONS = (1, 8, 64)
+TOLERANCE = 1e-9
+_ROW_BY_ROW_LEADS = 1000
+_MEMORY_REQUESTS = 100_000
+_SAMPLE = 400_000
+
+Cell = tuple[str, int, int]
+"""Contender, leads in a request, connections."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is measured."""
+
+    leads: int
+    seconds: float
+    rounds: int
+    short: bool
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A line of the table: what is compared, what was reached, and the limit it is held against."""
+
+    name: str
+    reached: float
+    limit: float
+    at_least: bool = False
+    unit: str = "x"
+
+    @property
+    def holds(self) -> bool:
+        """Whether the limit is kept."""
+        return self.reached >= self.limit if self.at_least else self.reached <= self.limit
+
+
+class Bench:
+    """The running contenders and what was measured of them."""
+
+    def __init__(self, servers: Mapping[str, Server], lead_ids: Sequence[str], options: Options) -> None:
+        self.samples: dict[Cell, Sample] = {}
+        self._servers = servers
+        self._lead_ids = lead_ids
+        self._options = options
+
+    async def check_answers(self) -> None:
+        """Compares the probabilities of all contenders, lead by lead.
+
+        Raises:
+            SystemExit: two of them differ.
+        """
+        lead_ids = list(self._lead_ids[: 20 if self._options.short else 200])
+        request = build_request(json.dumps(lead_ids).encode())
+        answers = {
+            name: json.loads(await ask(server.port, request))["predictions"]
+            for name, server in self._servers.items()
+            if name != "echo"
+        }
+        expected = {entry["lead_id"]: entry["probability"] for entry in answers["cold"]}
+        if len(expected) != len(lead_ids):
+            raise SystemExit("the service did not answer every lead")
+        for name, predictions in answers.items():
+            given = {entry["lead_id"]: entry["probability"] for entry in predictions}
+            worst = max(abs(given[lead_id] - expected[lead_id]) for lead_id in lead_ids)
+            if given.keys() != expected.keys() or worst > TOLERANCE:
+                raise SystemExit(f"{name} answers differently, by up to {worst}: nothing was timed")
+
+    async def measure(self, cells: Sequence[Cell]) -> None:
+        """Times the cells in turns, every round in another order."""
+        order = random.Random(1)  # noqa: S311  an order of play, nothing secret
+        for _ in range(self._options.rounds):
+            for cell in order.sample(cells, len(cells)):
+                name, size, connections = cell
+                sample = self.samples.setdefault(cell, Sample())
+                await run_load(
+                    self._servers[name].port, self._requests(size, warm=name == "warm"), sample,
+                    connections=connections, seconds=self._options.seconds, at_least=5,
+                )  # fmt: skip
+
+    async def measure_row_by_row(self) -> float:
+        """Returns the milliseconds the row-by-row way takes for one request of 1,000 leads."""
+        leads = 20 if self._options.short else _ROW_BY_ROW_LEADS
+        sample = Sample()
+        request = build_request(json.dumps(list(self._lead_ids[:leads])).encode())
+        await run_load(
+            self._servers["row_by_row"].port, cycle([request]), sample, connections=1, seconds=0, at_least=1
+        )
+        return sample.percentile(0.5)
+
+    async def grow(self) -> tuple[float, float]:
+        """Returns the resident memory of the service (MB) before and after 100,000 requests of all sizes."""
+        server, sample = self._servers["warm"], Sample()
+        count = 200 if self._options.short else _MEMORY_REQUESTS
+        for size, share in ((50, 0.02), (1, 0.0)):
+            await run_load(server.port, self._requests(size, warm=False), Sample(), connections=16, seconds=0,
+                           at_least=max(16, int(share * count)))  # fmt: skip
+        before = server.resident_megabytes()
+        await run_load(server.port, self._requests(1, warm=False), sample, connections=16, seconds=0,
+                       at_least=count)  # fmt: skip
+        return before, server.resident_megabytes()
+
+    def p50(self, name: str, size: int, connections: int = 1) -> float:
+        """Returns the median latency of a cell in milliseconds."""
+        return self.samples[name, size, connections].percentile(0.5)
+
+    def _requests(self, size: int, *, warm: bool) -> Iterator[bytes]:
+        # A warm request asks for leads the cache has answered before: the first few of the sample.
+        known = self._lead_ids[: max(2 * size, 2000)] if warm else self._lead_ids
+        starts = range(0, len(known) - size + 1, size)
+        order = random.Random(2).sample(starts, min(len(starts), 4 if warm and size > 1 else 400))  # noqa: S311
+        return cycle([build_request(json.dumps(known[at : at + size]).encode()) for at in order])
+
+
+@contextmanager
+def start_all(url: str, directory: Path) -> Iterator[dict[str, Server]]:
+    """Starts every contender; all of them are up while one is timed, and idle."""
+    models = ROOT / "models"
+    settings = {"ML_MODEL_DIR": str(models)}
+    uncached = {**settings, "ML_PREDICTION_CACHE_TTL_SECONDS": "0"}
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(start_service("cold", url, directory, **uncached)),
+            stack.enter_context(start_service("warm", url, directory, **settings)),
+            stack.enter_context(
+                start_service("silent", url, directory, AI_TELEMETRY_ENABLED="false", **uncached)
+            ),
+            *(
+                stack.enter_context(start_contender(name, url, models))
+                for name in ("echo", "floor", "textbook", "row_by_row")
+            ),
+        ]
+        yield {server.name: server for server in servers}
+
+
+def choose_cells(*, short: bool) -> list[Cell]:
+    """Returns what is timed: every size at every number of connections, and telemetry on and off at 16."""
+    names = ("cold", "warm", "echo", "floor", "textbook")
+    sizes, connections = ((1, 50), (1,)) if short else (SIZES, CONNECTIONS)
+    cells = [(name, size, count) for name in names for size in sizes for count in connections]
+    return cells if short else [*cells, ("cold", 1000, 1), ("cold", 1, 16), ("silent", 1, 16)]
+
+
+def build_figures(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> list[Figure]:
+    """Returns the lines of the table, as the issue that asked for them words them."""
+    cold, warm, rate = bench.p50("cold", 2000), bench.p50("warm", 2000), bench.samples
+    quiet = rate["silent", 1, 16].percentile(0.99)
+    return [
+        Figure("cold, 1 lead, p50 / floor", bench.p50("cold", 1) / bench.p50("floor", 1), 1.25),
+        Figure("cold, 2,000 leads, p50 / floor", cold / bench.p50("floor", 2000), 1.15),
+        Figure("cold, 2,000 leads, 8 connections, rate / floor",
+               rate["cold", 2000, 8].rate / rate["floor", 2000, 8].rate, 0.85, at_least=True),
+        Figure("textbook / cold, 1 lead", bench.p50("textbook", 1) / bench.p50("cold", 1), 7,
+               at_least=True),
+        Figure("textbook / cold, 2,000 leads", bench.p50("textbook", 2000) / cold, 2.2, at_least=True),
+        Figure("row by row / cold, 1,000 leads", facts["row_by_row_ms"] / bench.p50("cold", 1000), 300,
+               at_least=True),
+        Figure("warm, 1 lead, p50 / bare echo", bench.p50("warm", 1) / bench.p50("echo", 1), 1.5),
+        Figure("warm, 2,000 leads, p50", warm, max(4.0, 0.12 * cold), unit="ms"),
+        Figure("bulk, read, score, write: rate / floor", bulk.service / bulk.floor, 0.6, at_least=True),
+        Figure("cold, time a lead, 2,000 / 50 leads", (cold / 2000) / (bench.p50("cold", 50) / 50), 1.0),
+        Figure("telemetry on, 16 connections: p99 more",
+               rate["cold", 1, 16].percentile(0.99) - quiet, 1.5, unit="ms"),
+        Figure("start with an existing database to ready", facts["start_seconds"], 2.5, unit="s"),
+        Figure("resident memory after the load", facts["resident_after_mb"], 260, unit="MB"),
+        Figure("growth of it over the load",
+               facts["resident_after_mb"] / facts["resident_before_mb"] - 1, 0.01, unit=""),
+    ]  # fmt: skip
+
+
+def print_cells(console: Console, bench: Bench) -> None:
+    """Prints every cell: median and p99 in milliseconds, and leads a second."""
+    table = Table(title="latency in ms (p50, p99) and leads a second", title_justify="left")
+    for heading in ("leads", "connections", "contender", "p50", "p99", "leads/s", "requests"):
+        table.add_column(heading, justify="left" if heading == "contender" else "right")
+    for (name, size, connections), sample in sorted(bench.samples.items(), key=lambda item: item[0][1:]):
+        table.add_row(
+            f"{size:,}", str(connections), name, f"{sample.percentile(0.5):.2f}",
+            f"{sample.percentile(0.99):.2f}", f"{sample.rate * size:,.0f}", f"{len(sample.milliseconds):,}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def print_figures(console: Console, figures: Sequence[Figure]) -> None:
+    """Prints what was reached beside what was asked for."""
+    table = Table(title="figures", title_justify="left")
+    for heading in ("figure", "reached", "to reach", "holds"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    for figure in figures:
+        sign = "≥" if figure.at_least else "≤"
+        table.add_row(
+            figure.name, f"{figure.reached:.3g} {figure.unit}", f"{sign} {figure.limit:.3g} {figure.unit}",
+            "yes" if figure.holds else "NO",
+        )  # fmt: skip
+    console.print(table)
+
+
+async def run(bench: Bench, options: Options) -> dict[str, float]:
+    """Checks, then times everything; returns the facts that are not cells."""
+    await bench.check_answers()
+    await bench.measure(choose_cells(short=options.short))
+    row_by_row_ms = await bench.measure_row_by_row()
+    before, after = await bench.grow()
+    return {"row_by_row_ms": row_by_row_ms, "resident_before_mb": before, "resident_after_mb": after}
+
+
+def main() -> None:
+    """Measures and prints; exit status 1 only if the contenders answer differently."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--leads", type=int, default=1_000_000)
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a burst")
+    parser.add_argument("--rounds", type=int, default=3, help="bursts of each contender in each cell")
+    parser.add_argument("--short", action="store_true", help="few leads, few cells: are the answers right?")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--var", type=Path, default=ROOT / "var" / "bench", help="where the database is kept")
+    given = parser.parse_args()
+    options = Options(
+        leads=20_000 if given.short else given.leads,
+        seconds=0.05 if given.short else given.seconds,
+        rounds=1 if given.short else given.rounds,
+        short=given.short,
+    )
+    console = Console()
+    with (
+        open_leads(given.var / f"{options.leads}", options.leads) as url,
+        tempfile.TemporaryDirectory() as directory,
+    ):
+        lead_ids = sample_lead_ids(url, min(_SAMPLE, options.leads), 0.5)
+        with start_all(url, Path(directory)) as servers:
+            bench = Bench(servers, lead_ids, options)
+            facts = uvloop.run(run(bench, options))
+        bulk = measure_bulk(url, options.leads)
+        with start_service("again", url, Path(directory)) as server:
+            facts["start_seconds"] = server.seconds_to_ready
+    print_cells(console, bench)
+    if not options.short:
+        print_figures(console, build_figures(bench, facts, bulk))
+    if given.json:
+        given.json.write_text(json.dumps(_to_json(bench, facts, bulk), indent=1))
+
+
+def _to_json(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> dict[str, Any]:
+    cells = [
+        {
+            "contender": name, "leads": size, "connections": connections, "p50_ms": sample.percentile(0.5),
+            "p99_ms": sample.percentile(0.99), "leads_per_second": sample.rate * size,
+            "requests": len(sample.milliseconds),
+        }
+        for (name, size, connections), sample in bench.samples.items()
+    ]  # fmt: skip
+    return {"cells": cells, "facts": dict(facts), "bulk": {"service": bulk.service, "floor": bulk.floor}}
+
+
+if __name__ == "__main__":
+    main()
