@@ -71,7 +71,8 @@ class Floor:
 
     _NUMBERS = (
         "extract(epoch FROM created_at)", "extract(epoch FROM last_touch_at)",
-        "extract(epoch FROM intake_at)", "tuition_fee", "gpa", "first_response_minutes", "has_phone::int", "newsletter_opt_in::int",
+        "extract(epoch FROM intake_at)", "tuition_fee", "gpa", "first_response_minutes",
+        "has_phone::int", "newsletter_opt_in::int",
         "touchpoint_count", "inbound_count", "emails_opened", "calls_answered", "events_attended",
         "minutes_on_site", "prior_applications",
     )  # fmt: skip
