@@ -1,0 +1,29 @@
+"""The benchmark in its short form: it fails when contenders answer differently, never because of time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.suite import Bench, Figure, Options
+from tests.service import ROOT
+
+
+@pytest.mark.timeout(300)
+def test_every_contender_answers_the_same_probabilities(tmp_path: Path) -> None:
+    result = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "bench.suite", "--short", "--var", str(tmp_path), "--json", str(result)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=280)
+    measured = json.loads(result.read_text())
+    cells = {(cell["contender"], cell["leads"]) for cell in measured["cells"]}
+    assert {(name, size) for name in ("cold", "warm", "echo", "floor", "textbook") for size in (1, 50)} == cells
+    assert all(cell["requests"] > 0 and cell["p50_ms"] > 0 for cell in measured["cells"])
+
+
+def test_a_figure_holds_on_its_own_side_of_the_limit() -> None:
+    assert Figure("ratio", 1.2, 1.25).holds
+    assert not Figure("ratio", 1.3, 1.25).holds
+    assert Figure("rate", 0.9, 0.85, at_least=True).holds
+    assert not Figure("rate", 0.8, 0.85, at_least=True).holds
