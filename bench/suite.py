@@ -268,6 +268,7 @@ def main() -> None:
     if not options.short:
         print_figures(console, build_figures(bench, facts, bulk))
     if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(_to_json(bench, facts, bulk), indent=1))
 
 
