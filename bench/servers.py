@@ -35,8 +35,8 @@ def start_service(name: str, url: str, directory: Path, **environment: str) -> I
     """Starts `leadscore serve` on `bench_leads`; `environment` adds to its settings."""
     settings = {
         "DATABASE_URL": url, "LEAD_SOURCE": "bench_leads", "PORT": "0", "VAR_DIR": str(directory / name),
-        "LOG_LEVEL": "ERROR", **environment,
-    }  # fmt: skip
+        "LOG_LEVEL": "ERROR", "DATABASE_DEADLINE_SECONDS": "30", **environment,
+    }  # fmt: skip  # the deadline: a busy machine makes answers late here, not 503
     with _start(name, ["app.cli", "serve"], settings) as server:
         yield server
 

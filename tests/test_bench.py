@@ -15,10 +15,13 @@ from tests.service import ROOT
 def test_every_contender_answers_the_same_probabilities(tmp_path: Path) -> None:
     result = tmp_path / "bench.json"
     command = [sys.executable, "-m", "bench.suite", "--short", "--var", str(tmp_path), "--json", str(result)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=280)
+    run = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
     measured = json.loads(result.read_text())
     cells = {(cell["contender"], cell["leads"]) for cell in measured["cells"]}
-    assert {(name, size) for name in ("cold", "warm", "echo", "floor", "textbook") for size in (1, 50)} == cells
+    assert {
+        (name, size) for name in ("cold", "warm", "echo", "floor", "textbook") for size in (1, 50)
+    } == cells
     assert all(cell["requests"] > 0 and cell["p50_ms"] > 0 for cell in measured["cells"])
 
 
