@@ -16,8 +16,7 @@ from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy
 from app.bulk_scoring import score_source
 from bench.contenders import Floor
-from bench.data import RELATION
-from bench.servers import ROOT
+from bench.data import RELATION, Stage
 
 _PAGE = 50_000
 _ROW = np.dtype(
@@ -34,9 +33,9 @@ class BulkRates:
     floor: float
 
 
-def measure_bulk(url: str, leads: int) -> BulkRates:
+def measure_bulk(stage: Stage, leads: int) -> BulkRates:
     """Scores the whole relation once by `leadscore score`'s own function, and once by the floor."""
-    return BulkRates(leads / _time(lambda: _score(url)), leads / _time(lambda: _score_leanly(url)))
+    return BulkRates(leads / _time(lambda: _score(stage)), leads / _time(lambda: _score_leanly(stage)))
 
 
 def _time(work: Callable[[], None]) -> float:
@@ -45,27 +44,27 @@ def _time(work: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _score(url: str) -> None:
-    with psycopg.connect(url) as connection:
+def _score(stage: Stage) -> None:
+    with psycopg.connect(stage.url) as connection:
         connection.execute("TRUNCATE lead_scores")
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     score_source(
-        url,
+        stage.url,
         RELATION,
-        ModelRegistry(ROOT / "models").load(),
+        ModelRegistry(stage.model_dir).load(),
         as_of=today,
         policy=ScoringPolicy(0.6, "max_probability"),
         progress=lambda _stage, _done, _total: None,
     )
 
 
-def _score_leanly(url: str) -> None:
-    floor = Floor(url, ROOT / "models")
+def _score_leanly(stage: Stage) -> None:
+    floor = Floor(stage.url, stage.model_dir)
     page = (
         f"SELECT {floor.columns} FROM (SELECT * FROM {RELATION} WHERE lead_id > %s"
         f" ORDER BY lead_id LIMIT {_PAGE}) AS page"
     )
-    with psycopg.connect(url) as reader, psycopg.connect(url) as writer:
+    with psycopg.connect(stage.url) as reader, psycopg.connect(stage.url) as writer:
         writer.execute("DROP TABLE IF EXISTS bench_scores")
         writer.execute("CREATE TABLE bench_scores (lead_id uuid, probability float8)")
         last = "00000000-0000-0000-0000-000000000000"

@@ -20,7 +20,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench.data import open_leads, sample_lead_ids
+from bench.data import open_stage, sample_lead_ids
 from bench.load import Sample, build_request, cycle, run_load
 from bench.servers import ROOT, Server, start_service
 from bench.suite import SIZES
@@ -38,11 +38,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200, help="requests of each size")
     parser.add_argument("--var", type=Path, default=ROOT / "var" / "bench", help="where the database is kept")
     given = parser.parse_args()
-    with open_leads(given.var / f"{given.leads}", given.leads) as url, tempfile.TemporaryDirectory() as var:
-        lead_ids = sample_lead_ids(url, min(_SAMPLE, given.leads), 0.7)
-        with start_service("profiled", url, Path(var), ML_PREDICTION_CACHE_TTL_SECONDS="0") as server:
+    with open_stage(given.var, given.leads) as stage, tempfile.TemporaryDirectory() as var:
+        lead_ids = sample_lead_ids(stage.url, min(_SAMPLE, given.leads), 0.7)
+        with start_service("profiled", stage, Path(var), ML_PREDICTION_CACHE_TTL_SECONDS="0") as server:
             whole = {size: _time(server, lead_ids, size, given.requests) for size in SIZES}
-            events = {size: _fetch_events(url, size, given.requests) for size in SIZES}
+            events = {size: _fetch_events(stage.url, size, given.requests) for size in SIZES}
     _print(whole, events)
 
 

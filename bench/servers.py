@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.data import RELATION, Stage
+
 ROOT = Path(__file__).parent.parent
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -31,20 +33,22 @@ class Server:
 
 
 @contextmanager
-def start_service(name: str, url: str, directory: Path, **environment: str) -> Iterator[Server]:
+def start_service(name: str, stage: Stage, directory: Path, **environment: str) -> Iterator[Server]:
     """Starts `leadscore serve` on `bench_leads`; `environment` adds to its settings."""
     settings = {
-        "DATABASE_URL": url, "LEAD_SOURCE": "bench_leads", "PORT": "0", "VAR_DIR": str(directory / name),
-        "LOG_LEVEL": "ERROR", "DATABASE_DEADLINE_SECONDS": "30", **environment,
-    }  # fmt: skip  # the deadline: a busy machine makes answers late here, not 503
+        "DATABASE_URL": stage.url, "LEAD_SOURCE": RELATION, "ML_MODEL_DIR": str(stage.model_dir),
+        "VAR_DIR": str(directory / name), "PORT": "0", "LOG_LEVEL": "ERROR",
+        # A busy machine makes answers late here, not 503.
+        "DATABASE_DEADLINE_SECONDS": "30", **environment,
+    }  # fmt: skip
     with _start(name, ["app.cli", "serve"], settings) as server:
         yield server
 
 
 @contextmanager
-def start_contender(name: str, url: str, model_dir: Path) -> Iterator[Server]:
+def start_contender(name: str, stage: Stage) -> Iterator[Server]:
     """Starts an application of `bench.contenders`."""
-    with _start(name, ["bench.contenders", name, url, str(model_dir)], {}) as server:
+    with _start(name, ["bench.contenders", name, stage.url, str(stage.model_dir)], {}) as server:
         yield server
 
 

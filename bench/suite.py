@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.bulk import BulkRates, measure_bulk
-from bench.data import open_leads, sample_lead_ids
+from bench.data import Stage, open_stage, sample_lead_ids
 from bench.load import Sample, ask, build_request, cycle, run_load
 from bench.servers import ROOT, Server, start_contender, start_service
 
@@ -143,20 +143,18 @@ class Bench:
 
 
 @contextmanager
-def start_all(url: str, directory: Path) -> Iterator[dict[str, Server]]:
+def start_all(stage: Stage, directory: Path) -> Iterator[dict[str, Server]]:
     """Starts every contender; all of them are up while one is timed, and idle."""
-    models = ROOT / "models"
-    settings = {"ML_MODEL_DIR": str(models)}
-    uncached = {**settings, "ML_PREDICTION_CACHE_TTL_SECONDS": "0"}
+    uncached = {"ML_PREDICTION_CACHE_TTL_SECONDS": "0"}
     with ExitStack() as stack:
         servers = [
-            stack.enter_context(start_service("cold", url, directory, **uncached)),
-            stack.enter_context(start_service("warm", url, directory, **settings)),
+            stack.enter_context(start_service("cold", stage, directory, **uncached)),
+            stack.enter_context(start_service("warm", stage, directory)),
             stack.enter_context(
-                start_service("silent", url, directory, AI_TELEMETRY_ENABLED="false", **uncached)
+                start_service("silent", stage, directory, AI_TELEMETRY_ENABLED="false", **uncached)
             ),
             *(
-                stack.enter_context(start_contender(name, url, models))
+                stack.enter_context(start_contender(name, stage))
                 for name in ("echo", "floor", "textbook", "row_by_row")
             ),
         ]
@@ -253,16 +251,13 @@ def main() -> None:
         short=given.short,
     )
     console = Console()
-    with (
-        open_leads(given.var / f"{options.leads}", options.leads) as url,
-        tempfile.TemporaryDirectory() as directory,
-    ):
-        lead_ids = sample_lead_ids(url, min(_SAMPLE, options.leads), 0.5)
-        with start_all(url, Path(directory)) as servers:
+    with open_stage(given.var, options.leads) as stage, tempfile.TemporaryDirectory() as directory:
+        lead_ids = sample_lead_ids(stage.url, min(_SAMPLE, options.leads), 0.5)
+        with start_all(stage, Path(directory)) as servers:
             bench = Bench(servers, lead_ids, options)
             facts = uvloop.run(run(bench, options))
-        bulk = measure_bulk(url, options.leads)
-        with start_service("again", url, Path(directory)) as server:
+        bulk = measure_bulk(stage, options.leads)
+        with start_service("again", stage, Path(directory)) as server:
             facts["start_seconds"] = server.seconds_to_ready
     print_cells(console, bench)
     if not options.short:
