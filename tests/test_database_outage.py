@@ -97,6 +97,15 @@ def assert_operations_answer_at_once(client: httpx2.Client) -> None:
         assert seconds < SLACK_SECONDS
 
 
+def assert_says_that_it_is_degraded(client: httpx2.Client, *lead_ids: str) -> None:
+    """Remembered answers say so as soon as nobody can hear whether they still hold."""
+    began = time.monotonic()
+    while client.post(SCORE, json=list(lead_ids)).json().get("degraded") is not True:
+        assert time.monotonic() - began < 0.25 + SLACK_SECONDS
+    health = client.get(HEALTH).json()
+    assert (health["status"], health["prediction_cache"]) == ("healthy", {"freshness": "suspended"})
+
+
 def test_a_stopped_database_costs_new_leads_a_503_and_nothing_else(
     server: Server, client: httpx2.Client
 ) -> None:
@@ -106,12 +115,14 @@ def test_a_stopped_database_costs_new_leads_a_503_and_nothing_else(
         cached, _ = timed(client, SCORE, "lead_2", "lead_1", "lead_1")
         assert cached.json()["cache_hits"] == 3
         assert cached.json()["predictions"][1::-1] == before["predictions"]
+        assert_says_that_it_is_degraded(client, "lead_2", "lead_1")
         assert_unavailable(client, "lead_3")
         assert_unavailable(client, "lead_1", "lead_3")
         assert_operations_answer_at_once(client)
     finally:
         server.start()
     assert_recovers(client, "lead_1", "lead_3", within=3)
+    assert "degraded" not in client.post(SCORE, json=["lead_1", "lead_2"]).json()
 
 
 def test_a_frozen_database_is_given_up_at_the_deadline_and_used_again_at_once(
@@ -122,6 +133,7 @@ def test_a_frozen_database_is_given_up_at_the_deadline_and_used_again_at_once(
         assert_unavailable(client, "lead_3")
         assert_unavailable(client, "lead_1", "lead_4")
         assert timed(client, SCORE, "lead_1")[0].json()["cache_hit"] is True
+        assert_says_that_it_is_degraded(client, "lead_1")
         assert_operations_answer_at_once(client)
     assert_recovers(client, "lead_3", within=DEADLINE_SECONDS)
 
