@@ -211,6 +211,17 @@ def test_a_source_of_ones_own_is_heard_completely_when_every_table_under_it_is_w
     assert listener.hears_everything() is complete
 
 
+async def test_a_table_that_is_watched_from_now_on_or_no_longer_is_noticed(
+    database_url: str, listen: Listen
+) -> None:
+    listener = listen(database_url, Observer())
+    assert listener.hears_everything()
+    execute(database_url, "SELECT lead_scoring_unwatch('campuses')")
+    assert await eventually(lambda: not listener.hears_everything())
+    execute(database_url, "SELECT lead_scoring_watch('campuses')")
+    assert await eventually(listener.hears_everything)
+
+
 def test_a_source_that_is_not_there_is_not_heard_completely(database_url: str, listen: Listen) -> None:
     assert not listen(database_url, Observer(), "nowhere").hears_everything()
 

@@ -326,3 +326,28 @@ def test_the_narrowest_type_that_fits_every_value_is_chosen(values: list[str], k
 def test_a_timestamp_without_an_offset_is_utc() -> None:
     moments = {read_timestamp(text) for text in ("2026-01-31", "2026-01-31T00:00Z", "2026-01-31 01:00+01:00")}
     assert len(moments) == 1
+
+
+def test_whoever_remembers_predictions_hears_of_an_import_and_of_later_changes(
+    load: Import, csv_url: str
+) -> None:
+    with psycopg.connect(csv_url, autocommit=True) as listener:
+        listener.execute("LISTEN lead_scoring_changes")
+
+        def heard() -> list[str]:
+            listener.execute("SELECT 1")
+            return [notification.payload for notification in listener.notifies(timeout=0)]
+
+        load(LEADS)
+        load(LEADS, replace=True)
+        assert heard() == ["*", "*"]
+        with psycopg.connect(csv_url) as connection:
+            connection.execute("UPDATE leads SET visits = 4 WHERE external_ref = 'L-1'")
+        ((lead_id,),) = _all(csv_url, "SELECT lead_id::text FROM leads WHERE external_ref = 'L-1'")
+        assert heard() == [lead_id]
+
+
+def test_an_import_needs_no_migrated_database(empty_database_url: str, tmp_path: Path) -> None:
+    path = tmp_path / "leads.csv"
+    path.write_text(LEADS)
+    assert import_csv(empty_database_url, path, table="leads", id_column="Lead No").rows == 3

@@ -82,6 +82,8 @@ BEGIN
     EXECUTE format('DROP TRIGGER IF EXISTS lead_scoring_update ON %s', watched);
     EXECUTE format('DROP TRIGGER IF EXISTS lead_scoring_delete ON %s', watched);
     EXECUTE format('DROP TRIGGER IF EXISTS lead_scoring_truncate ON %s', watched);
+    -- Whoever listens looks again at what is watched.
+    PERFORM pg_notify('lead_scoring_changes', '*');
 END
 $$;
 """

@@ -84,6 +84,7 @@ class ChangeListener:
         self._closing = threading.Event()
         self._settled = threading.Event()
         self._unwatched: str | None = None
+        self._look_again = False
         self._noted = ""
         self._thread = threading.Thread(target=self._run, name="change-listener", daemon=True)
 
@@ -98,7 +99,7 @@ class ChangeListener:
         self._thread.join(_CONNECT_SECONDS + self._deadline_seconds)
 
     def hears_everything(self) -> bool:
-        """Tells whether every table under the relation had its triggers when the session began."""
+        """Tells whether every table under the relation has its triggers, as of the last look."""
         return self._unwatched == ""
 
     def _run(self) -> None:
@@ -126,6 +127,11 @@ class ChangeListener:
         session.ask(f"LISTEN {CHANNEL}".encode())
         # From here on every change is heard of; of those before nobody knows.
         self._observer.forget_all()
+        self._look_at_triggers(session)
+        self._note("listening")
+
+    def _look_at_triggers(self, session: "_Session") -> None:
+        self._look_again = False
         found = session.ask(_UNWATCHED, quoted_relation(self._relation).encode()).get_value(0, 0) or b""
         unwatched = found.decode("utf-8", "replace")
         if unwatched and unwatched != self._unwatched:
@@ -136,7 +142,6 @@ class ChangeListener:
                 remedy="call lead_scoring_watch for them, see docs/runbook.md",
             )
         self._unwatched = unwatched
-        self._note("listening")
 
     def _listen(self, session: "_Session") -> None:
         while not self._closing.is_set():
@@ -145,6 +150,8 @@ class ChangeListener:
             self._observer.trust_until(asked + TRUST_SECONDS)
             self._settled.set()
             session.wait(BEAT_SECONDS)
+            if self._look_again:
+                self._look_at_triggers(session)
 
     def _hear(self, payload: str) -> None:
         uuids = payload.lower().split()
@@ -153,6 +160,7 @@ class ChangeListener:
             LEAD_CHANGES.labels("lead").inc(len(uuids))
         else:
             self._observer.forget_all()
+            self._look_again = True
             LEAD_CHANGES.labels("all").inc()
 
     def _note(self, state: str, cause: Exception | None = None) -> None:

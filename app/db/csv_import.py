@@ -130,6 +130,15 @@ def _load(
         cursor.execute(sql.SQL("ANALYZE {}").format(draft))
         cursor.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(target))
         cursor.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(draft, sql.Identifier(name)))
+        _tell_of_changes(cursor, target)
+
+
+def _tell_of_changes(cursor: psycopg.Cursor[Any], table: sql.Composable) -> None:
+    """Lets services that remember predictions know of this change, and of every later one."""
+    cursor.execute("SELECT pg_notify('lead_scoring_changes', '*'), to_regproc('lead_scoring_watch')")
+    _, watch = cursor.fetchone() or (None, None)
+    if watch is not None:  # the migrations have been here
+        cursor.execute("SELECT lead_scoring_watch(%s, 'lead_id')", [table.as_string(cursor)])
 
 
 def _read_blocks(
