@@ -34,6 +34,7 @@ def _names(_context: click.Context, _option: click.Parameter, text: str) -> tupl
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+_SHOWN_RATE = 10  # steps a second
 _ONE_OUTCOME = "Give --label or --outcome: one column says what became of a lead."
 
 _json_option = click.option(
@@ -388,7 +389,13 @@ def _database(settings: Settings) -> Iterator[str]:
 def _progress() -> Iterator[Progress]:
     """Yields `progress(stage, done, total)`, drawn on standard error when a person is watching."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
@@ -397,6 +404,8 @@ def _progress() -> Iterator[Progress]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
     )
@@ -404,8 +413,12 @@ def _progress() -> Iterator[Progress]:
 
     def report(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total)
+            tasks[stage] = bar.add_task(stage, total=total, completed=done, rate="")
         bar.update(tasks[stage], completed=done, total=total)
+        task = next(task for task in bar.tasks if task.id == tasks[stage])
+        # A stage of a few long steps has no rate worth reading.
+        if task.speed and task.speed >= _SHOWN_RATE:
+            bar.update(task.id, rate=f"{task.speed:,.0f}/s, left")
 
     with bar:
         yield report

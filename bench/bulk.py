@@ -2,21 +2,29 @@
 
 The floor reads pages by key, one value a column, scores them as the other floor does, and copies lead ID and
 probability into a fresh table in the binary format: no look at what is there already, nothing to resume from.
+
+python -m bench.bulk [--leads N,N] [--rounds R] [--var DIR]
 """
 
+import argparse
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import psycopg
+from rich.console import Console
+from rich.table import Table
 
 from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy
 from app.bulk_scoring import score_source
 from bench.contenders import Floor
-from bench.data import RELATION, Stage
+from bench.data import RELATION, Stage, open_stage
+from bench.servers import ROOT
 
 _PAGE = 50_000
 _ROW = np.dtype(
@@ -27,15 +35,19 @@ _HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 
 @dataclass(frozen=True)
 class BulkRates:
-    """Leads a second, of a first run over the whole source."""
+    """Leads a second: of a first run, of a second one over the same leads, of the floor."""
 
     service: float
+    again: float
     floor: float
 
 
 def measure_bulk(stage: Stage, leads: int) -> BulkRates:
-    """Scores the whole relation once by `leadscore score`'s own function, and once by the floor."""
-    return BulkRates(leads / _time(lambda: _score(stage)), leads / _time(lambda: _score_leanly(stage)))
+    """Scores the whole relation twice by `leadscore score`'s own function, and once by the floor."""
+    with psycopg.connect(stage.url) as connection:
+        connection.execute("TRUNCATE lead_scores, lead_score_runs")
+    ways = (lambda: _score(stage), lambda: _score(stage), lambda: _score_leanly(stage))
+    return BulkRates(*(leads / _time(way) for way in ways))
 
 
 def _time(work: Callable[[], None]) -> float:
@@ -45,8 +57,6 @@ def _time(work: Callable[[], None]) -> float:
 
 
 def _score(stage: Stage) -> None:
-    with psycopg.connect(stage.url) as connection:
-        connection.execute("TRUNCATE lead_scores")
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     score_source(
         stage.url,
@@ -84,3 +94,31 @@ def _score_leanly(stage: Stage) -> None:
             copy.write(b"\xff\xff")
         writer.execute("ALTER TABLE bench_scores ADD PRIMARY KEY (lead_id)")
         writer.commit()
+
+
+def main() -> None:
+    """Prints the rates at every number of leads, medians of the rounds."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--leads", default="100000,1000000", help="numbers of leads, separated by commas")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--var", type=Path, default=ROOT / "var" / "bench", help="where the database is kept")
+    given = parser.parse_args()
+    table = Table(title="bulk scoring, leads a second", title_justify="left")
+    for heading in ("leads", "first run", "unchanged leads", "floor", "first run / floor"):
+        table.add_column(heading, justify="right")
+    for leads in map(int, given.leads.split(",")):
+        with open_stage(given.var, leads) as stage:
+            rounds = [measure_bulk(stage, leads) for _ in range(given.rounds)]
+        ratio = statistics.median(rates.service / rates.floor for rates in rounds)
+        medians = [
+            statistics.median(getattr(rates, name) for rates in rounds)
+            for name in ("service", "again", "floor")
+        ]
+        table.add_row(f"{leads:,}", *(f"{rate:,.0f}" for rate in medians), f"{ratio:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -36,6 +36,7 @@ def open_stage(directory: Path, leads: int) -> Iterator[Stage]:
     """Yields a database with `leads` leads in `bench_leads`, and the model."""
     stage_dir, models = directory / f"{leads}", directory / f"{leads}" / "models"
     with open_embedded(stage_dir) as url:
+        upgrade(url)
         if _count(url) != leads:
             _fill(url, leads)
         if not list(models.glob("*.manifest.json")):
@@ -64,7 +65,6 @@ def _count(url: str) -> int:
 
 
 def _fill(url: str, leads: int) -> None:
-    upgrade(url)
     with psycopg.connect(url, autocommit=True) as connection:
         if connection.execute("SELECT count(*) FROM people").fetchone() == (0,):
             load_demo(url, people=_PEOPLE, seed=1, until=MOMENT, progress=lambda _stage, _done, _total: None)

@@ -1,7 +1,11 @@
 """Scoring a whole source: the same numbers as over HTTP, written page by page, as often as one likes."""
 
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import tracemalloc
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +13,14 @@ import psycopg
 import pytest
 
 from app.ai.domain import VERDICTS
+from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy, score_leads
 from app.bulk_scoring import score_source
 from app.db.engine import Database
 from app.db.leads import PostgresLeadSource
 from app.errors import CommandError
-from tests.lead_models import build_lead_bundle
+from tests.lead_models import build_lead_bundle, publish_lead_model
+from tests.service import ROOT
 
 AS_OF = datetime(2026, 6, 1, tzinfo=UTC)
 POLICY = ScoringPolicy(min_coverage=0.6, confidence_method="max_probability")
@@ -38,10 +44,11 @@ def leads_url(database_url: str) -> str:
     return database_url
 
 
-def _score(
-    url: str, source: str = "leads", progress: Callable[[str, int, int], None] = lambda *_: None
-) -> Any:
-    return score_source(url, source, BUNDLE, as_of=AS_OF, policy=POLICY, progress=progress)
+def _score(url: str, source: str = "leads", **options: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "bundle": BUNDLE, "as_of": AS_OF, "policy": POLICY, "progress": lambda *_: None, **options,
+    }  # fmt: skip
+    return score_source(url, source, **arguments)
 
 
 def _all(url: str, statement: str) -> list[tuple[Any, ...]]:
@@ -79,15 +86,166 @@ def test_every_row_says_which_model_and_when(leads_url: str) -> None:
     assert _all(leads_url, "SELECT count(DISTINCT scored_at) FROM lead_scores") == [(1,)]
 
 
-def test_scoring_again_changes_nothing_but_the_time(leads_url: str) -> None:
-    statement = (
-        "SELECT lead_id, external_ref, probability, raw_score, coverage, verdict FROM lead_scores ORDER BY 1"
-    )
-    _score(leads_url)
-    first, at = _all(leads_url, statement), _all(leads_url, "SELECT max(scored_at) FROM lead_scores")
-    _score(leads_url)
+def test_scoring_again_writes_nothing(leads_url: str) -> None:
+    # The place of a row, and the transaction that wrote it, tell of any write, even of the same values.
+    statement = "SELECT ctid::text, xmin::text, xmax::text, * FROM lead_scores ORDER BY lead_id"
+    assert _score(leads_url).written == 44_955
+    first = _all(leads_url, statement)
+    again = _score(leads_url)
+    assert (again.leads, again.scored, again.written, again.removed) == (45_000, 44_955, 0, 0)
     assert _all(leads_url, statement) == first
-    assert _all(leads_url, "SELECT min(scored_at) FROM lead_scores") > at
+
+
+def test_only_leads_that_changed_are_written_again(leads_url: str) -> None:
+    _score(leads_url)
+    before = dict(_all(leads_url, "SELECT external_ref, scored_at FROM lead_scores"))
+    with psycopg.connect(leads_url) as connection:
+        connection.execute("UPDATE leads SET gpa = 1.5 WHERE external_ref = 'L-7'")
+    assert _score(leads_url).written == 1
+    after = dict(_all(leads_url, "SELECT external_ref, scored_at FROM lead_scores"))
+    assert [ref for ref in after if after[ref] != before[ref]] == ["L-7"]
+
+
+def test_leads_that_are_gone_or_declined_now_lose_their_scores(leads_url: str) -> None:
+    _score(leads_url)
+    with psycopg.connect(leads_url) as connection:
+        connection.execute("UPDATE leads SET tuition_fee = 'NaN' WHERE external_ref = 'L-7'")
+        connection.execute("DELETE FROM leads WHERE external_ref = 'L-8'")
+        connection.execute(
+            "DELETE FROM leads WHERE lead_id IN (SELECT lead_id FROM leads ORDER BY 1 LIMIT 3)"
+        )
+        connection.execute(
+            "DELETE FROM leads WHERE lead_id IN (SELECT lead_id FROM leads ORDER BY 1 DESC LIMIT 3)"
+        )
+        # Scores of another source are none of this run's business.
+        connection.execute(
+            "INSERT INTO lead_scores SELECT gen_random_uuid(), 'other-' || n, 0.5, 0.5, 1, 'ok', 'v', 'sha',"
+            " now(), 'elsewhere' FROM generate_series(1, 100) n"
+        )
+    summary = _score(leads_url)
+    assert (summary.written, summary.removed) == (0, 8)
+    assert _all(
+        leads_url,
+        "SELECT count(*), count(*) FILTER (WHERE source = 'elsewhere'),"
+        " count(*) FILTER (WHERE external_ref IN ('L-7', 'L-8')) FROM lead_scores",
+    ) == [(44_955 - 8 + 100, 100, 0)]
+
+
+def test_a_source_that_became_empty_leaves_no_scores(leads_url: str) -> None:
+    _score(leads_url)
+    with psycopg.connect(leads_url) as connection:
+        connection.execute("TRUNCATE leads")
+    assert _score(leads_url).removed == 44_955
+    assert _all(leads_url, "SELECT count(*) FROM lead_scores") == [(0,)]
+
+
+_KILLED = """
+import os, pathlib, signal, sys
+from app.ai.model_registry import ModelRegistry
+from tests.test_bulk_scoring import _score
+
+def progress(_stage, done, _total):
+    if done >= 6000:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+bundle = ModelRegistry(pathlib.Path(sys.argv[2])).load()
+_score(sys.argv[1], bundle=bundle, progress=progress, page_leads=2000)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_stopped_and_ends_as_if_it_had_not_been(
+    leads_url: str, tmp_path: Path
+) -> None:
+    publish_lead_model(tmp_path)
+    command = [sys.executable, "-c", _KILLED, leads_url, str(tmp_path)]
+    killed = subprocess.run(command, cwd=ROOT, check=False, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    told: list[int] = []
+    bundle = ModelRegistry(tmp_path).load()
+    summary = _score(
+        leads_url, bundle=bundle, page_leads=2000, progress=lambda _stage, done, _total: told.append(done)
+    )
+    assert summary.resumed in (6000, 8000), "the page that was being written may have been committed"
+    assert told[0] == summary.resumed
+    assert (summary.leads, summary.scored, summary.rejected) == (45_000, 44_955, 45)
+    assert summary.written <= 45_000 - summary.resumed
+    assert _all(leads_url, "SELECT count(*), count(DISTINCT scored_at) FROM lead_scores") == [(44_955, 2)]
+    # A run from the start finds every score as it would write it.
+    assert _score(leads_url, bundle=bundle).written == 0
+
+
+class _StoppedError(Exception):
+    """What a test raises to stop a run after some pages."""
+
+
+def _score_partly(url: str, **options: Any) -> None:
+    def stop(_stage: str, done: int, _total: int) -> None:
+        if done >= 6000:
+            raise _StoppedError
+
+    with pytest.raises(_StoppedError):
+        _score(url, progress=stop, page_leads=2000, **options)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"bundle": build_lead_bundle("20260202_120000", seed=2)},
+        {"as_of": datetime(2026, 6, 2, tzinfo=UTC)},
+        {"policy": ScoringPolicy(min_coverage=0.9, confidence_method="max_probability")},
+    ],
+    ids=["model", "day", "policy"],
+)
+def test_an_unfinished_run_of_another_model_day_or_policy_is_not_continued(
+    leads_url: str, changed: dict[str, Any]
+) -> None:
+    _score_partly(leads_url)
+    summary = _score(leads_url, **changed)
+    assert (summary.resumed, summary.leads) == (0, 45_000)
+    sha256 = changed.get("bundle", BUNDLE).ref.sha256
+    assert _all(leads_url, "SELECT DISTINCT model_sha256 FROM lead_scores") == [(sha256,)]
+    assert _score(leads_url, **changed).written == 0
+
+
+def test_a_finished_run_begins_anew(leads_url: str) -> None:
+    _score_partly(leads_url)
+    assert _score(leads_url).resumed >= 6000
+    assert _score(leads_url).resumed == 0
+
+
+def test_two_runs_at_once_are_refused(leads_url: str) -> None:
+    def start_another(_stage: str, _done: int, _total: int) -> None:
+        _score(leads_url)
+
+    with pytest.raises(CommandError, match="another `leadscore score`"):
+        _score(leads_url, progress=start_another)
+
+
+def test_rows_that_share_an_id_are_declined_wherever_a_page_ends(leads_url: str) -> None:
+    with psycopg.connect(leads_url) as connection:
+        connection.execute("DELETE FROM leads WHERE lead_id NOT IN (SELECT lead_id FROM leads LIMIT 50)")
+        connection.execute("UPDATE leads SET tuition_fee = 1")
+        connection.execute("INSERT INTO leads SELECT * FROM leads ORDER BY lead_id LIMIT 9 OFFSET 20")
+    for page_leads in (1, 7, 25):
+        summary = _score(leads_url, page_leads=page_leads)
+        assert (summary.leads, summary.scored, summary.rejected) == (59, 41, 18)
+    assert _all(leads_url, "SELECT count(*) FROM lead_scores") == [(41,)]
+
+
+def test_memory_does_not_grow_with_the_source(leads_url: str) -> None:
+    with psycopg.connect(leads_url) as connection:
+        connection.execute("CREATE TABLE few AS SELECT * FROM leads LIMIT 5000")
+
+    def peak(source: str) -> int:
+        tracemalloc.start()
+        try:
+            _score(leads_url, source, page_leads=500)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak("few")
+    assert peak("leads") < 1.5 * peak("few")
 
 
 def test_pages_are_whole_and_stay_when_a_later_one_fails(leads_url: str) -> None:

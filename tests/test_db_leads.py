@@ -10,6 +10,7 @@ import pytest
 
 from app.ai.domain import AMBIGUOUS_LEAD, UNKNOWN_LEAD, InputColumn
 from app.db.engine import Database
+from app.db.lead_pages import read_pages
 from app.db.leads import PostgresLeadSource, fetch_all_chunks, fetch_columns
 from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedError
 
@@ -164,6 +165,25 @@ async def test_a_page_equals_a_batch_bit_for_bit(demo_url: str, connect: Connect
             chunk.external_refs.values.tolist()
             == found.leads.columns["external_ref"].values[found.row_of].tolist()
         )
+
+
+async def test_a_page_by_key_equals_a_batch_bit_for_bit(url: str, connect: Connect) -> None:
+    source = connect(url)
+    columns = [InputColumn(name, kind) for name, kind in (await source.fetch_schema()).items()]
+    pages = list(read_pages(url, "leads", columns, after=None, page_leads=3))
+    assert [page.leads.n for page in pages] == [3, 1]
+    for page in pages:
+        ids = [str(UUID(bytes=lead_id.tobytes())) for lead_id in page.ids]
+        found = await source.fetch(ids, columns)
+        for name, paged in page.leads.columns.items():
+            batched = found.leads.columns[name]
+            assert (batched.kind, batched.values.dtype) == (paged.kind, paged.values.dtype)
+            assert (batched.present[found.row_of] == paged.present).all()
+            values = batched.values[found.row_of]
+            same = values.tolist() == paged.values.tolist()
+            assert same or values.tobytes() == paged.values.tobytes()
+    [rest] = read_pages(url, "leads", columns, after=UUID(B))
+    assert (rest.last_id, rest.external_refs) == (UUID(D), [b"twice", b"twice"])
 
 
 async def test_two_thousand_leads_equal_the_same_leads_one_by_one(demo_url: str, connect: Connect) -> None:

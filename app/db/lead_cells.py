@@ -3,7 +3,7 @@
 Every cell is computed by the one expression `_cell` gives, whoever reads it, so training rows equal serving
 rows bit for bit. A number travels as the eight bytes of its float64 and a text as UTF-8, each with a mark for
 NULL that no value can have: decoding a column is one call of NumPy, whatever the number of leads. Nothing
-here talks to a database. Called by `app.db.leads` alone.
+here talks to a database. Called by `app.db.leads` and `app.db.lead_pages`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,6 +108,29 @@ def page_statement(relation: str, types: ColumnTypes, columns: Sequence[InputCol
     )
 
 
+def key_page_statement(
+    relation: str, types: ColumnTypes, columns: Sequence[InputColumn], *, first: bool
+) -> sql.Composed:
+    """Returns the statement whose one row is, for the next leads by ID, what `batch_statement` gives.
+
+    Its parameters are `rows`, how many leads, and unless it is for the `first` page `after`, the last ID of
+    the page before. Rows that share an ID are never on two pages, so there may be a few more.
+    """
+    refs = _aggregate(InputColumn(EXTERNAL_REF, "text"), types) if EXTERNAL_REF in types else sql.SQL("NULL")
+    outputs = [
+        sql.SQL("string_agg(uuid_send(lead_id), '')"),
+        refs,
+        *(_aggregate(column, types) for column in columns),
+    ]
+    return sql.SQL(
+        "SELECT {} FROM (SELECT * FROM {} {} ORDER BY lead_id FETCH FIRST %(rows)s ROWS WITH TIES) AS page"
+    ).format(
+        sql.SQL(", ").join(outputs),
+        sql.Identifier(*relation.split(".")),
+        sql.SQL("" if first else "WHERE lead_id > %(after)s"),
+    )
+
+
 def recent_statement(relation: str, types: ColumnTypes) -> sql.Composed:
     """Returns the statement whose rows are the ID and perhaps the reference of the newest leads, as text.
 
@@ -150,6 +173,11 @@ def decode_cells(kind: ColumnKind, cells: bytes | None) -> Column:
     if kind != "text":
         return _number_column(kind, np.frombuffer(cells or b"", ">u8"))
     return _text_column([] if cells is None else cells.decode("utf-8", "surrogateescape").split(_SEPARATOR))
+
+
+def split_texts(cells: bytes) -> list[bytes | None]:
+    """Returns the texts of one value of a batch row as UTF-8, None for NULL; there is at least one row."""
+    return [None if text == b"\xff" else text for text in cells.split(b"\0")]
 
 
 def decode_page(

@@ -2,7 +2,7 @@
 
 The relation is whatever `LEAD_SOURCE` names: it has `lead_id uuid`, perhaps `external_ref text`, and the
 columns a model asks for. Nothing here writes, or knows what a feature is. Used by the predictor through
-`LeadSource`, and by training and bulk scoring.
+`LeadSource`, and by training; bulk scoring reads the same cells by `app.db.lead_pages`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -169,7 +169,7 @@ def fetch_columns(url: str, relation: str) -> Mapping[str, ColumnKind]:
     """
     try:
         with psycopg.connect(url) as connection:
-            return column_kinds(_fetch_types(connection, relation))
+            return column_kinds(fetch_types(connection, relation))
     except psycopg.OperationalError as exc:
         raise DatabaseUnavailableError from exc
 
@@ -183,7 +183,7 @@ def count_leads(url: str, relation: str) -> int:
     """
     try:
         with psycopg.connect(url) as connection:
-            _fetch_types(connection, relation)
+            fetch_types(connection, relation)
             statement = sql.SQL("SELECT count(*) FROM {}").format(sql.SQL(quoted_relation(relation)))
             row = connection.execute(statement).fetchone()
     except psycopg.OperationalError as exc:
@@ -204,12 +204,8 @@ def fetch_all_chunks(
     """
     try:
         with psycopg.connect(url) as connection:
-            types = _fetch_types(connection, relation)
-            wrong = wrong_columns(types, columns)
-            if wrong:
-                raise CommandError(
-                    f"{relation} lacks columns, or has them with another type: {', '.join(wrong)}"
-                )
+            types = fetch_types(connection, relation)
+            require_columns(relation, types, columns)
             # The same session settings as serving, and a plan for reading all of it, not the first rows.
             connection.execute(
                 "SET LOCAL TimeZone = 'UTC'; SET LOCAL jit = off; SET LOCAL cursor_tuple_fraction = 1"
@@ -224,11 +220,27 @@ def fetch_all_chunks(
         raise CommandError(f"{relation} cannot be read (SQLSTATE {exc.sqlstate})") from exc
 
 
-def _fetch_types(connection: psycopg.Connection[Any], relation: str) -> ColumnTypes:
+def fetch_types(connection: psycopg.Connection[Any], relation: str) -> ColumnTypes:
+    """Returns the columns of the relation and their types.
+
+    Raises:
+        CommandError: there is no such relation, or it has no `lead_id uuid`.
+    """
     types: ColumnTypes = dict(connection.execute(COLUMN_TYPES, [quoted_relation(relation)]).fetchall())
     if types.get(LEAD_ID) != "uuid":
         raise CommandError(f"there is no table or view {relation} with a lead_id of type uuid")
     return types
+
+
+def require_columns(relation: str, types: ColumnTypes, columns: Sequence[InputColumn]) -> None:
+    """Checks that the relation has these columns.
+
+    Raises:
+        CommandError: it lacks some; their names are told.
+    """
+    wrong = wrong_columns(types, columns)
+    if wrong:
+        raise CommandError(f"{relation} lacks columns, or has them with another type: {', '.join(wrong)}")
 
 
 def _split_uuids(ids: bytes) -> list[str]:
