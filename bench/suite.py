@@ -14,6 +14,7 @@ import json
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,22 +144,18 @@ class Bench:
 
 
 @contextmanager
-def start_all(stage: Stage, directory: Path) -> Iterator[dict[str, Server]]:
+def start_all(stage: Stage, directory: Path, *, short: bool) -> Iterator[dict[str, Server]]:
     """Starts every contender; all of them are up while one is timed, and idle."""
     uncached = {"ML_PREDICTION_CACHE_TTL_SECONDS": "0"}
-    with ExitStack() as stack:
-        servers = [
-            stack.enter_context(start_service("cold", stage, directory, **uncached)),
-            stack.enter_context(start_service("warm", stage, directory)),
-            stack.enter_context(
-                start_service("silent", stage, directory, AI_TELEMETRY_ENABLED="false", **uncached)
-            ),
-            *(
-                stack.enter_context(start_contender(name, stage))
-                for name in ("echo", "floor", "textbook", "row_by_row")
-            ),
-        ]
-        yield {server.name: server for server in servers}
+    starting = [
+        start_service("cold", stage, directory, **uncached),
+        start_service("warm", stage, directory),
+        *(start_contender(name, stage) for name in ("echo", "floor", "textbook", "row_by_row")),
+    ]
+    if not short:
+        starting.append(start_service("silent", stage, directory, AI_TELEMETRY_ENABLED="false", **uncached))
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        yield {server.name: server for server in pool.map(stack.enter_context, starting)}
 
 
 def choose_cells(*, short: bool) -> list[Cell]:
@@ -253,7 +250,7 @@ def main() -> None:
     console = Console()
     with open_stage(given.var, options.leads) as stage, tempfile.TemporaryDirectory() as directory:
         lead_ids = sample_lead_ids(stage.url, min(_SAMPLE, options.leads), 0.5)
-        with start_all(stage, Path(directory)) as servers:
+        with start_all(stage, Path(directory), short=options.short) as servers:
             bench = Bench(servers, lead_ids, options)
             facts = uvloop.run(run(bench, options))
         bulk = measure_bulk(stage, options.leads)
