@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from app.ai.domain import VERDICTS, BoolArray, CodeArray, FloatArray, IntArray, JsonObject
-from app.ai.features import CellState, FeatureMatrix, FeatureSet, FeatureSpec
+from app.ai.features import CellState, FeatureMatrix, FeatureSet
 
 DriftState = Literal["stable", "moderate", "drifting"]
 
@@ -74,6 +74,69 @@ class FeatureStatistics:
         return cls(**{**data, "edges": tuple(data["edges"]), "counts": tuple(data["counts"])})
 
 
+class SafetyRules(NamedTuple):
+    """Strategies and statistics of `k` features as arrays (k,); `fill`, `reject_gap` by state and feature.
+
+    `speakers` are the first features of the groups, `units` what each feature is worth in whole numbers,
+    `units_in_all` their sum, 1 at least.
+    """
+
+    lower: FloatArray
+    upper: FloatArray
+    far_below: FloatArray
+    far_above: FloatArray
+    clip_below: FloatArray
+    clip_above: FloatArray
+    impute: FloatArray
+    impute_outside: BoolArray
+    reject_outside: BoolArray
+    fill: FloatArray
+    reject_gap: BoolArray
+    indicator: BoolArray
+    speakers: IntArray
+    units: IntArray
+    units_in_all: int
+
+    @classmethod
+    def of(
+        cls,
+        feature_set: FeatureSet,
+        statistics: Sequence[FeatureStatistics],
+        weights: Sequence[float] | None = None,
+    ) -> "SafetyRules":
+        """Returns the rules of a model.
+
+        `weights` (k,) say what each feature is worth, none less than nothing; without them all groups are
+        worth the same.
+        """
+        specs = feature_set.specs
+        lower, upper, impute = np.array([(s.lower, s.upper, s.impute) for s in statistics]).T
+        outside = np.array([spec.out_of_range for spec in specs])
+        gaps = np.array([("impute", spec.missing, spec.invalid, spec.unseen) for spec in specs]).T
+        clip = outside == "clip"
+        speakers = np.array([group[0] for group in feature_set.groups])
+        worth = np.isin(np.arange(len(specs)), speakers) if not weights else np.asarray(weights)
+        # Whole numbers add up the same in any order, so a lead's share cannot depend on its batch.
+        units = np.rint(worth * _WEIGHT_UNITS).astype(np.int64)
+        return cls(
+            lower=lower,
+            upper=upper,
+            far_below=lower - (upper - lower),
+            far_above=upper + (upper - lower),
+            clip_below=np.where(clip, lower, -np.inf),
+            clip_above=np.where(clip, upper, np.inf),
+            impute=impute,
+            impute_outside=outside == "impute",
+            reject_outside=outside == "reject",
+            fill=np.where(gaps == "keep", np.nan, np.where(gaps == "zero", 0.0, impute)),
+            reject_gap=gaps == "reject",
+            indicator=np.array([spec.transform == "is_present" for spec in specs]),
+            speakers=speakers,
+            units=units,
+            units_in_all=max(int(units.sum()), 1),
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckedFeatures:
     """Features of `n` leads as the model gets them.
@@ -132,13 +195,16 @@ def check_features(
     statistics: Sequence[FeatureStatistics],
     weights: Sequence[float] | None = None,
 ) -> CheckedFeatures:
+    """Applies each feature's strategies to `n` leads; see `SafetyRules`, which whoever calls often keeps."""
+    return apply_rules(matrix, SafetyRules.of(feature_set, statistics, weights))
+
+
+def apply_rules(matrix: FeatureMatrix, rules: SafetyRules) -> CheckedFeatures:
     """Applies each feature's strategies to `n` leads.
 
     A number beyond the training range is bounded, replaced, kept or rejected first; then every gap is filled.
-    "Far outside" is farther from the range than the range is wide. `weights` (k,)
-    say what each feature is worth, none less than nothing; without them all groups are worth the same.
+    "Far outside" is farther from the range than the range is wide.
     """
-    rules = _Rules.of(feature_set.specs, statistics)
     numbers = matrix.values
     outside = (numbers < rules.lower) | (numbers > rules.upper)
     unseen = matrix.states == CellState.UNSEEN
@@ -146,18 +212,18 @@ def check_features(
     reasons = outside & rules.reject_outside
     values = np.minimum(np.maximum(numbers, rules.clip_below), rules.clip_above)
     np.copyto(values, rules.impute, where=outside & rules.impute_outside)
-    rows, features = np.nonzero(np.isnan(numbers))
+    gaps = np.isnan(numbers)
+    rows, features = np.nonzero(gaps)
     states = matrix.states[rows, features]
     values[rows, features] = rules.fill[states, features]
     reasons[rows, features] = rules.reject_gap[states, features]
     rejected: BoolArray = np.any(reasons, axis=1)
-    there = _really_there(matrix, rules.indicator)
-    learnt = there & ~far & ~unseen
-    speakers = [group[0] for group in feature_set.groups]
+    # An indicator of absence does not rest on data, a rare text with a number does.
+    there = (matrix.states == CellState.PRESENT) & ~(rules.indicator & (numbers == 0)) | unseen & ~gaps
     return CheckedFeatures(
         values=values,
-        coverage=there[:, speakers].sum(axis=1) / len(speakers),
-        weighted_coverage=_weigh(learnt, weights) if weights else _weigh(learnt[:, speakers]),
+        coverage=there[:, rules.speakers].sum(axis=1) / len(rules.speakers),
+        weighted_coverage=((there & ~far & ~unseen) @ rules.units) / rules.units_in_all,
         rejected=rejected,
         rejected_feature=np.where(rejected, reasons.argmax(axis=1), -1),
         out_of_range=far.sum(axis=1),
@@ -198,60 +264,6 @@ def drift_statistics(statistics: Sequence[FeatureStatistics], values: FloatArray
         "drifting" if "drifting" in states else "moderate" if "moderate" in states else "stable"
     )
     return DriftStatistics(rows, features, worst)
-
-
-class _Rules(NamedTuple):
-    """Strategies and statistics of k features as arrays (k,); `fill`, `reject_gap` by state and feature."""
-
-    lower: FloatArray
-    upper: FloatArray
-    far_below: FloatArray
-    far_above: FloatArray
-    clip_below: FloatArray
-    clip_above: FloatArray
-    impute: FloatArray
-    impute_outside: BoolArray
-    reject_outside: BoolArray
-    fill: FloatArray
-    reject_gap: BoolArray
-    indicator: BoolArray
-
-    @classmethod
-    def of(cls, specs: Sequence[FeatureSpec], statistics: Sequence[FeatureStatistics]) -> "_Rules":
-        lower, upper, impute = np.array([(s.lower, s.upper, s.impute) for s in statistics]).T
-        outside = np.array([spec.out_of_range for spec in specs])
-        gaps = np.array([("impute", spec.missing, spec.invalid, spec.unseen) for spec in specs]).T
-        clip = outside == "clip"
-        return cls(
-            lower=lower,
-            upper=upper,
-            far_below=lower - (upper - lower),
-            far_above=upper + (upper - lower),
-            clip_below=np.where(clip, lower, -np.inf),
-            clip_above=np.where(clip, upper, np.inf),
-            impute=impute,
-            impute_outside=outside == "impute",
-            reject_outside=outside == "reject",
-            fill=np.where(gaps == "keep", np.nan, np.where(gaps == "zero", 0.0, impute)),
-            reject_gap=gaps == "reject",
-            indicator=np.array([spec.transform == "is_present" for spec in specs]),
-        )
-
-
-def _really_there(matrix: FeatureMatrix, indicator: BoolArray) -> BoolArray:
-    """Tells which cells (n, k) rest on data: an indicator of absence does not, a rare text does."""
-    there = (matrix.states == CellState.PRESENT) & ~(indicator & (matrix.values == 0))
-    pooled = (matrix.states == CellState.UNSEEN) & ~np.isnan(matrix.values)
-    cells: BoolArray = there | pooled
-    return cells
-
-
-def _weigh(cells: BoolArray, weights: Sequence[float] | None = None) -> FloatArray:
-    """Returns the share (n,) of all weight that lies in these cells (n, k), 0 where nothing has a weight."""
-    # Whole numbers add up the same in any order, so a lead's share cannot depend on its batch.
-    units = np.rint(np.asarray(weights or [1.0] * cells.shape[1]) * _WEIGHT_UNITS).astype(np.int64)
-    share: FloatArray = (cells @ units) / max(units.sum(), 1)
-    return share
 
 
 def _describe(values: FloatArray, present_share: float) -> FeatureStatistics:

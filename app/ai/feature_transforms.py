@@ -23,7 +23,7 @@ lead's numbers depend on that lead alone, to the last bit. Only `features` calls
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
-from itertools import count
+from itertools import accumulate, count
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -36,6 +36,13 @@ LARGEST = float(np.finfo(np.float32).max)
 
 _SECONDS_PER_DAY = 86_400.0
 _YEAR_1, _YEAR_10000 = -62_135_596_800.0, 253_402_300_800.0
+# PostgreSQL has timestamps at infinity, and others that no calendar of ours can name.
+_RANGES: Mapping[ColumnKind, tuple[float, float]] = {
+    "number": (-LARGEST, LARGEST),
+    "boolean": (0.0, 1.0),
+    "timestamp": (_YEAR_1, float(np.nextafter(_YEAR_10000, 0.0))),
+    "text": (np.nan, np.nan),
+}
 
 AsOf = float | FloatArray
 
@@ -53,55 +60,72 @@ class CellState(IntEnum):
 
 
 class Cells(NamedTuple):
-    """One input column of `n` leads, made ready.
+    """The `c` input columns of `n` leads, made ready.
 
-    `states` (n,) is PRESENT, MISSING or INVALID. Numbers are in `values` (n,), NaN where not PRESENT. Text is
-    in `indices` (n,) into `texts`, the distinct ones in the form they are compared in.
+    `states` (c, n) is PRESENT, MISSING or INVALID. Numbers are in `values` (c, n), NaN where not PRESENT.
+    Text is in `indices` (c, n) into `texts` (c), the distinct ones of each column in the form they are
+    compared in.
     """
 
     states: CodeArray
-    values: FloatArray = np.empty(0)
-    indices: NDArray[np.intp] = np.empty(0, np.intp)
-    texts: tuple[str, ...] = ()
+    values: FloatArray
+    indices: NDArray[np.intp]
+    texts: Sequence[Sequence[str]]
 
 
 class Built(NamedTuple):
-    """One feature of `n` leads; a present value that is not a usable number becomes INVALID later."""
+    """`f` features (f, n) of `n` leads; a present value that is not a usable number becomes INVALID later."""
 
     values: FloatArray
     states: CodeArray
 
 
-class Transform(NamedTuple):
-    """How a feature is built, which kinds it reads position by position, which parameters it has."""
+Places = Sequence[NDArray[np.intp]]
+"""For each position of a transform's inputs, which columns `f` features read there (f,)."""
 
-    build: Callable[[Sequence[Cells], Mapping[str, Any], AsOf], Built]
+Params = Sequence[Mapping[str, Any]]
+"""The parameters of `f` features."""
+
+
+class Transform(NamedTuple):
+    """How features are built, which kinds they read position by position, which parameters they have."""
+
+    build: Callable[[Cells, Places, Params, AsOf], Built]
     kinds: tuple[tuple[ColumnKind, ...], ...]
     required: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
 
 
-def read_cells(leads: LeadColumns, wanted: InputColumn) -> Cells:
-    """Makes one column ready; done once, however many features read it.
+def read_cells(leads: LeadColumns, wanted: Sequence[InputColumn]) -> Cells:
+    """Makes columns ready; done once, however many features read them.
 
     Raises:
-        ValueError: the column is absent or of another kind.
+        ValueError: a column is absent or of another kind.
     """
-    column = leads.columns.get(wanted.name)
-    if column is None or column.kind != wanted.kind:
-        raise ValueError(f"column {wanted.name!r} is absent or not a {wanted.kind}")
-    states = np.where(column.present, CellState.PRESENT, CellState.MISSING).astype(np.uint8)
-    if column.kind == "text":
-        return _read_texts(column, states)
-    values = np.asarray(column.values, dtype=np.float64)
-    usable = np.abs(values) <= LARGEST
-    if column.kind == "timestamp":
-        # PostgreSQL has timestamps at infinity, and others that no calendar of ours can name.
-        usable &= (values >= _YEAR_1) & (values < _YEAR_10000)
-    elif column.kind == "boolean":
-        usable &= (values == 0) | (values == 1)
-    states[column.present & ~usable] = CellState.INVALID
-    return Cells(states, np.where(states == CellState.PRESENT, values, np.nan))
+    columns = [_find_column(leads, column) for column in wanted]
+    shape = (len(columns), leads.n)
+    present = np.array([column.present for column in columns], dtype=np.bool_).reshape(shape)
+    states = np.where(present, CellState.PRESENT, CellState.MISSING).astype(np.uint8)
+    values, indices = np.full(shape, np.nan), np.zeros(shape, np.intp)
+    texts: list[Sequence[str]] = [()] * len(columns)
+    numbers = [row for row, column in enumerate(columns) if column.kind != "text"]
+    if numbers:
+        values[numbers] = [columns[row].values for row in numbers]
+        lower, upper = np.array([_RANGES[column.kind] for column in columns]).T[:, :, None]
+        usable = (values >= lower) & (values <= upper)
+        flags = [row for row, column in enumerate(columns) if column.kind == "boolean"]
+        if flags:
+            usable[flags] &= values[flags] == np.rint(values[flags])
+        states[present & ~usable] = CellState.INVALID
+        values[states != CellState.PRESENT] = np.nan
+    for row, column in enumerate(columns):
+        if column.kind == "text":
+            states[row] = ~column.present  # text is there or MISSING, never INVALID
+            indices[row], texts[row] = _number_texts(column.values)
+            blank = [not text for text in texts[row]]
+            if any(blank):
+                states[row, np.array(blank)[indices[row]]] = CellState.MISSING
+    return Cells(states, values, indices, texts)
 
 
 def check_params(transform: str, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,67 +151,86 @@ def normalise_text(text: str) -> str:
     return text.strip().casefold()
 
 
-def _read_texts(column: Column, states: CodeArray) -> Cells:
+def _find_column(leads: LeadColumns, wanted: InputColumn) -> Column:
+    column = leads.columns.get(wanted.name)
+    if column is None or column.kind != wanted.kind:
+        raise ValueError(f"column {wanted.name!r} is absent or not a {wanted.kind}")
+    return column
+
+
+def _number_texts(values: NDArray[Any]) -> tuple[NDArray[np.intp], Sequence[str]]:
     """Numbers the distinct texts, so that each is normalised once and a feature is one table look-up."""
     index_of: defaultdict[object, int] = defaultdict(count().__next__)
-    indices = np.fromiter(map(index_of.__getitem__, column.values.tolist()), np.intp, len(column.values))
-    texts = tuple(normalise_text(str(text)) for text in index_of)
-    blank = np.fromiter((not text for text in texts), np.bool_, len(texts))
-    states[blank[indices]] = CellState.MISSING
-    return Cells(states, indices=indices, texts=texts)
+    indices = np.fromiter(map(index_of.__getitem__, values.tolist()), np.intp, len(values))
+    return indices, [normalise_text(str(text)) for text in index_of]
 
 
-def _value(inputs: Sequence[Cells], _params: Mapping[str, Any], _as_of: AsOf) -> Built:
-    return Built(inputs[0].values, inputs[0].states)
+def _value(cells: Cells, places: Places, _params: Params, _as_of: AsOf) -> Built:
+    return Built(cells.values[places[0]], cells.states[places[0]])
 
 
-def _log1p(inputs: Sequence[Cells], _params: Mapping[str, Any], _as_of: AsOf) -> Built:
-    numbers = inputs[0].values
-    return Built(np.log1p(np.where(numbers < 0, np.nan, numbers)), inputs[0].states)
+def _log1p(cells: Cells, places: Places, _params: Params, _as_of: AsOf) -> Built:
+    numbers = cells.values[places[0]]
+    return Built(np.log1p(np.where(numbers < 0, np.nan, numbers)), cells.states[places[0]])
 
 
-def _is_present(inputs: Sequence[Cells], _params: Mapping[str, Any], _as_of: AsOf) -> Built:
-    states = inputs[0].states
+def _is_present(cells: Cells, places: Places, _params: Params, _as_of: AsOf) -> Built:
+    states = cells.states[places[0]]
     return Built((states == CellState.PRESENT).astype(np.float64), np.zeros_like(states))
 
 
-def _age_days(inputs: Sequence[Cells], _params: Mapping[str, Any], as_of: AsOf) -> Built:
-    return Built(np.maximum((as_of - inputs[0].values) / _SECONDS_PER_DAY, 0.0), inputs[0].states)
+def _age_days(cells: Cells, places: Places, _params: Params, as_of: AsOf) -> Built:
+    age = (as_of - cells.values[places[0]]) / _SECONDS_PER_DAY
+    return Built(np.maximum(age, 0.0), cells.states[places[0]])
 
 
-def _days_until(inputs: Sequence[Cells], _params: Mapping[str, Any], as_of: AsOf) -> Built:
-    return Built((inputs[0].values - as_of) / _SECONDS_PER_DAY, inputs[0].states)
+def _days_until(cells: Cells, places: Places, _params: Params, as_of: AsOf) -> Built:
+    return Built((cells.values[places[0]] - as_of) / _SECONDS_PER_DAY, cells.states[places[0]])
 
 
-def _days_between(inputs: Sequence[Cells], _params: Mapping[str, Any], _as_of: AsOf) -> Built:
-    start, end = inputs
-    return Built((end.values - start.values) / _SECONDS_PER_DAY, np.maximum(start.states, end.states))
+def _days_between(cells: Cells, places: Places, _params: Params, _as_of: AsOf) -> Built:
+    start, end = places
+    days = (cells.values[end] - cells.values[start]) / _SECONDS_PER_DAY
+    return Built(days, np.maximum(cells.states[start], cells.states[end]))
 
 
-def _ratio(inputs: Sequence[Cells], params: Mapping[str, Any], _as_of: AsOf) -> Built:
-    above, below = inputs
-    quotient = above.values / below.values
-    if "zero_over_zero" in params:
-        quotient[(above.values == 0) & (below.values == 0)] = params["zero_over_zero"]
-    return Built(quotient, np.maximum(above.states, below.states))
+def _ratio(cells: Cells, places: Places, params: Params, _as_of: AsOf) -> Built:
+    above, below = (cells.values[place] for place in places)
+    zero_over_zero = _column_of(params, "zero_over_zero")
+    quotient = np.where((above == 0) & (below == 0), zero_over_zero, above / below)
+    return Built(quotient, np.maximum(cells.states[places[0]], cells.states[places[1]]))
 
 
-def _level(inputs: Sequence[Cells], params: Mapping[str, Any], _as_of: AsOf) -> Built:
-    states, _, indices, texts = inputs[0]
-    levels, unseen = params["levels"], params.get("unseen", np.nan)
-    numbers = np.array([levels.get(text, unseen) for text in texts], dtype=np.float64)
-    known = np.array([text in levels for text in texts], dtype=np.bool_)
-    missing = states == CellState.MISSING
+def _level(cells: Cells, places: Places, params: Params, _as_of: AsOf) -> Built:
+    states, tables = cells.states[places[0]], [rules["levels"] for rules in params]
+    # No level is NaN, so a text without one is told by it.
+    numbers = _look_up(cells, places[0], lambda feature, text: tables[feature].get(text, np.nan))
+    missing, unseen = states == CellState.MISSING, np.isnan(numbers)
+    values = np.where(unseen, _column_of(params, "unseen"), numbers)
     return Built(
-        np.where(missing, params.get("missing", np.nan), numbers[indices]),
-        np.where(missing | known[indices], states, CellState.UNSEEN).astype(np.uint8),
+        np.where(missing, _column_of(params, "missing"), values),
+        np.where(unseen & ~missing, CellState.UNSEEN, states).astype(np.uint8),
     )
 
 
-def _one_of(inputs: Sequence[Cells], params: Mapping[str, Any], _as_of: AsOf) -> Built:
-    states, _, indices, texts = inputs[0]
-    hits = np.array([text in params["values"] for text in texts], dtype=np.float64)
-    return Built(np.where(states == CellState.PRESENT, hits[indices], np.nan), states)
+def _one_of(cells: Cells, places: Places, params: Params, _as_of: AsOf) -> Built:
+    states, lists = cells.states[places[0]], [rules["values"] for rules in params]
+    hits = _look_up(cells, places[0], lambda feature, text: float(text in lists[feature]))
+    return Built(np.where(states == CellState.PRESENT, hits, np.nan), states)
+
+
+def _look_up(cells: Cells, place: NDArray[np.intp], number_of: Callable[[int, str], float]) -> FloatArray:
+    """Returns the number (f, n) each feature has for each lead's text; asks once for each distinct text."""
+    tables = [[number_of(feature, text) for text in cells.texts[row]] for feature, row in enumerate(place)]
+    starts = np.array([0, *accumulate(map(len, tables[:-1]))], dtype=np.intp)
+    numbers = np.array([number for table in tables for number in table], dtype=np.float64)
+    found: FloatArray = numbers[cells.indices[place] + starts[:, None]]
+    return found
+
+
+def _column_of(params: Params, name: str) -> FloatArray:
+    """Returns an optional parameter of `f` features (f, 1), NaN where it is not given."""
+    return np.array([[rules.get(name, np.nan)] for rules in params])
 
 
 TRANSFORMS: Mapping[str, Transform] = {

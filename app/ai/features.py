@@ -3,7 +3,7 @@
 A feature is a declared spec: a transform out of the small vocabulary of `feature_transforms`, the columns it
 reads, its parameters, and what is to be done where it has no usable value. The specs are stored in the
 manifest, so training and serving build the same numbers from the same lines. Pure: no I/O, no clock (`as_of`
-is a parameter), and the only loop is over features. Never fills a gap: that is `feature_safety`. Called by
+is a parameter), and the only loop is over transforms. Never fills a gap: that is `feature_safety`. Called by
 the predictor, by training, and by whoever asks a model which columns it reads.
 """
 
@@ -11,12 +11,21 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from app.ai.domain import CodeArray, ColumnKind, FloatArray, InputColumn, JsonObject, LeadColumns
-from app.ai.feature_transforms import LARGEST, TRANSFORMS, AsOf, CellState, check_params, read_cells
+from app.ai.domain import CodeArray, ColumnKind, FloatArray, InputColumn, IntArray, JsonObject, LeadColumns
+from app.ai.feature_transforms import (
+    LARGEST,
+    TRANSFORMS,
+    AsOf,
+    CellState,
+    Params,
+    Places,
+    check_params,
+    read_cells,
+)
 
 __all__ = ["CellState", "FeatureMatrix", "FeatureSet", "FeatureSpec", "Gap", "Outside", "build_features"]
 
@@ -93,6 +102,18 @@ class FeatureSpec:
         return cls(**{**data, "inputs": tuple(_input_column(column) for column in data["inputs"])})
 
 
+class FeatureBlock(NamedTuple):
+    """The `f` features of a set that share a transform, and so are built at once.
+
+    `features` (f,) are their places in the set, `places` what they read (see `feature_transforms.Places`).
+    """
+
+    transform: str
+    features: IntArray
+    places: Places
+    params: Params
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureSet:
     """The ordered features of a model.
@@ -100,7 +121,7 @@ class FeatureSet:
     `input_columns` are the columns they read, distinct and in order of first use. `groups` are the indices of
     features that read the same columns, and so come and go together, in order of first use; a group's first
     feature speaks for it. `group_names` are their names: a lone feature's own, or else the columns read.
-    `fingerprint` is the SHA-256 of the canonical JSON of the specs.
+    `blocks` are the features by transform. `fingerprint` is the SHA-256 of the canonical JSON of the specs.
 
     Raises:
         ValueError: there is no feature, two share a name, or a column is read as two kinds.
@@ -111,6 +132,7 @@ class FeatureSet:
     input_columns: tuple[InputColumn, ...] = field(init=False, repr=False, compare=False)
     groups: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
     group_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    blocks: tuple[FeatureBlock, ...] = field(init=False, repr=False, compare=False)
     fingerprint: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -125,6 +147,7 @@ class FeatureSet:
         object.__setattr__(self, "input_columns", columns)
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "group_names", tuple(_group_name(self.specs, group) for group in groups))
+        object.__setattr__(self, "blocks", _group_by_transform(self.specs, columns))
         object.__setattr__(self, "fingerprint", _fingerprint(self.to_json()))
 
     def to_json(self) -> list[JsonObject]:
@@ -151,13 +174,13 @@ def build_features(leads: LeadColumns, feature_set: FeatureSet, as_of: AsOf) -> 
     """
     if not np.all(np.isfinite(as_of)):
         raise ValueError("an as-of time is not finite")
-    specs = feature_set.specs
-    values, states = np.empty((len(specs), leads.n)), np.empty((len(specs), leads.n), np.uint8)
+    shape = (len(feature_set.specs), leads.n)
+    values, states = np.empty(shape), np.empty(shape, np.uint8)
     with np.errstate(all="ignore"):
-        cells = {column.name: read_cells(leads, column) for column in feature_set.input_columns}
-        for row, spec in enumerate(specs):
-            inputs = [cells[column.name] for column in spec.inputs]
-            values[row], states[row] = TRANSFORMS[spec.transform].build(inputs, spec.params, as_of)
+        cells = read_cells(leads, feature_set.input_columns)
+        for block in feature_set.blocks:
+            build = TRANSFORMS[block.transform].build
+            values[block.features], states[block.features] = build(cells, block.places, block.params, as_of)
     unusable = ~(np.abs(values) <= LARGEST)
     states[unusable & (states == CellState.PRESENT)] = CellState.INVALID
     values[unusable] = np.nan
@@ -170,6 +193,24 @@ def _group_by_inputs(specs: Sequence[FeatureSpec]) -> tuple[tuple[int, ...], ...
     for index, spec in enumerate(specs):
         groups.setdefault(spec.inputs, []).append(index)
     return tuple(map(tuple, groups.values()))
+
+
+def _group_by_transform(
+    specs: Sequence[FeatureSpec], columns: Sequence[InputColumn]
+) -> tuple[FeatureBlock, ...]:
+    features: dict[str, list[int]] = {}
+    for index, spec in enumerate(specs):
+        features.setdefault(spec.transform, []).append(index)
+    row_of = {column: row for row, column in enumerate(columns)}
+    return tuple(
+        FeatureBlock(
+            transform,
+            np.array(block),
+            tuple(np.array([[row_of[column] for column in specs[index].inputs] for index in block]).T),
+            [specs[index].params for index in block],
+        )
+        for transform, block in features.items()
+    )
 
 
 def _group_name(specs: Sequence[FeatureSpec], group: tuple[int, ...]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from app.ai.artifact_loading import load_estimator, verify_library_versions
 from app.ai.calibration import Calibrator, calibrate
 from app.ai.domain import FloatArray, InputColumn, ModelRef
-from app.ai.feature_safety import FeatureStatistics, check_features
+from app.ai.feature_safety import FeatureStatistics, SafetyRules, check_features
 from app.ai.features import CellState, FeatureMatrix, FeatureSet
 from app.ai.inference import Scorer, build_scorer
 from app.ai.model_manifest import FeatureRow, ModelDescription, ModelManifest
@@ -50,6 +50,7 @@ class ModelBundle:
     manifest: ModelManifest
     feature_set: FeatureSet
     statistics: tuple[FeatureStatistics, ...]
+    safety: SafetyRules
     calibrator: Calibrator
     scorer: Scorer
     explainer: Callable[[], ScoreExplainer]
@@ -104,6 +105,7 @@ def load_bundle(manifest: ModelManifest, data: bytes) -> ModelBundle:
         manifest=manifest,
         feature_set=parts.feature_set,
         statistics=parts.statistics,
+        safety=SafetyRules.of(parts.feature_set, parts.statistics, manifest.feature_weights or None),
         calibrator=parts.calibrator,
         scorer=_build_safe_scorer(estimator),
         explainer=functools.cache(lambda: build_score_explainer(estimator, parts.feature_set.groups, means)),

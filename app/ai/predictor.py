@@ -38,7 +38,7 @@ from app.ai.domain import (
 )
 from app.ai.drift_window import DriftWindow
 from app.ai.explanation import explain_leads
-from app.ai.feature_safety import build_verdicts, check_features
+from app.ai.feature_safety import apply_rules, build_verdicts
 from app.ai.features import build_features
 from app.ai.model_bundle import ModelBundle
 from app.ai.prediction_cache import AnswerCache, NullCache
@@ -315,8 +315,7 @@ def score_leads(
     """
     matrix = build_features(leads, bundle.feature_set, as_of)
     lap("features")
-    weights = bundle.manifest.feature_weights or None
-    checked = check_features(matrix, bundle.feature_set, bundle.statistics, weights)
+    checked = apply_rules(matrix, bundle.safety)
     verdict = build_verdicts(
         checked.weighted_coverage, checked.out_of_range, policy.min_coverage, bundle.abstain_below
     )

@@ -73,11 +73,11 @@ def _say(group: GroupWords, row: int, points: int) -> str:
 def _classify_texts(leads: LeadColumns, specs: Sequence[FeatureSpec]) -> list[str]:
     """Names the levels the model has a number for, in the manifest's words, and no other text."""
     levels = {level for spec in specs for level in spec.params.get("levels", spec.params.get("values", ()))}
-    cells = read_cells(leads, specs[0].inputs[0])
-    named = [text if text in levels else _ANOTHER for text in cells.texts]
+    cells = read_cells(leads, specs[0].inputs)
+    named = [text if text in levels else _ANOTHER for text in cells.texts[0]]
     return [
         named[index] if state == CellState.PRESENT else _UNKNOWN
-        for index, state in zip(cells.indices.tolist(), cells.states.tolist(), strict=True)
+        for index, state in zip(cells.indices[0].tolist(), cells.states[0].tolist(), strict=True)
     ]
 
 

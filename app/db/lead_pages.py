@@ -15,7 +15,7 @@ import psycopg
 from numpy.typing import NDArray
 
 from app.ai.domain import BoolArray, InputColumn, LeadColumns
-from app.db.lead_cells import decode_cells, key_page_statement, split_texts
+from app.db.lead_cells import decode_batch, key_page_statement, split_texts
 from app.db.leads import fetch_types, require_columns
 from app.errors import CommandError, DatabaseUnavailableError
 
@@ -86,7 +86,4 @@ def _decode(row: Sequence[Any], columns: Sequence[InputColumn]) -> LeadPage:
     repeated[1:] |= same
     repeated[:-1] |= same
     refs = [None] * len(ids) if row[1] is None else split_texts(row[1])
-    decoded = {
-        column.name: decode_cells(column.kind, cells) for column, cells in zip(columns, row[2:], strict=True)
-    }
-    return LeadPage(ids, repeated, refs, LeadColumns(len(ids), decoded))
+    return LeadPage(ids, repeated, refs, decode_batch(columns, row[2:], len(ids)))

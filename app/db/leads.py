@@ -20,7 +20,6 @@ from app.ai.domain import (
     FetchedLeads,
     InputColumn,
     IntArray,
-    LeadColumns,
     canonical_lead_id,
     is_uuid,
 )
@@ -34,8 +33,9 @@ from app.db.lead_cells import (
     LeadChunk,
     batch_statement,
     column_kinds,
-    decode_cells,
+    decode_batch,
     decode_page,
+    decode_texts,
     page_statement,
     quoted_relation,
     recent_statement,
@@ -56,7 +56,7 @@ class PostgresLeadSource:
         self._relation = relation
         self._types: ColumnTypes = {}
         self._stale = True
-        self._statements: dict[tuple[object, ...], sql.Composed] = {}
+        self._statements: dict[tuple[object, ...], str] = {}
 
     def source_columns(self) -> Mapping[str, ColumnKind]:
         """Returns the columns features can read, by name, as last seen; empty when never seen."""
@@ -108,13 +108,10 @@ class PostgresLeadSource:
         except psycopg.Error as exc:
             self._stale = True
             raise self._failure("the statement failed", exc) from exc
-        decoded = {
-            column.name: decode_cells(column.kind, cell) for column, cell in zip(columns, cells, strict=True)
-        }
         found = _split_uuids(ids or b"")
         row_of = _match(lead_ids, _rows(found), _rows_by_ref(found_refs))
         uuid_of = _name_leads(lead_ids, row_of, found) if refs else lead_ids
-        return FetchedLeads(row_of, uuid_of, LeadColumns(len(found), decoded))
+        return FetchedLeads(row_of, uuid_of, decode_batch(columns, cells, len(found)))
 
     async def fetch_recent(self, leads: int) -> list[str]:
         """Returns the IDs of the newest leads, newest first: for each its UUID, then its reference if any.
@@ -141,7 +138,7 @@ class PostgresLeadSource:
             raise self._failure("the newest leads cannot be read", exc) from exc
         return list(dict.fromkeys(canonical_lead_id(value) for row in rows for value in row if value))
 
-    def _statement(self, columns: tuple[InputColumn, ...], *, by_id: bool, by_ref: bool) -> sql.Composed:
+    def _statement(self, columns: tuple[InputColumn, ...], *, by_id: bool, by_ref: bool) -> str:
         key = (columns, by_id, by_ref)
         statement = self._statements.get(key)
         if statement is None:
@@ -149,8 +146,9 @@ class PostgresLeadSource:
             if wrong:
                 self._stale = True  # looked at again next time: the relation may have been mended
                 raise self._failure(f"columns are missing or have another type: {', '.join(wrong)}")
-            statement = batch_statement(self._relation, self._types, columns, by_id=by_id, by_ref=by_ref)
-            self._statements[key] = statement
+            composed = batch_statement(self._relation, self._types, columns, by_id=by_id, by_ref=by_ref)
+            # As text, because the driver would put the pieces together again for every batch.
+            statement = self._statements[key] = composed.as_string(None)
         return statement
 
     def _failure(self, reason: str, cause: psycopg.Error | None = None) -> PredictionFailedError:
@@ -249,7 +247,7 @@ def _split_uuids(ids: bytes) -> list[str]:
 
 
 def _rows_by_ref(refs: bytes | None) -> dict[str, int]:
-    return _rows(decode_cells("text", refs).values.tolist())
+    return {} if refs is None else _rows(decode_texts(refs))
 
 
 def _rows(keys: Sequence[str]) -> dict[str, int]:
