@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fix model prove-probabilities bench profile bench-request-path lock clean
+.PHONY: help serve test check fix model prove-probabilities prove bench profile bench-request-path lock clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,14 @@ prove-probabilities: .venv/.dev ## Measure the probabilities on real leads (REAL
 	@test -f "$(REAL_LEADS)" || { echo "The real leads are not at $(REAL_LEADS); set REAL_LEADS=/path/to/the.csv" >&2; exit 1; }
 	@$(BIN)/python -m bench.prove_probabilities --csv "$(REAL_LEADS)" --id "Prospect ID" --label Converted \
 		--missing Select --exclude "$(TRAPS)" --order-by lead_number $(addprefix --target ,$(TARGETS)) $(if $(ONLY),--only $(ONLY))
+
+# Each is a module bench.prove_NAME, with a self-test of its own. LONG=1 does much more, SEED=n draws the same again.
+PROOFS :=
+
+prove: $(addprefix prove-,$(PROOFS)) ## Prove every promise of reliability and security (short runs)
+
+prove-%: .venv/.dev
+	@$(BIN)/python -m bench.prove_$(subst -,_,$*) $(if $(LONG),--long) $(if $(SEED),--seed $(SEED))
 
 bench: .venv/.dev ## Time the service beside its floor and the usual ways (SHORT=1: are the answers right?)
 	@$(BIN)/python -m bench.suite $(if $(SHORT),--short) --json var/bench.json

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from bench.bulk import BulkRates, measure_bulk
 from bench.data import Stage, open_stage, sample_lead_ids
+from bench.figures import Figure, print_figures
 from bench.load import Sample, ask, build_request, cycle, run_load
 from bench.servers import ROOT, Server, start_contender, start_service
 
@@ -48,22 +49,6 @@ class Options:
     seconds: float
     rounds: int
     short: bool
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A line of the table: what is compared, what was reached, and the limit it is held against."""
-
-    name: str
-    reached: float
-    limit: float
-    at_least: bool = False
-    unit: str = "x"
-
-    @property
-    def holds(self) -> bool:
-        """Whether the limit is kept."""
-        return self.reached >= self.limit if self.at_least else self.reached <= self.limit
 
 
 class Bench:
@@ -206,20 +191,6 @@ def print_cells(console: Console, bench: Bench) -> None:
     console.print(table)
 
 
-def print_figures(console: Console, figures: Sequence[Figure]) -> None:
-    """Prints what was reached beside what was asked for."""
-    table = Table(title="figures", title_justify="left")
-    for heading in ("figure", "reached", "to reach", "holds"):
-        table.add_column(heading, justify="left" if heading == "figure" else "right")
-    for figure in figures:
-        sign = "≥" if figure.at_least else "≤"
-        table.add_row(
-            figure.name, f"{figure.reached:.3g} {figure.unit}", f"{sign} {figure.limit:.3g} {figure.unit}",
-            "yes" if figure.holds else "NO",
-        )  # fmt: skip
-    console.print(table)
-
-
 async def run(bench: Bench, options: Options) -> dict[str, float]:
     """Checks, then times everything; returns the facts that are not cells."""
     await bench.check_answers()
@@ -258,7 +229,7 @@ def main() -> None:
             facts["start_seconds"] = server.seconds_to_ready
     print_cells(console, bench)
     if not options.short:
-        print_figures(console, build_figures(bench, facts, bulk))
+        print_figures(console, "figures", build_figures(bench, facts, bulk))
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(_to_json(bench, facts, bulk), indent=1))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.suite import Figure
+from bench.figures import Figure
 from tests.service import ROOT
 
 
