@@ -24,6 +24,9 @@ import pandas as pd
 import psycopg
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from psycopg.abc import Buffer
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
 from pydantic import BaseModel
 from sqlalchemy import MetaData, Table, create_engine, select
 from sqlalchemy.orm import DeclarativeBase, Session
@@ -33,7 +36,7 @@ from app.ai.calibration import calibrate
 from app.ai.domain import FloatArray
 from app.ai.model_bundle import ModelBundle
 from app.ai.model_registry import ModelRegistry
-from app.db.uuid_array import UuidArray
+from app.db.array_parameters import pack_uuids
 from bench.data import RELATION
 
 PATH = "/ai/advanced-ml/predict-batch"
@@ -58,6 +61,20 @@ def build_echo(_url: str, _model_dir: Path) -> Any:
         return Response(answer, media_type="application/json")
 
     return app
+
+
+class _Packed(bytes):
+    """A parameter that is ready to be sent, where the driver would build an object for each ID first."""
+
+
+class _PackedDumper(Dumper):
+    format, oid = Format.BINARY, 2951  # uuid[]
+
+    def dump(self, obj: _Packed) -> Buffer:
+        return obj
+
+
+psycopg.adapters.register_dumper(_Packed, _PackedDumper)
 
 
 class _Answer(msgspec.Struct):
@@ -110,7 +127,7 @@ class Floor:
     async def _answer(self, lead_ids: list[str]) -> bytes:
         connection = self._idle.pop() if self._idle else await self._connect()
         async with connection.cursor(binary=True) as cursor:
-            await cursor.execute(self._statement, [UuidArray(lead_ids)], prepare=True)
+            await cursor.execute(self._statement, [_Packed(pack_uuids(lead_ids))], prepare=True)
             row: Any = await cursor.fetchone()
         self._idle.append(connection)
         found = row[0].hex()

@@ -9,17 +9,19 @@ by `leads` and `ai_events`.
 import asyncio
 import contextlib
 import os
-import select
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg.pq import TransactionStatus
+from psycopg.abc import Buffer
+from psycopg.pq.abc import PGresult
 
+from app.db.session import Connection, Session
 from app.errors import DatabaseUnavailableError
 
-Connection = psycopg.AsyncConnection[Any]
+__all__ = ["Connection", "Database"]
+
 T = TypeVar("T")
 
 _PREPARE_SESSION = """
@@ -43,7 +45,8 @@ class Database:
         self._slots = asyncio.Semaphore(pool_size)
         self._knock = asyncio.Lock()
         self._reachable = True
-        self._idle: list[Connection] = []
+        self._idle: list[Session] = []
+        self._asked: set[Session] = set()
         self._loans: dict[asyncio.Task[Any], _Loan] = {}
         self._closed = False
 
@@ -57,6 +60,30 @@ class Database:
             DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
             psycopg.Error: the statement is at fault.
         """
+        return await self._run(lambda session: call(session.driver()))
+
+    async def query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
+        """Returns the rows of a prepared statement with parameters `$1`, `$2`, ..., all values binary.
+
+        Raises:
+            DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
+            psycopg.Error: the statement is at fault.
+        """
+        session = None if self._slots.locked() else self._take_idle()
+        if session is None:
+            return await self._run(lambda opened: opened.query(statement, parameters))
+        # Nothing to wait for but the answer, which can be given up where we stand: no task is needed.
+        self._asked.add(session)
+        try:
+            async with self._slots, asyncio.timeout(self._deadline):
+                return await session.query(statement, parameters)
+        except (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError) as exc:
+            raise DatabaseUnavailableError from exc
+        finally:
+            self._asked.remove(session)
+            self._take_back(session)
+
+    async def _run(self, call: Callable[[Session], Awaitable[T]]) -> T:
         loan = _Loan()
         task = asyncio.create_task(self._lend(call, loan))
         self._loans[task] = loan
@@ -82,30 +109,30 @@ class Database:
         self._closed = True
         for task, loan in self._loans.items():
             loan.abandon(task)
-        for connection in self._idle:
-            connection.pgconn.finish()
+        for session in (*self._idle, *self._asked):
+            session.close()
         self._idle.clear()
         if self._loans:
             await asyncio.wait(self._loans, timeout=self._deadline)
 
-    async def _lend(self, call: Callable[[Connection], Awaitable[T]], loan: "_Loan") -> T:
+    async def _lend(self, call: Callable[[Session], Awaitable[T]], loan: "_Loan") -> T:
         async with self._slots:
-            loan.connection = self._take_idle() or await self._connect(loan)
+            session = self._take_idle() or await self._connect(loan)
+            loan.descriptor = session.descriptor()
             try:
-                return await call(loan.connection)
+                return await call(session)
             finally:
-                self._take_back(loan.connection)
+                self._take_back(session)
 
-    def _take_idle(self) -> Connection | None:
+    def _take_idle(self) -> Session | None:
         while self._idle:
-            connection = self._idle.pop()
-            # A server has nothing to tell an idle client except that it is going away.
-            if not _has_input(connection.pgconn.socket):
-                return connection
-            connection.pgconn.finish()
+            session = self._idle.pop()
+            if not session.is_forsaken():
+                return session
+            session.close()
         return None
 
-    async def _connect(self, loan: "_Loan") -> Connection:
+    async def _connect(self, loan: "_Loan") -> Session:
         if self._closed:
             raise psycopg.OperationalError("closed")
         if self._reachable:
@@ -114,13 +141,13 @@ class Database:
         async with self._knock:
             return self._take_idle() or await self._open(loan)
 
-    async def _open(self, loan: "_Loan") -> Connection:
+    async def _open(self, loan: "_Loan") -> Session:
         try:
             connection = await Connection.connect(self._url, autocommit=True, application_name="lead-scoring")
         except BaseException:
             self._reachable = False
             raise
-        loan.connection = connection
+        loan.descriptor = connection.pgconn.socket
         try:
             milliseconds = str(max(1, round(self._deadline * 1000)))
             await connection.execute(_PREPARE_SESSION, {"milliseconds": milliseconds})
@@ -129,14 +156,13 @@ class Database:
             connection.pgconn.finish()
             raise
         self._reachable = True
-        return connection
+        return Session(connection)
 
-    def _take_back(self, connection: Connection) -> None:
-        status = connection.pgconn.transaction_status
-        if self._closed or status != TransactionStatus.IDLE:
-            connection.pgconn.finish()
+    def _take_back(self, session: Session) -> None:
+        if self._closed or not session.is_idle():
+            session.close()
         else:
-            self._idle.append(connection)
+            self._idle.append(session)
 
     def _settle(self, task: "asyncio.Task[Any]") -> None:
         del self._loans[task]
@@ -148,23 +174,17 @@ class _Loan:
     """What one call holds: nothing while it waits or connects, then a connection."""
 
     def __init__(self) -> None:
-        self.connection: Connection | None = None
+        self.descriptor: int | None = None
 
     def abandon(self, task: "asyncio.Task[Any]") -> None:
         """Makes the call end within a turn of the event loop, without asking the server."""
         if task.done():
             return  # its connection may be somebody else's by now
-        if self.connection is None:
+        if self.descriptor is None:
             task.cancel()
             return
         with (
             contextlib.suppress(psycopg.Error, OSError),
-            socket.socket(fileno=os.dup(self.connection.pgconn.socket)) as handle,
+            socket.socket(fileno=os.dup(self.descriptor)) as handle,
         ):
             handle.shutdown(socket.SHUT_RDWR)
-
-
-def _has_input(descriptor: int) -> bool:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(0))

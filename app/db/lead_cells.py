@@ -70,28 +70,33 @@ def quoted_relation(relation: str) -> str:
 
 
 def batch_statement(
-    relation: str, types: ColumnTypes, columns: Sequence[InputColumn], *, by_id: bool, by_ref: bool
-) -> sql.Composed:
-    """Returns the statement whose one row is: lead IDs, references or NULL, then one value for each column.
+    relation: str,
+    types: ColumnTypes,
+    columns: Sequence[InputColumn],
+    *,
+    by_id: bool,
+    by_ref: bool,
+    in_one_row: bool,
+) -> str:
+    """Returns the statement for a batch: lead IDs, references or NULL, then one value for each column.
 
-    Its parameters are `ids` (a `UuidArray`) and `refs` (texts).
+    All leads in one row, or a row a lead. Its parameters are, numbered in this order, lead IDs (`uuid[]`) if
+    it asks by them and references (`text[]`) if it asks by them; it asks by one of them at least.
     """
-    refs = _aggregate(InputColumn(EXTERNAL_REF, "text"), types) if by_ref else sql.SQL("NULL")
+    ref = InputColumn(EXTERNAL_REF, "text")
     outputs = [
-        sql.SQL("string_agg(uuid_send(lead_id), '')"),
-        refs,
-        *(_aggregate(column, types) for column in columns),
+        _output(sql.SQL("uuid_send(lead_id)"), sql.SQL("''"), in_one_row=in_one_row),
+        _column_output(ref, types, in_one_row=in_one_row) if by_ref else sql.SQL("NULL"),
+        *(_column_output(column, types, in_one_row=in_one_row) for column in columns),
     ]
-    conditions = []
-    if by_id:
-        conditions.append(sql.SQL("lead_id = ANY(%(ids)b)"))
-    if by_ref:
-        conditions.append(sql.SQL("external_ref = ANY(%(refs)b::text[])"))
-    return sql.SQL("SELECT {} FROM {} WHERE {}").format(
+    asked = ["lead_id = ANY(${}::uuid[])"] * by_id + ["external_ref = ANY(${}::text[])"] * by_ref
+    conditions = [condition.format(number) for number, condition in enumerate(asked, 1)]
+    composed = sql.SQL("SELECT {} FROM {} WHERE {}").format(
         sql.SQL(", ").join(outputs),
         sql.Identifier(*relation.split(".")),
-        sql.SQL(" OR ").join(conditions or [sql.SQL("false")]),
+        sql.SQL(" OR ".join(conditions)),
     )
+    return composed.as_string(None)
 
 
 def page_statement(relation: str, types: ColumnTypes, columns: Sequence[InputColumn]) -> sql.Composed:
@@ -116,11 +121,11 @@ def key_page_statement(
     Its parameters are `rows`, how many leads, and unless it is for the `first` page `after`, the last ID of
     the page before. Rows that share an ID are never on two pages, so there may be a few more.
     """
-    refs = _aggregate(InputColumn(EXTERNAL_REF, "text"), types) if EXTERNAL_REF in types else sql.SQL("NULL")
+    ref = InputColumn(EXTERNAL_REF, "text")
     outputs = [
-        sql.SQL("string_agg(uuid_send(lead_id), '')"),
-        refs,
-        *(_aggregate(column, types) for column in columns),
+        _output(sql.SQL("uuid_send(lead_id)"), sql.SQL("''"), in_one_row=True),
+        _column_output(ref, types, in_one_row=True) if EXTERNAL_REF in types else sql.SQL("NULL"),
+        *(_column_output(column, types, in_one_row=True) for column in columns),
     ]
     return sql.SQL(
         "SELECT {} FROM (SELECT * FROM {} {} ORDER BY lead_id FETCH FIRST %(rows)s ROWS WITH TIES) AS page"
@@ -143,9 +148,13 @@ def recent_statement(relation: str, types: ColumnTypes) -> sql.Composed:
     ).format(sql.Identifier(*relation.split(".")))
 
 
-def _aggregate(column: InputColumn, types: ColumnTypes) -> sql.Composed:
+def _column_output(column: InputColumn, types: ColumnTypes, *, in_one_row: bool) -> sql.Composable:
     separator = _SEPARATOR_SQL if column.kind == "text" else sql.SQL("''")
-    return sql.SQL("string_agg({}, {})").format(_cell(column, types), separator)
+    return _output(_cell(column, types), separator, in_one_row=in_one_row)
+
+
+def _output(cell: sql.Composable, separator: sql.SQL, *, in_one_row: bool) -> sql.Composable:
+    return sql.SQL("string_agg({}, {})").format(cell, separator) if in_one_row else cell
 
 
 def _cell(column: InputColumn, types: ColumnTypes) -> sql.Composed:
@@ -166,6 +175,17 @@ def _cell(column: InputColumn, types: ColumnTypes) -> sql.Composed:
     else:
         number = sql.SQL("{}::float8").format(name)
     return sql.SQL("coalesce(float8send({}), {})").format(number, _NULL_NUMBER_SQL)
+
+
+def join_rows(
+    values: Sequence[Sequence[bytes | None]], columns: Sequence[InputColumn], *, with_refs: bool
+) -> list[bytes | None]:
+    """Returns the one row `batch_statement` would give in one row, from the values of its columns."""
+    texts = [False, with_refs, *(column.kind == "text" for column in columns)]
+    return [
+        (b"\0" if is_text else b"").join([value or b"" for value in cells])
+        for cells, is_text in zip(values, texts, strict=True)
+    ]
 
 
 def decode_batch(columns: Sequence[InputColumn], cells: Sequence[bytes | None], n: int) -> LeadColumns:
