@@ -6,8 +6,8 @@ what comes out is finite, within the calibrator's bounds, and never ranks a high
 Training fits, on scores of rows the model has not seen; the predictor applies, and never fits.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -61,6 +61,7 @@ class Calibrator:
     upper: float = 1.0
     tie_break: float = 0.0
     shift: float = 0.0
+    curve: "_Curve | VennAbersTable | None" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.method not in get_args(CalibrationMethod):
@@ -73,7 +74,7 @@ class Calibrator:
             raise ValueError(f"a tie is broken by a share of 0 to {MAX_TIE_BREAK}")
         if not -MAX_SHIFT <= self.shift <= MAX_SHIFT:
             raise ValueError(f"log-odds are shifted by {-MAX_SHIFT} to {MAX_SHIFT}")
-        _check_params(self.method, self.params)
+        object.__setattr__(self, "curve", _build_curve(self.method, self.params))
 
     def to_json(self) -> JsonObject:
         """Returns the calibrator as JSON values; `from_json` gives an equal one."""
@@ -101,15 +102,15 @@ def calibrate(raw: FloatArray, calibrator: Calibrator) -> FloatArray:
     A NaN says nothing, so it must not put a lead above any other: it is taken for the lowest score there is.
     """
     scores = np.fmin(np.fmax(np.ascontiguousarray(raw, dtype=np.float64), -_HUGE), _HUGE)
-    params = calibrator.params
+    params, curve = calibrator.params, calibrator.curve
     if calibrator.method == "sigmoid":
         scores = _logistic(params["slope"] * scores + params["intercept"])
     elif calibrator.method == "spread":
         scores = _logistic(params["steepness"] * (scores - params["centre"]))
-    elif calibrator.method == "isotonic":
-        scores = _interpolate(scores, params["scores"], params["probabilities"])
-    elif calibrator.method == "venn_abers":
-        scores = merge(*look_up(_table(params), scores))
+    elif isinstance(curve, _Curve):
+        scores = _interpolate(scores, curve)
+    elif curve is not None:
+        scores = merge(*look_up(curve, scores))
     if calibrator.shift:
         scores = shift_log_odds(scores, calibrator.shift)
     # Adding zero turns -0.0 into 0.0: which of the two a maximum returns is not defined.
@@ -271,15 +272,23 @@ def _logistic(z: FloatArray) -> FloatArray:
     return probability
 
 
-def _interpolate(scores: FloatArray, points: Sequence[float], probabilities: Sequence[float]) -> FloatArray:
+class _Curve(NamedTuple):
+    """The points (p,) of an isotonic curve, and how far it is to the next one (p,), 1 where there is none."""
+
+    scores: FloatArray
+    probabilities: FloatArray
+    widths: FloatArray
+
+
+def _interpolate(scores: FloatArray, curve: _Curve) -> FloatArray:
     """Interpolates; each result lies between its two points, so rounding cannot reverse a ranking."""
-    x, y = np.array(points), np.array(probabilities)
+    x, y = curve.scores, curve.probabilities
     inside = np.minimum(np.maximum(scores, x[0]), x[-1])
-    right = np.minimum(np.searchsorted(x, inside, side="right"), len(x) - 1)
+    right = np.minimum(x.searchsorted(inside, side="right"), len(x) - 1)
     left = np.maximum(right - 1, 0)
-    width = x[right] - x[left]
-    share = (inside - x[left]) / np.where(width > 0, width, 1.0)
-    probability: FloatArray = np.minimum(y[left] + share * (y[right] - y[left]), y[right])
+    start = y[left]
+    share = (inside - x[left]) / curve.widths[left]
+    probability: FloatArray = np.minimum(start + share * (y[right] - start), y[right])
     return probability
 
 
@@ -348,23 +357,21 @@ def _check_sample(raw: npt.ArrayLike, outcome: npt.ArrayLike) -> tuple[FloatArra
     return scores, happened
 
 
-def _check_params(method: CalibrationMethod, params: Mapping[str, Any]) -> None:
+def _build_curve(method: CalibrationMethod, params: Mapping[str, Any]) -> _Curve | VennAbersTable | None:
+    """Checks the parameters, and returns the curve they describe, if they do."""
     if method == "isotonic":
-        _check_curve(*(np.array(params[name], dtype=np.float64) for name in ("scores", "probabilities")))
-        return
+        x, y = (np.array(params[name], dtype=np.float64) for name in ("scores", "probabilities"))
+        _check_curve(x, y)
+        return _Curve(x, y, np.append(np.diff(x), 1.0))
     if method == "venn_abers":
-        _table(params)
-        return
+        return VennAbersTable.from_json(params)
     if not all(isinstance(number, int | float) and abs(number) <= _HUGE for number in params.values()):
         raise ValueError(f"a parameter of {method} is not a finite number")
     if method == "sigmoid" and params["slope"] < 0:
         raise ValueError("a negative slope would reverse the ranking")
     if method == "spread" and params["steepness"] <= 0:
         raise ValueError("the steepness must be above 0")
-
-
-def _table(params: Mapping[str, Any]) -> VennAbersTable:
-    return VennAbersTable.from_json(params)
+    return None
 
 
 def _check_curve(x: FloatArray, y: FloatArray) -> None:

@@ -7,7 +7,7 @@ This module imports no I/O library and knows no rule; everything in `app.ai` may
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +53,7 @@ class InputColumn:
     kind: ColumnKind
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Column:
+class Column(NamedTuple):
     """One column of `n` leads.
 
     `values` is float64 for numbers, booleans (0 or 1) and timestamps (seconds since 1970-01-01 UTC), and an

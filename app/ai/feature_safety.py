@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from app.ai.domain import VERDICTS, BoolArray, CodeArray, FloatArray, IntArray, JsonObject
-from app.ai.features import CellState, FeatureMatrix, FeatureSet
+from app.ai.feature_transforms import PRESENT, UNSEEN
+from app.ai.features import FeatureMatrix, FeatureSet
 
 DriftState = Literal["stable", "moderate", "drifting"]
 
@@ -185,7 +186,7 @@ def build_statistics(matrix: FeatureMatrix) -> tuple[FeatureStatistics, ...]:
     The range is that of the rows, except that an extreme farther from the central 99.8 % than these are wide
     is taken for a mistake and left outside (a fence after Tukey, Exploratory Data Analysis, 1977).
     """
-    present = (matrix.states == CellState.PRESENT).mean(axis=0)
+    present = (matrix.states == PRESENT).mean(axis=0)
     return tuple(_describe(matrix.values[:, column], float(share)) for column, share in enumerate(present))
 
 
@@ -207,19 +208,20 @@ def apply_rules(matrix: FeatureMatrix, rules: SafetyRules) -> CheckedFeatures:
     """
     numbers = matrix.values
     outside = (numbers < rules.lower) | (numbers > rules.upper)
-    unseen = matrix.states == CellState.UNSEEN
+    unseen = matrix.states == UNSEEN
     far = ((numbers < rules.far_below) | (numbers > rules.far_above)) & ~unseen
     reasons = outside & rules.reject_outside
     values = np.minimum(np.maximum(numbers, rules.clip_below), rules.clip_above)
     np.copyto(values, rules.impute, where=outside & rules.impute_outside)
     gaps = np.isnan(numbers)
     rows, features = np.nonzero(gaps)
-    states = matrix.states[rows, features]
-    values[rows, features] = rules.fill[states, features]
-    reasons[rows, features] = rules.reject_gap[states, features]
+    if rows.size:
+        states = matrix.states[rows, features]
+        values[rows, features] = rules.fill[states, features]
+        reasons[rows, features] = rules.reject_gap[states, features]
     rejected: BoolArray = np.any(reasons, axis=1)
     # An indicator of absence does not rest on data, a rare text with a number does.
-    there = (matrix.states == CellState.PRESENT) & ~(rules.indicator & (numbers == 0)) | unseen & ~gaps
+    there = (matrix.states == PRESENT) & ~(rules.indicator & (numbers == 0)) | unseen & ~gaps
     return CheckedFeatures(
         values=values,
         coverage=there[:, rules.speakers].sum(axis=1) / len(rules.speakers),

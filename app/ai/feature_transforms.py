@@ -20,7 +20,6 @@ Pure: no I/O, no clock, no loop over leads. Every step works element by element 
 lead's numbers depend on that lead alone, to the last bit. Only `features` calls this module.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from itertools import accumulate, count
@@ -59,12 +58,42 @@ class CellState(IntEnum):
     """A text that the feature has no number for."""
 
 
-class Cells(NamedTuple):
-    """The `c` input columns of `n` leads, made ready.
+PRESENT, MISSING, INVALID, UNSEEN = map(np.uint8, CellState)
+"""The states as NumPy has them: it takes three times as long to compare an array with an enumeration."""
 
-    `states` (c, n) is PRESENT, MISSING or INVALID. Numbers are in `values` (c, n), NaN where not PRESENT.
-    Text is in `indices` (c, n) into `texts` (c), the distinct ones of each column in the form they are
-    compared in.
+
+class Reading(NamedTuple):
+    """How the input columns of a feature set are read: the `a` of numbers first, then those of text.
+
+    `names` and `kinds` are those of the columns. `lower` and `upper` (a, 1) bound what is usable, `flags` are
+    the rows of booleans.
+    """
+
+    columns: tuple[InputColumn, ...]
+    names: list[str]
+    kinds: list[ColumnKind]
+    numbers: int
+    lower: FloatArray
+    upper: FloatArray
+    flags: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, wanted: Sequence[InputColumn]) -> "Reading":
+        """Returns how these columns are read, in an order of its own."""
+        columns = tuple(sorted(wanted, key=lambda column: column.kind == "text"))
+        names, kinds = [column.name for column in columns], [column.kind for column in columns]
+        numbers = len(kinds) - kinds.count("text")
+        lower, upper = np.array([_RANGES[kind] for kind in kinds[:numbers]]).reshape(-1, 2).T[:, :, None]
+        flags = np.array([row for row, kind in enumerate(kinds) if kind == "boolean"], dtype=np.intp)
+        return cls(columns, names, kinds, numbers, lower, upper, flags)
+
+
+class Cells(NamedTuple):
+    """The `c` input columns of `n` leads in the order of their `Reading`, made ready.
+
+    `states` (c, n) is PRESENT, MISSING or INVALID. Numbers are in `values` (a, n), NaN where not PRESENT.
+    Text is in `indices` (c - a, n) into `texts` (c - a), the distinct ones of each column in the form they
+    are compared in.
     """
 
     states: CodeArray
@@ -96,36 +125,32 @@ class Transform(NamedTuple):
     optional: frozenset[str] = frozenset()
 
 
-def read_cells(leads: LeadColumns, wanted: Sequence[InputColumn]) -> Cells:
+def read_cells(leads: LeadColumns, reading: Reading) -> Cells:
     """Makes columns ready; done once, however many features read them.
 
     Raises:
         ValueError: a column is absent or of another kind.
     """
-    columns = [_find_column(leads, column) for column in wanted]
-    shape = (len(columns), leads.n)
-    present = np.array([column.present for column in columns], dtype=np.bool_).reshape(shape)
-    states = np.where(present, CellState.PRESENT, CellState.MISSING).astype(np.uint8)
-    values, indices = np.full(shape, np.nan), np.zeros(shape, np.intp)
-    texts: list[Sequence[str]] = [()] * len(columns)
-    numbers = [row for row, column in enumerate(columns) if column.kind != "text"]
-    if numbers:
-        values[numbers] = [columns[row].values for row in numbers]
-        lower, upper = np.array([_RANGES[column.kind] for column in columns]).T[:, :, None]
-        usable = (values >= lower) & (values <= upper)
-        flags = [row for row, column in enumerate(columns) if column.kind == "boolean"]
-        if flags:
-            usable[flags] &= values[flags] == np.rint(values[flags])
-        states[present & ~usable] = CellState.INVALID
-        values[states != CellState.PRESENT] = np.nan
-    for row, column in enumerate(columns):
-        if column.kind == "text":
-            states[row] = ~column.present  # text is there or MISSING, never INVALID
-            indices[row], texts[row] = _number_texts(column.values)
-            blank = [not text for text in texts[row]]
-            if any(blank):
-                states[row, np.array(blank)[indices[row]]] = CellState.MISSING
-    return Cells(states, values, indices, texts)
+    columns = _find_columns(leads, reading)
+    absent = ~np.array([column.present for column in columns])
+    states = absent.view(np.uint8)  # as long as nothing is found wrong: PRESENT or MISSING
+    numbers, texts = columns[: reading.numbers], columns[reading.numbers :]
+    values = np.array([column.values for column in numbers], dtype=np.float64).reshape(len(numbers), leads.n)
+    wrong = ~((values >= reading.lower) & (values <= reading.upper))
+    if reading.flags.size:
+        wrong[reading.flags] |= values[reading.flags] != np.rint(values[reading.flags])
+    if wrong.any():
+        values[wrong] = np.nan
+        states[: len(numbers)][wrong & ~absent[: len(numbers)]] = INVALID
+    indices = np.empty((len(texts), leads.n), np.intp)
+    distinct: list[Sequence[str]] = []
+    for row, column in enumerate(texts):
+        indices[row], found = _number_texts(column.values)
+        if "" in found:
+            blank = np.array([not text for text in found])
+            states[len(numbers) + row, blank[indices[row]]] = MISSING
+        distinct.append(found)
+    return Cells(states, values, indices, distinct)
 
 
 def check_params(transform: str, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,17 +176,23 @@ def normalise_text(text: str) -> str:
     return text.strip().casefold()
 
 
-def _find_column(leads: LeadColumns, wanted: InputColumn) -> Column:
-    column = leads.columns.get(wanted.name)
-    if column is None or column.kind != wanted.kind:
-        raise ValueError(f"column {wanted.name!r} is absent or not a {wanted.kind}")
-    return column
+def _find_columns(leads: LeadColumns, reading: Reading) -> list[Column]:
+    try:
+        columns = [leads.columns[name] for name in reading.names]
+    except KeyError as exc:
+        raise ValueError(f"column {exc} is absent") from None
+    if [column.kind for column in columns] != reading.kinds:
+        pairs = zip(reading.columns, columns, strict=True)
+        wanted = next(wanted for wanted, found in pairs if wanted.kind != found.kind)
+        raise ValueError(f"column {wanted.name!r} is not a {wanted.kind}")
+    return columns
 
 
 def _number_texts(values: NDArray[Any]) -> tuple[NDArray[np.intp], Sequence[str]]:
     """Numbers the distinct texts, so that each is normalised once and a feature is one table look-up."""
-    index_of: defaultdict[object, int] = defaultdict(count().__next__)
-    indices = np.fromiter(map(index_of.__getitem__, values.tolist()), np.intp, len(values))
+    texts = values.tolist()
+    index_of = dict(zip(dict.fromkeys(texts), count(), strict=False))
+    indices = np.fromiter(map(index_of.__getitem__, texts), np.intp, len(texts))
     return indices, [normalise_text(str(text)) for text in index_of]
 
 
@@ -176,7 +207,7 @@ def _log1p(cells: Cells, places: Places, _params: Params, _as_of: AsOf) -> Built
 
 def _is_present(cells: Cells, places: Places, _params: Params, _as_of: AsOf) -> Built:
     states = cells.states[places[0]]
-    return Built((states == CellState.PRESENT).astype(np.float64), np.zeros_like(states))
+    return Built((states == PRESENT).astype(np.float64), np.zeros_like(states))
 
 
 def _age_days(cells: Cells, places: Places, _params: Params, as_of: AsOf) -> Built:
@@ -205,26 +236,29 @@ def _level(cells: Cells, places: Places, params: Params, _as_of: AsOf) -> Built:
     states, tables = cells.states[places[0]], [rules["levels"] for rules in params]
     # No level is NaN, so a text without one is told by it.
     numbers = _look_up(cells, places[0], lambda feature, text: tables[feature].get(text, np.nan))
-    missing, unseen = states == CellState.MISSING, np.isnan(numbers)
+    missing, unseen = states == MISSING, np.isnan(numbers)
     values = np.where(unseen, _column_of(params, "unseen"), numbers)
     return Built(
         np.where(missing, _column_of(params, "missing"), values),
-        np.where(unseen & ~missing, CellState.UNSEEN, states).astype(np.uint8),
+        np.where(unseen & ~missing, UNSEEN, states).astype(np.uint8),
     )
 
 
 def _one_of(cells: Cells, places: Places, params: Params, _as_of: AsOf) -> Built:
     states, lists = cells.states[places[0]], [rules["values"] for rules in params]
     hits = _look_up(cells, places[0], lambda feature, text: float(text in lists[feature]))
-    return Built(np.where(states == CellState.PRESENT, hits, np.nan), states)
+    return Built(np.where(states == PRESENT, hits, np.nan), states)
 
 
 def _look_up(cells: Cells, place: NDArray[np.intp], number_of: Callable[[int, str], float]) -> FloatArray:
     """Returns the number (f, n) each feature has for each lead's text; asks once for each distinct text."""
-    tables = [[number_of(feature, text) for text in cells.texts[row]] for feature, row in enumerate(place)]
-    starts = np.array([0, *accumulate(map(len, tables[:-1]))], dtype=np.intp)
+    rows = place - len(cells.values)
+    tables = [
+        [number_of(feature, text) for text in cells.texts[row]] for feature, row in enumerate(rows.tolist())
+    ]
+    starts = np.array([[0], *([end] for end in accumulate(map(len, tables[:-1])))])
     numbers = np.array([number for table in tables for number in table], dtype=np.float64)
-    found: FloatArray = numbers[cells.indices[place] + starts[:, None]]
+    found: FloatArray = numbers[cells.indices[rows] + starts]
     return found
 
 

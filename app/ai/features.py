@@ -17,12 +17,15 @@ import numpy as np
 
 from app.ai.domain import CodeArray, ColumnKind, FloatArray, InputColumn, IntArray, JsonObject, LeadColumns
 from app.ai.feature_transforms import (
+    INVALID,
     LARGEST,
+    PRESENT,
     TRANSFORMS,
     AsOf,
     CellState,
     Params,
     Places,
+    Reading,
     check_params,
     read_cells,
 )
@@ -121,7 +124,8 @@ class FeatureSet:
     `input_columns` are the columns they read, distinct and in order of first use. `groups` are the indices of
     features that read the same columns, and so come and go together, in order of first use; a group's first
     feature speaks for it. `group_names` are their names: a lone feature's own, or else the columns read.
-    `blocks` are the features by transform. `fingerprint` is the SHA-256 of the canonical JSON of the specs.
+    `reading` is how the columns are read, `blocks` are the features by transform. `fingerprint` is the
+    SHA-256 of the canonical JSON of the specs.
 
     Raises:
         ValueError: there is no feature, two share a name, or a column is read as two kinds.
@@ -132,6 +136,7 @@ class FeatureSet:
     input_columns: tuple[InputColumn, ...] = field(init=False, repr=False, compare=False)
     groups: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
     group_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    reading: Reading = field(init=False, repr=False, compare=False)
     blocks: tuple[FeatureBlock, ...] = field(init=False, repr=False, compare=False)
     fingerprint: str = field(init=False, repr=False, compare=False)
 
@@ -147,7 +152,8 @@ class FeatureSet:
         object.__setattr__(self, "input_columns", columns)
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "group_names", tuple(_group_name(self.specs, group) for group in groups))
-        object.__setattr__(self, "blocks", _group_by_transform(self.specs, columns))
+        object.__setattr__(self, "reading", Reading.of(columns))
+        object.__setattr__(self, "blocks", _group_by_transform(self.specs, self.reading.columns))
         object.__setattr__(self, "fingerprint", _fingerprint(self.to_json()))
 
     def to_json(self) -> list[JsonObject]:
@@ -172,18 +178,19 @@ def build_features(leads: LeadColumns, feature_set: FeatureSet, as_of: AsOf) -> 
     Raises:
         ValueError: a column is absent or of another kind, or an as-of time is not finite.
     """
-    if not np.all(np.isfinite(as_of)):
+    if not np.isfinite(as_of).all():
         raise ValueError("an as-of time is not finite")
     shape = (len(feature_set.specs), leads.n)
     values, states = np.empty(shape), np.empty(shape, np.uint8)
     with np.errstate(all="ignore"):
-        cells = read_cells(leads, feature_set.input_columns)
+        cells = read_cells(leads, feature_set.reading)
         for block in feature_set.blocks:
             build = TRANSFORMS[block.transform].build
             values[block.features], states[block.features] = build(cells, block.places, block.params, as_of)
-    unusable = ~(np.abs(values) <= LARGEST)
-    states[unusable & (states == CellState.PRESENT)] = CellState.INVALID
-    values[unusable] = np.nan
+        unusable = ~(np.abs(values) <= LARGEST)
+        if unusable.any():
+            states[unusable & (states == PRESENT)] = INVALID
+            values[unusable] = np.nan
     values += 0.0  # -0.0 becomes 0.0: equal numbers that differ in a bit would be told apart by a digest.
     return FeatureMatrix(np.ascontiguousarray(values.T), np.ascontiguousarray(states.T))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from app.ai.domain import FloatArray, LeadColumns
 from app.ai.feature_safety import FeatureStatistics
-from app.ai.feature_transforms import CellState, read_cells
+from app.ai.feature_transforms import CellState, Reading, read_cells
 from app.ai.features import FeatureMatrix, FeatureSet, FeatureSpec
 
 MAX_REASONS = 5
@@ -73,7 +73,7 @@ def _say(group: GroupWords, row: int, points: int) -> str:
 def _classify_texts(leads: LeadColumns, specs: Sequence[FeatureSpec]) -> list[str]:
     """Names the levels the model has a number for, in the manifest's words, and no other text."""
     levels = {level for spec in specs for level in spec.params.get("levels", spec.params.get("values", ()))}
-    cells = read_cells(leads, specs[0].inputs)
+    cells = read_cells(leads, Reading.of(specs[0].inputs))
     named = [text if text in levels else _ANOTHER for text in cells.texts[0]]
     return [
         named[index] if state == CellState.PRESENT else _UNKNOWN

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from psycopg import sql
 
-from app.ai.domain import BoolArray, Column, ColumnKind, FloatArray, InputColumn, LeadColumns
+from app.ai.domain import BoolArray, Column, ColumnKind, FloatArray, InputColumn, LeadColumns, TextArray
 
 LEAD_ID, EXTERNAL_REF, CREATED_AT = "lead_id", "external_ref", "created_at"
 
@@ -195,14 +195,18 @@ def decode_batch(columns: Sequence[InputColumn], cells: Sequence[bytes | None], 
     """
     by_name = dict(zip((column.name for column in columns), cells, strict=True))
     numbers = [column for column in columns if column.kind != "text"]
-    texts = [column.name for column in columns if column.kind == "text"]
-    bits = np.frombuffer(b"".join(by_name[column.name] or b"" for column in numbers), ">u8")
+    texts = [column for column in columns if column.kind == "text"]
+    bits = np.frombuffer(b"".join([by_name[column.name] or b"" for column in numbers]), ">u8")
     values, present = _decode_numbers(bits.reshape(len(numbers), n))
-    found = zip(numbers, values, present, strict=True)
-    decoded = {column.name: Column(column.kind, *cells) for column, *cells in found}
-    parts = decode_texts(b"\0".join(by_name[name] or b"" for name in texts)) if n else []
-    for place, name in enumerate(texts):
-        decoded[name] = _text_column(parts[place * n : (place + 1) * n])
+    decoded = {
+        column.name: Column(column.kind, *found)
+        for column, *found in zip(numbers, values, present, strict=True)
+    }
+    if texts:
+        parts = decode_texts(b"\0".join([by_name[column.name] or b"" for column in texts])) if n else []
+        words, there = _mark_texts(np.array(parts, dtype=object).reshape(len(texts), n))
+        for column, *found in zip(texts, words, there, strict=True):
+            decoded[column.name] = Column("text", *found)
     return LeadColumns(n, decoded)
 
 
@@ -247,7 +251,11 @@ def _decode_numbers(bits: NDArray[Any]) -> tuple[FloatArray, BoolArray]:
 
 
 def _text_column(texts: list[str]) -> Column:
-    values = np.array(texts, dtype=object)
+    return Column("text", *_mark_texts(np.array(texts, dtype=object)))
+
+
+def _mark_texts(values: TextArray) -> tuple[TextArray, BoolArray]:
     present = np.asarray(values != _NULL_TEXT, dtype=np.bool_)
-    values[~present] = ""
-    return Column("text", values, present)
+    if not present.all():
+        values[~present] = ""
+    return values, present
