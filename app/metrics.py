@@ -7,6 +7,7 @@ module is imported: the library decides then whether counts are shared between p
 
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from prometheus_client import (
@@ -69,8 +70,8 @@ _BREAKER_LEVELS = {"closed": 0, "half_open": 1, "open": 2}
 
 def observe_request(route: str, status: int, code: str | None, seconds: float) -> None:
     """Counts one request; `route` is a template, `code` one of ours or None, `seconds` its wall time."""
-    REQUESTS.labels(route, str(status), code or "").inc()
-    REQUEST_SECONDS.labels(route).observe(seconds)
+    _requests(route, status, code or "").inc()
+    _request_seconds(route).observe(seconds)
 
 
 def observe_batch(
@@ -88,7 +89,23 @@ def observe_batch(
     _HITS.inc(cache_hits)
     _MISSES.inc(answered - cache_hits)
     for stage, milliseconds in stages_ms.items():
-        STAGE_SECONDS.labels(stage).observe(milliseconds / 1000)
+        _stage_seconds(stage).observe(milliseconds / 1000)
+
+
+# The library finds a label's counter anew each time, which takes as long as to count; there are few labels.
+@cache
+def _requests(route: str, status: int, code: str) -> Counter:
+    return REQUESTS.labels(route, str(status), code)
+
+
+@cache
+def _request_seconds(route: str) -> Histogram:
+    return REQUEST_SECONDS.labels(route)
+
+
+@cache
+def _stage_seconds(stage: str) -> Histogram:
+    return STAGE_SECONDS.labels(stage)
 
 
 def observe_model_load(result: str, *, ready: bool) -> None:

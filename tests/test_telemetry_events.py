@@ -14,8 +14,9 @@ from app.ai.events import (
     PredictionError,
     PredictionSuccess,
     RequestRecord,
+    Summary,
     build_prediction_event,
-    build_summary,
+    build_summaries,
     decode_event,
     encode_event,
 )
@@ -84,9 +85,11 @@ def test_a_batch_without_any_answer_has_empty_summaries() -> None:
     encode_event(event, "id", "2026-01-01T00:00:00Z")
 
 
-@pytest.mark.parametrize("values", [[np.nan], [np.inf, -np.inf], []])
-def test_values_that_are_no_numbers_summarise_to_nothing(values: list[float]) -> None:
-    assert build_summary(np.array(values)).p50 is None
+def test_each_row_is_summarised_by_itself() -> None:
+    rising, constant = build_summaries(np.array([np.arange(11.0)[::-1], np.full(11, 0.5)]))
+    assert rising == Summary(min=0.0, p10=1.0, p50=5.0, p90=9.0, max=10.0, mean=5.0)
+    assert constant == Summary(min=0.5, p10=0.5, p50=0.5, p90=0.5, max=0.5, mean=0.5)
+    assert [summary.p50 for summary in build_summaries(np.empty((2, 0)))] == [None, None]
 
 
 def test_every_action_reads_back_what_was_written() -> None:

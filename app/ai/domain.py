@@ -5,6 +5,7 @@ This module imports no I/O library and knows no rule; everything in `app.ai` may
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -229,6 +230,10 @@ class Predictions:
     intervals: FloatArray | None = None
     explanations: Sequence[Explanation] | None = None
     degraded: bool = False
+
+    def count_rejections(self) -> dict[str, int]:
+        """Returns how many positions were declined, by code."""
+        return dict(Counter(rejection.code for rejection in self.rejections)) if self.rejections else {}
 
 
 JsonObject = dict[str, Any]

@@ -5,7 +5,7 @@ may be an e-mail address), never a value the caller or the database sent. `middl
 events, `wiring` builds load events, `ml_telemetry` records what they build.
 """
 
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -71,7 +71,7 @@ class PredictionSuccess(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     status: Count
     trace_id: TraceId | None
     latency_ms: Milliseconds
-    stages_ms: dict[Word, Milliseconds]
+    stages_ms: Mapping[Word, Milliseconds]
     asked: Count
     answered: Count
     rejections: dict[Code, Count]
@@ -149,21 +149,24 @@ def _build_success(
     record: RequestRecord, predictions: Predictions, status: int, latency_ms: float
 ) -> PredictionSuccess:
     verdicts = np.bincount(predictions.verdict, minlength=len(VERDICTS))
+    coverage, probability, confidence = build_summaries(
+        np.stack([predictions.coverage, predictions.probability, predictions.confidence])
+    )
     return PredictionSuccess(
         route=record.route,
         status=status,
         trace_id=record.trace_id,
         latency_ms=latency_ms,
-        stages_ms={stage: float(milliseconds) for stage, milliseconds in predictions.stages_ms.items()},
+        stages_ms=predictions.stages_ms,
         asked=predictions.asked,
         answered=len(predictions.lead_ids),
-        rejections=dict(Counter(rejection.code for rejection in predictions.rejections)),
+        rejections=predictions.count_rejections(),
         cache_hits=predictions.cache_hits,
         positives=int(np.count_nonzero(predictions.prediction)),
-        verdicts=VerdictCounts(*(int(count) for count in verdicts)),
-        coverage=build_summary(predictions.coverage),
-        probability=build_summary(predictions.probability),
-        confidence=build_summary(predictions.confidence),
+        verdicts=VerdictCounts(*verdicts.tolist()),
+        coverage=coverage,
+        probability=probability,
+        confidence=confidence,
         calibration_method=predictions.calibration_method,
         confidence_method=predictions.confidence_method,
         model_id=predictions.model.model_id,
@@ -172,14 +175,16 @@ def _build_success(
     )
 
 
-def build_summary(values: FloatArray) -> Summary:
-    """Summarises the finite values of a batch: extremes, deciles by nearest rank, and the mean."""
-    finite = values[np.isfinite(values)]
-    finite.sort()
-    if finite.size == 0:
-        return Summary(None, None, None, None, None, None)
-    p10, p50, p90 = (float(finite[round(share * (finite.size - 1))]) for share in (0.1, 0.5, 0.9))
-    return Summary(float(finite[0]), p10, p50, p90, float(finite[-1]), float(finite.sum() / finite.size))
+def build_summaries(values: FloatArray) -> list[Summary]:
+    """Summarises each row of finite values (r, n): extremes, deciles by nearest rank, and the mean."""
+    n = values.shape[1]
+    if n == 0:
+        return [Summary(None, None, None, None, None, None)] * len(values)
+    means = (values.sum(axis=1) / n).tolist()
+    values.sort(axis=1)
+    places = [0, *(round(share * (n - 1)) for share in (0.1, 0.5, 0.9)), n - 1]
+    ranked = values[:, places].tolist()
+    return [Summary(*[*row, mean]) for row, mean in zip(ranked, means, strict=True)]
 
 
 def encode_event(event: Event, event_id: str, created_at: str, request_id: str | None = None) -> StoredEvent:

@@ -33,10 +33,11 @@ _log = structlog.get_logger("app.telemetry")
 class Telemetry(Protocol):
     """Where events are recorded."""
 
-    async def record(self, event: Event, request_id: str | None = None) -> None:
+    async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
         """Returns once the event is durable on this machine.
 
-        A caller that is cancelled while it waits leaves exactly one event behind.
+        `alone` says that no other request is under way, so that the event loop may wait for the disk. A
+        caller that is cancelled while it waits leaves exactly one event behind.
 
         Raises:
             TelemetryUnavailableError: the event could not be made durable.
@@ -59,7 +60,7 @@ class Telemetry(Protocol):
 class NullTelemetry:
     """Telemetry that is turned off: accepts everything, keeps nothing."""
 
-    async def record(self, event: Event, request_id: str | None = None) -> None:
+    async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
         """Forgets the event."""
 
     def submit(self, event: Event, request_id: str | None = None) -> None:
@@ -128,11 +129,11 @@ class MlTelemetry:
             _log.warning("telemetry_left_in_log", error=type(exc).__name__)
         await self._writer.close(deadline_seconds)
 
-    async def record(self, event: Event, request_id: str | None = None) -> None:
+    async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
         """See `Telemetry.record`."""
         if not self._open:
             raise TelemetryUnavailableError
-        await self._writer.write(self._store(event, request_id), self._record_deadline_seconds)
+        await self._writer.write(self._store(event, request_id), self._record_deadline_seconds, alone=alone)
 
     def submit(self, event: Event, request_id: str | None = None) -> None:
         """See `Telemetry.submit`; an event that cannot be written is counted and lost."""

@@ -208,7 +208,9 @@ class TelemetryLog:
     def _open(self) -> sqlite3.Connection:
         self._current.mkdir(mode=0o700, exist_ok=True)
         os.close(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        connection = sqlite3.connect(self._file, timeout=_LOCK_WAIT_SECONDS, isolation_level=None)
+        connection = sqlite3.connect(
+            self._file, timeout=_LOCK_WAIT_SECONDS, isolation_level=None, check_same_thread=False
+        )
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")

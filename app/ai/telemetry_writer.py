@@ -1,13 +1,15 @@
-"""The thread that owns the telemetry log: requests that wait at the same time share one commit.
+"""Everything done to the telemetry log, one thing after another: on a thread, or on an idle event loop.
 
-Everything done to the log is done here, one thing after another. It runs in every worker that serves, started
-after the fork by `ml_telemetry`, its only caller, and it knows nothing of the database.
+Requests that wait at the same time share one commit, on the thread. A request that is alone writes its event
+where it stands: the way to the thread and back takes longer than the disk. Runs in every worker that serves,
+started after the fork by `ml_telemetry`, its only caller, and knows nothing of the database.
 """
 
 import asyncio
 import functools
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ from app.ai.domain import StoredEvent
 from app.ai.telemetry_log import TelemetryLog
 from app.errors import TelemetryUnavailableError
 from app.metrics import TELEMETRY_EVENTS, TELEMETRY_FAILURES, TELEMETRY_RECORD_SECONDS
+
+_QUICK_SECONDS = 0.002
+"""A disk that took longer the last time is not waited for on the event loop."""
 
 _T = TypeVar("_T")
 _Written = asyncio.Future[BaseException | None]
@@ -43,6 +48,8 @@ class TelemetryWriter:
         self._group_size = group_size
         self._jobs: queue.SimpleQueue[_Entry | Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work_until_closed, name="telemetry-writer", daemon=True)
+        self._log_free = threading.Lock()
+        self._commit_seconds = 0.0
         self._closing = False
         self._usable = True
 
@@ -56,20 +63,41 @@ class TelemetryWriter:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def write(self, event: StoredEvent, deadline_seconds: float) -> None:
+    async def write(self, event: StoredEvent, deadline_seconds: float, *, alone: bool = False) -> None:
         """Returns once the event is durable; it is written also if the caller is cancelled meanwhile.
+
+        With `alone` nobody else has anything to do on the event loop: it may wait for the disk itself.
 
         Raises:
             TelemetryUnavailableError: it is not durable within the deadline. An event that had already
             reached
                 the disk by then stays.
         """
+        began = time.perf_counter()
+        try:
+            if not (alone and self._write_here(event)):
+                await self._write_there(event, deadline_seconds)
+        finally:
+            TELEMETRY_RECORD_SECONDS.observe(time.perf_counter() - began)
+
+    def _write_here(self, event: StoredEvent) -> bool:
+        """Writes the event at once, if the disk has been quick of late and the thread is not at it."""
+        if self._commit_seconds > _QUICK_SECONDS or not self._log_free.acquire(blocking=False):
+            return False
+        try:
+            error = self._write_group([_Entry(event)])
+        finally:
+            self._log_free.release()
+        if error is not None:
+            raise TelemetryUnavailableError from error
+        return True
+
+    async def _write_there(self, event: StoredEvent, deadline_seconds: float) -> None:
         written: _Written = self._loop.create_future()
         entry = _Entry(event, written)
         self._jobs.put(entry)
-        with TELEMETRY_RECORD_SECONDS.time():
-            # Unlike wait_for, this leaves the future alone when the caller is cancelled.
-            await asyncio.wait({written}, timeout=deadline_seconds)
+        # Unlike wait_for, this leaves the future alone when the caller is cancelled.
+        await asyncio.wait({written}, timeout=deadline_seconds)
         if not written.done():
             entry.withdrawn = True
             self._note("deadline", TimeoutError())
@@ -133,10 +161,11 @@ class TelemetryWriter:
     def _work_until_closed(self) -> None:
         while not self._closing:
             group, call = self._take_jobs()
-            if group:
-                self._commit(group)
-            if call is not None:
-                call()
+            with self._log_free:
+                if group:
+                    self._commit(group)
+                if call is not None:
+                    call()
 
     def _take_jobs(self) -> tuple[Sequence[_Entry], Callable[[], None] | None]:
         group: list[_Entry] = []
@@ -159,12 +188,15 @@ class TelemetryWriter:
             self._tell_loop(functools.partial(_settle, waiting, error))
 
     def _write_group(self, group: Sequence[_Entry]) -> BaseException | None:
+        began = time.perf_counter()
         try:
             self._telemetry_log.write([entry.event for entry in group])
         except Exception as exc:  # noqa: BLE001 - the thread must outlive whatever it was; who waits is told
             self._note("write", exc.__cause__ or exc)
             TELEMETRY_FAILURES.labels("lost").inc(sum(entry.written is None for entry in group))
             return exc
+        finally:
+            self._commit_seconds = time.perf_counter() - began
         self._note_usable()
         for entry in group:
             TELEMETRY_EVENTS.labels(entry.event.action).inc()

@@ -6,7 +6,6 @@ the promise that every answered request has a row in `ai_events`. An exception t
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable
 
 import structlog
@@ -46,6 +45,7 @@ class AuditMiddleware:
         self._problem = problem
         self._static_routes = static_routes
         self._monotonic = monotonic
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -53,6 +53,7 @@ class AuditMiddleware:
             await self._app(scope, receive, send)
             return
         answer = _Answer(self, scope, receive, send)
+        self._under_way += 1
         try:
             await self._app(scope, answer.receive, answer.send)
             if not answer.client_gone:
@@ -61,6 +62,7 @@ class AuditMiddleware:
             _log.exception("unhandled_exception")
             await answer.fail(InternalError())
         finally:
+            self._under_way -= 1
             answer.close()
 
     async def record(self, scope: Scope, status: int) -> None:
@@ -72,7 +74,7 @@ class AuditMiddleware:
         record: RequestRecord = scope["state"]["record"]
         try:
             event = self._build_event(record, status)
-            await self._telemetry(scope).record(event, record.request_id)
+            await self._telemetry(scope).record(event, record.request_id, alone=self._under_way == 1)
         except TelemetryUnavailableError:
             raise
         except Exception as exc:
@@ -184,7 +186,7 @@ def _count_batch(record: RequestRecord) -> None:
     observe_batch(
         answered=len(predictions.lead_ids),
         coverage_sum=float(predictions.coverage.sum()),
-        rejections=Counter(rejection.code for rejection in predictions.rejections),
+        rejections=predictions.count_rejections(),
         cache_hits=predictions.cache_hits,
         stages_ms=predictions.stages_ms,
     )

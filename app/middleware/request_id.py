@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 
 import structlog
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils import uuid7
 
@@ -51,18 +50,17 @@ class RequestIdMiddleware:
             return
         record = self._build_record(scope)
         scope.setdefault("state", {})["record"] = record
-        status = CLIENT_CLOSED_REQUEST
+        status, name = CLIENT_CLOSED_REQUEST, record.request_id.encode()
 
         async def send_named(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message.setdefault("headers", [])
-                MutableHeaders(scope=message)["X-Request-ID"] = record.request_id
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
             await send(message)
 
-        names = {"request_id": record.request_id, "trace_id": record.trace_id}
-        bound = structlog.contextvars.bind_contextvars(**{key: name for key, name in names.items() if name})
+        traced = {} if record.trace_id is None else {"trace_id": record.trace_id}
+        bound = structlog.contextvars.bind_contextvars(request_id=record.request_id, **traced)
         try:
             await self._app(scope, receive, send_named)
         finally:
