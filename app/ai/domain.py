@@ -46,8 +46,7 @@ UNKNOWN_LEAD, AMBIGUOUS_LEAD = -1, -2
 """Row numbers that stand for: no such lead; more than one lead carries this external reference."""
 
 
-@dataclass(frozen=True, slots=True)
-class InputColumn:
+class InputColumn(NamedTuple):
     """A column a feature reads, and how its values are to be understood."""
 
     name: str
