@@ -8,7 +8,7 @@ same lines.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -40,6 +40,7 @@ from app.ai.drift_window import DriftWindow
 from app.ai.explanation import explain_leads
 from app.ai.feature_safety import apply_rules, build_verdicts
 from app.ai.features import build_features
+from app.ai.micro_batching import MicroBatching
 from app.ai.model_bundle import ModelBundle
 from app.ai.prediction_cache import AnswerCache, NullCache
 from app.ai.venn_abers import build_intervals
@@ -71,6 +72,9 @@ lock change hands; and the loop would wait for that lock all the same."""
 
 Lap = Callable[[str], None]
 
+_World = tuple[ModelBundle, float]
+"""What an answer depends on besides its lead: the model, and the as-of time."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScoringPolicy:
@@ -91,12 +95,13 @@ class ScoredLeads(NamedTuple):
 class _Found(NamedTuple):
     """What is found of the IDs (m,) the cache does not know: answers, fates, explanations if asked for.
 
-    Answers and explanations are undefined where the fate is not `_ANSWERED`.
+    Answers and explanations are undefined where the fate is not `_ANSWERED`. `stages_ms` is what it took.
     """
 
     answers: AnswerArray
     fate: IntArray
     explanations: list[Explanation]
+    stages_ms: Mapping[str, float]
 
 
 class _Outcome(NamedTuple):
@@ -159,6 +164,7 @@ class Predictor:
         self._executor = executor
         self._policy = policy
         self._clock = clock
+        self._look_ups = MicroBatching[_World, _Found](lambda world, lead_ids: self._answer(*world, lead_ids))
 
     async def predict(self, lead_ids: Sequence[str], context: RequestContext) -> Predictions:
         """Answers every position of `lead_ids`, which follow the ID rule; equal IDs get equal answers.
@@ -184,7 +190,7 @@ class Predictor:
             ModelNotReadyError, DatabaseUnavailableError, PredictionFailedError: as for `predict`.
         """
         bundle = await self._models.active()
-        await self._answer(bundle, lead_ids, context, Stopwatch(self._clock))
+        await self._answer(bundle, context.as_of, lead_ids)
 
     async def _predict(self, lead_ids: Sequence[str], context: RequestContext) -> Predictions:
         watch = Stopwatch(self._clock)
@@ -202,12 +208,14 @@ class Predictor:
         watch.lap("cache")
         fate = np.full(len(distinct), _ANSWERED)
         missing = np.flatnonzero(~hit)
-        found, degraded = None, False
+        found: _Found | None = None
+        degraded = False
         if missing.size:
-            asked = [distinct[index] for index in missing.tolist()]
+            asked = _pick(distinct, missing)
             try:
-                found = await self._answer(bundle, asked, context, watch)
+                found = await self._look_up(bundle, context, asked)
                 answers[missing], fate[missing] = found.answers, found.fate
+                watch.stages_ms |= found.stages_ms
             except DatabaseUnavailableError:
                 hit, answers = cache.recall(bundle.ref, context.as_of, distinct)
                 if not hit.all():
@@ -228,10 +236,17 @@ class Predictor:
             predictions = replace(predictions, explanations=[found.explanations[index] for index in answered])
         return predictions
 
+    async def _look_up(self, bundle: ModelBundle, context: RequestContext, lead_ids: Sequence[str]) -> _Found:
+        if "reasons" in context.include:
+            return await self._answer(bundle, context.as_of, lead_ids, explain=True)
+        found, places = await self._look_ups.look_up((bundle, context.as_of), lead_ids)
+        return found._replace(answers=found.answers[places], fate=found.fate[places])
+
     async def _answer(
-        self, bundle: ModelBundle, lead_ids: Sequence[str], context: RequestContext, watch: Stopwatch
+        self, bundle: ModelBundle, as_of: float, lead_ids: Sequence[str], *, explain: bool = False
     ) -> _Found:
         """Reads and scores leads the cache does not know."""
+        watch = Stopwatch(self._clock)
         since = self._cache.moment()
         fetched = await self._lead_source.fetch(lead_ids, bundle.input_columns)
         watch.lap("database")
@@ -239,26 +254,26 @@ class Predictor:
         answers = np.empty(len(lead_ids), ANSWER)
         explanations: list[Explanation] = []
         if fetched.leads.n:
-            scored = await self._score(bundle, fetched.leads, context.as_of, watch.lap)
+            scored = await self._score(bundle, fetched.leads, as_of, watch.lap)
             self._drift.add(scored.features, bundle.feature_set.fingerprint)
             found = np.flatnonzero(fate == _ANSWERED)
             rows = fetched.row_of[found]
             answers[found] = scored.answers[rows]
             fate[found] = np.where(scored.rejected[rows], _FEATURES_REJECTED, _ANSWERED)
-            if "reasons" in context.include:
-                told = await self._explain(bundle, fetched.leads, context.as_of, scored.answers)
+            if explain:
+                told = await self._explain(bundle, fetched.leads, as_of, scored.answers)
                 explanations = [told[max(row, 0)] for row in fetched.row_of.tolist()]
                 watch.lap("reasons")
-        answered = np.flatnonzero(fate == _ANSWERED).tolist()
+        answered = np.flatnonzero(fate == _ANSWERED)
         self._cache.remember(
             bundle.ref,
-            context.as_of,
-            [lead_ids[index] for index in answered],
+            as_of,
+            _pick(lead_ids, answered),
             answers[answered],
-            uuids=[fetched.uuid_of[index] for index in answered],
+            uuids=_pick(fetched.uuid_of, answered),
             since=since,
         )
-        return _Found(answers, fate, explanations)
+        return _Found(answers, fate, explanations, watch.stages_ms)
 
     async def _explain(
         self, bundle: ModelBundle, leads: LeadColumns, as_of: float, answers: AnswerArray
@@ -300,6 +315,11 @@ class Predictor:
             bounds=(bundle.calibrator.lower, bundle.calibrator.upper),
             stages_ms=stages_ms,
         )
+
+
+def _pick(texts: Sequence[str], places: IntArray) -> Sequence[str]:
+    """Returns the texts at ascending places; usually all are wanted."""
+    return texts if len(places) == len(texts) else [texts[place] for place in places.tolist()]
 
 
 def score_leads(

@@ -1,0 +1,111 @@
+"""Micro-batching: small look-ups of requests that are under way at the same time share one.
+
+Most of what one lead costs is not its own: a round trip to the database, and a hundred calls of NumPy. A
+request that meets fewer than `SLOTS` look-ups under way begins its own at once, so nobody ever waits while
+there is room. Those that come meanwhile are collected, and set out together when a look-up ends, or after
+`LONGEST_WAIT_SECONDS`. Each gets what it would have got alone, because no lead's answer depends on the others
+in its batch; should a shared look-up fail by fault of its leads, each is tried alone. Knows nothing of leads.
+Called by `predictor`, on its event loop.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from contextvars import Context
+from typing import Generic, NamedTuple, TypeVar
+
+from app.errors import PredictionFailedError
+
+W = TypeVar("W", bound=Hashable)
+T = TypeVar("T")
+Places = slice | list[int]
+
+SLOTS = 2
+"""So many look-ups keep the database busy with one while the other is being scored."""
+
+MOST_LEADS = 64
+"""A request with more leads goes by itself: it has nothing to gain."""
+
+MOST_SHARED = 512
+"""With so many leads together a look-up sets out without waiting for others."""
+
+LONGEST_WAIT_SECONDS = 0.005
+
+
+class _Joined(NamedTuple, Generic[T]):
+    """A request that waits for a shared look-up."""
+
+    lead_ids: Sequence[str]
+    part: "asyncio.Future[tuple[T, Places]]"
+
+
+class MicroBatching(Generic[W, T]):
+    """Shares look-ups. `look_up` takes distinct lead IDs and what else its answers depend on."""
+
+    def __init__(self, look_up: Callable[[W, Sequence[str]], Awaitable[T]]) -> None:
+        self._look_up = look_up
+        self._under_way = 0
+        self._waiting: dict[W, list[_Joined[T]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def look_up(self, world: W, lead_ids: Sequence[str]) -> tuple[T, Places]:
+        """Returns what was found for these distinct IDs or more, and the places of these in it.
+
+        Look-ups are shared within one `world` (model, as-of time), never across.
+        """
+        if len(lead_ids) > MOST_LEADS:
+            return await self._look_up(world, lead_ids), slice(None)
+        if self._under_way < SLOTS:
+            return await self._run(world, lead_ids), slice(None)
+        loop = asyncio.get_running_loop()
+        joined = _Joined[T](lead_ids, loop.create_future())
+        waiting = self._waiting.setdefault(world, [])
+        waiting.append(joined)
+        if len(waiting) == 1:
+            loop.call_later(LONGEST_WAIT_SECONDS, self._set_out, world, waiting)
+        if sum(len(other.lead_ids) for other in waiting) >= MOST_SHARED:
+            self._set_out(world, waiting)
+        return await joined.part
+
+    async def _run(self, world: W, lead_ids: Sequence[str]) -> T:
+        self._under_way += 1
+        try:
+            return await self._look_up(world, lead_ids)
+        finally:
+            self._under_way -= 1
+            if self._waiting:
+                self._set_out(*next(iter(self._waiting.items())))
+
+    def _set_out(self, world: W, waiting: list[_Joined[T]]) -> None:
+        if self._waiting.get(world) is not waiting:
+            return  # they have set out already
+        del self._waiting[world]
+        # In a context of its own: what it logs is not the word of the request that happens to set it off.
+        task = asyncio.create_task(self._share(world, waiting), name="micro-batch", context=Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _share(self, world: W, waiting: Sequence[_Joined[T]]) -> None:
+        present = [joined for joined in waiting if not joined.part.done()]
+        place: dict[str, int] = {}
+        for joined in present:
+            for lead_id in joined.lead_ids:
+                place.setdefault(lead_id, len(place))
+        try:
+            found = await self._run(world, list(place))
+        except PredictionFailedError as exc:
+            if len(present) == 1:
+                _fail(present, exc)
+                return
+            await asyncio.gather(*(self._share(world, [joined]) for joined in present))
+        except Exception as exc:  # noqa: BLE001 - told to everybody who waits
+            _fail(present, exc)
+        else:
+            for joined in present:
+                if not joined.part.done():
+                    joined.part.set_result((found, [place[lead_id] for lead_id in joined.lead_ids]))
+
+
+def _fail(waiting: Sequence[_Joined[T]], error: Exception) -> None:
+    for joined in waiting:
+        if not joined.part.done():
+            joined.part.set_exception(error)

@@ -1,0 +1,137 @@
+"""Look-ups that are shared: who waits, who never does, and that nobody gets another's outcome."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from app.ai.micro_batching import MOST_LEADS, MOST_SHARED, SLOTS, MicroBatching
+from app.errors import DatabaseUnavailableError, PredictionFailedError
+
+
+class Database:
+    """Answers a look-up when it is told to; notes what was asked in each."""
+
+    def __init__(self, poison: str | None = None, *, away: bool = False) -> None:
+        self.asked: list[list[str]] = []
+        self.open, self.third = asyncio.Event(), asyncio.Event()
+        self._poison, self._away = poison, away
+
+    async def look_up(self, world: str, lead_ids: Sequence[str]) -> list[str]:
+        self.asked.append(list(lead_ids))
+        if len(self.asked) > SLOTS:
+            self.third.set()
+        await self.open.wait()
+        if self._away:
+            raise DatabaseUnavailableError
+        if self._poison in lead_ids:
+            raise PredictionFailedError
+        return [f"{world}/{lead_id}" for lead_id in lead_ids]
+
+
+async def ask(
+    batching: MicroBatching[str, list[str]], lead_ids: Sequence[str], world: str = "w"
+) -> list[str]:
+    found, places = await batching.look_up(world, lead_ids)
+    return found[places] if isinstance(places, slice) else [found[place] for place in places]
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def start(
+    batching: MicroBatching[str, list[str]], *calls: Sequence[str]
+) -> list["asyncio.Task[list[str]]"]:
+    tasks = [asyncio.create_task(ask(batching, lead_ids)) for lead_ids in calls]
+    await settle()
+    return tasks
+
+
+BUSY = [[f"busy{slot}"] for slot in range(SLOTS)]
+
+
+async def test_a_request_sets_out_at_once_while_there_is_room() -> None:
+    database = Database()
+    tasks = await start(MicroBatching(database.look_up), *BUSY)
+    assert database.asked == BUSY
+    database.open.set()
+    assert await tasks[0] == ["w/busy0"]
+
+
+async def test_those_that_come_meanwhile_share_one_look_up_and_each_gets_its_own() -> None:
+    database = Database()
+    batching = MicroBatching(database.look_up)
+    tasks = await start(batching, *BUSY, ["a", "b"], ["b", "c"], ["c"])
+    assert database.asked == BUSY
+    database.open.set()
+    answers = await asyncio.gather(*tasks)
+    assert database.asked[SLOTS:] == [["a", "b", "c"]]
+    assert answers[SLOTS:] == [["w/a", "w/b"], ["w/b", "w/c"], ["w/c"]]
+
+
+async def test_nobody_waits_for_a_look_up_that_does_not_end() -> None:
+    database = Database()
+    await start(MicroBatching(database.look_up), *BUSY, ["a"], ["b"])
+    async with asyncio.timeout(5):
+        await database.third.wait()
+    assert database.asked[SLOTS:] == [["a", "b"]]
+
+
+async def test_different_worlds_are_never_mixed() -> None:
+    database = Database()
+    batching = MicroBatching(database.look_up)
+    busy = await start(batching, *BUSY)
+    others = [asyncio.create_task(ask(batching, ["a"], world)) for world in ("old", "new")]
+    await settle()
+    database.open.set()
+    assert await asyncio.gather(*others) == [["old/a"], ["new/a"]]
+    await asyncio.gather(*busy)
+    assert database.asked[SLOTS:] == [["a"], ["a"]]
+
+
+async def test_a_large_request_goes_by_itself() -> None:
+    database = Database()
+    large = [f"x{number}" for number in range(MOST_LEADS + 1)]
+    await start(MicroBatching(database.look_up), *BUSY, ["a"], large)
+    assert database.asked == [*BUSY, large]
+
+
+async def test_enough_leads_do_not_wait_for_more() -> None:
+    database = Database()
+    size = MOST_LEADS // 2
+    calls = [[f"{call}-{number}" for number in range(size)] for call in range(MOST_SHARED // size)]
+    await start(MicroBatching(database.look_up), *BUSY, *calls)
+    assert [len(asked) for asked in database.asked[SLOTS:]] == [MOST_SHARED]
+
+
+async def test_a_lead_that_fails_its_look_up_fails_no_other_request() -> None:
+    database = Database(poison="bad")
+    tasks = await start(MicroBatching(database.look_up), *BUSY, ["a"], ["bad"], ["c"])
+    database.open.set()
+    good, bad, also_good = await asyncio.gather(*tasks[SLOTS:], return_exceptions=True)
+    assert (good, also_good) == (["w/a"], ["w/c"])
+    assert isinstance(bad, PredictionFailedError)
+
+
+async def test_a_database_that_is_away_is_told_to_all_and_asked_once() -> None:
+    database = Database(away=True)
+    tasks = await start(MicroBatching(database.look_up), *BUSY, ["a"], ["b"])
+    database.open.set()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {DatabaseUnavailableError}
+    assert len(database.asked) == SLOTS + 1
+
+
+async def test_a_caller_that_leaves_takes_nobody_along() -> None:
+    database = Database()
+    tasks = await start(MicroBatching(database.look_up), *BUSY, ["a"], ["b"])
+    tasks[0].cancel()
+    tasks[SLOTS].cancel()
+    await settle()
+    database.open.set()
+    assert await tasks[SLOTS + 1] == ["w/b"]
+    for gone in (tasks[0], tasks[SLOTS]):
+        with pytest.raises(asyncio.CancelledError):
+            await gone
