@@ -20,7 +20,7 @@ from app.ai.calibration import (
     fit_sigmoid,
 )
 from app.ai.circuit_breaker import CircuitBreaker
-from app.ai.domain import VERDICTS, Column
+from app.ai.domain import VERDICTS, Column, split_uuids
 from app.ai.feature_safety import build_statistics, build_verdicts, check_features, drift_statistics
 from app.ai.features import FeatureSet, build_features
 from app.errors import CircuitOpenError, DatabaseUnavailableError, InvalidLeadIdError
@@ -303,3 +303,22 @@ async def test_mistakes_of_the_caller_never_open_the_breaker() -> None:
         with pytest.raises(InvalidLeadIdError):
             await _call(breaker, InvalidLeadIdError())
     assert breaker.state == "closed"
+
+
+UUID_A, UUID_B = "6f1c0000-0000-4000-8000-00000000000a", "6F1C0000-0000-4000-8000-00000000000B"
+
+
+@pytest.mark.parametrize(
+    ("lead_ids", "uuids", "others"),
+    [
+        ([UUID_A, UUID_B], [UUID_A, UUID_B], []),
+        ([UUID_A, "lead_1"], [UUID_A], ["lead_1"]),
+        (["lead_1", "lead_2"], [], ["lead_1", "lead_2"]),
+        ([f"{UUID_A}\n{UUID_B}"], [], [f"{UUID_A}\n{UUID_B}"]),
+        ([UUID_A, UUID_A[:-1]], [UUID_A], [UUID_A[:-1]]),
+    ],
+)
+def test_ids_are_parted_into_uuids_and_others(
+    lead_ids: list[str], uuids: list[str], others: list[str]
+) -> None:
+    assert split_uuids(lead_ids) == (uuids, others)

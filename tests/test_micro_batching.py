@@ -57,7 +57,7 @@ async def test_a_request_sets_out_at_once_while_there_is_room() -> None:
     tasks = await start(MicroBatching(database.look_up), *BUSY)
     assert database.asked == BUSY
     database.open.set()
-    assert await tasks[0] == ["w/busy0"]
+    assert await asyncio.gather(*tasks) == [["w/busy0"], ["w/busy1"]]
 
 
 async def test_those_that_come_meanwhile_share_one_look_up_and_each_gets_its_own() -> None:
@@ -77,6 +77,8 @@ async def test_nobody_waits_for_a_look_up_that_does_not_end() -> None:
     async with asyncio.timeout(5):
         await database.third.wait()
     assert database.asked[SLOTS:] == [["a", "b"]]
+    database.open.set()
+    await settle()
 
 
 async def test_different_worlds_are_never_mixed() -> None:
@@ -96,6 +98,8 @@ async def test_a_large_request_goes_by_itself() -> None:
     large = [f"x{number}" for number in range(MOST_LEADS + 1)]
     await start(MicroBatching(database.look_up), *BUSY, ["a"], large)
     assert database.asked == [*BUSY, large]
+    database.open.set()
+    await settle()
 
 
 async def test_enough_leads_do_not_wait_for_more() -> None:
@@ -104,6 +108,8 @@ async def test_enough_leads_do_not_wait_for_more() -> None:
     calls = [[f"{call}-{number}" for number in range(size)] for call in range(MOST_SHARED // size)]
     await start(MicroBatching(database.look_up), *BUSY, *calls)
     assert [len(asked) for asked in database.asked[SLOTS:]] == [MOST_SHARED]
+    database.open.set()
+    await settle()
 
 
 async def test_a_lead_that_fails_its_look_up_fails_no_other_request() -> None:

@@ -99,6 +99,14 @@ def test_a_bad_id_is_named_by_position_and_never_repeated(value: object, wrapped
     assert len(position.detail) < 100
 
 
+@pytest.mark.parametrize(
+    "lead_ids", [["a\nb"], ["a", "b\nc", "d"], ["a\n", "b"], ["a", "\nb"], ["a\n"], ["\n"]]
+)
+def test_a_line_break_does_not_pass_for_two_lead_ids(lead_ids: list[str]) -> None:
+    with pytest.raises(InvalidLeadIdError):
+        decode_lead_ids(json.dumps(lead_ids).encode(), LIMIT)
+
+
 def test_at_most_twenty_positions_are_named_and_they_are_the_first() -> None:
     body = json.dumps(["fine"] + [""] * 1999).encode()
     with pytest.raises(InvalidLeadIdError) as caught:

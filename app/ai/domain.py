@@ -245,7 +245,8 @@ def start_of_day(seconds: float) -> float:
     return seconds // _SECONDS_PER_DAY * _SECONDS_PER_DAY
 
 
-_UUID = re.compile("[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_UUID_PATTERN = "[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
+_UUID, _UUIDS = re.compile(_UUID_PATTERN), re.compile(f"{_UUID_PATTERN}(?:\n{_UUID_PATTERN})*+")
 
 
 def canonical_lead_id(lead_id: str) -> str:
@@ -257,6 +258,15 @@ def canonical_lead_ids(lead_ids: Sequence[str]) -> Sequence[str]:
     """Returns the canonical form of each; without capital letters, which is usual, these are they."""
     text = "".join(lead_ids)
     return lead_ids if text == text.lower() else [canonical_lead_id(lead_id) for lead_id in lead_ids]
+
+
+def split_uuids(lead_ids: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Returns the IDs that have the form of a UUID, and the others; usually all are of one kind."""
+    joined = "\n".join(lead_ids)
+    if joined.count("\n") == len(lead_ids) - 1 and _UUIDS.fullmatch(joined):
+        return lead_ids, []
+    uuids = [lead_id for lead_id in lead_ids if is_uuid(lead_id)]
+    return uuids, [lead_id for lead_id in lead_ids if not is_uuid(lead_id)] if uuids else lead_ids
 
 
 def is_uuid(lead_id: str) -> bool:

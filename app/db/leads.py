@@ -24,6 +24,7 @@ from app.ai.domain import (
     IntArray,
     canonical_lead_id,
     is_uuid,
+    split_uuids,
 )
 from app.db.array_parameters import pack_texts, pack_uuids
 from app.db.engine import Connection, Database
@@ -98,14 +99,12 @@ class PostgresLeadSource:
         """
         if self._stale:
             await self.fetch_schema()
-        uuids = [lead_id for lead_id in lead_ids if is_uuid(lead_id)]
-        refs: list[str] = []
-        if len(uuids) < len(lead_ids) and EXTERNAL_REF in self._types:
-            refs = [lead_id for lead_id in lead_ids if not is_uuid(lead_id)]
+        uuids, others = split_uuids(lead_ids)
+        refs = others if EXTERNAL_REF in self._types else []
         ids, found_refs, *cells = await self._read(tuple(columns), uuids, refs)
         found = _split_digits((ids or b"").hex())
         leads = decode_batch(columns, cells, len(found))
-        if len(uuids) == len(lead_ids):
+        if not others:
             asked = _split_digits("".join(uuids).replace("-", ""))
             return FetchedLeads(_look_up(asked, _rows(found)), lead_ids, leads)
         names = _name_leads(found)
