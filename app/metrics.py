@@ -55,7 +55,7 @@ BREAKER_STATE = Gauge(
     "leadscore_breaker_state", "0 closed, 1 half-open, 2 open; the worst worker.", multiprocess_mode="livemax"
 )
 TELEMETRY_BACKLOG = Gauge(
-    "leadscore_telemetry_backlog", "Recorded events not yet in the database.", multiprocess_mode="mostrecent"
+    "leadscore_telemetry_backlog", "Recorded events not yet in the database.", multiprocess_mode="livesum"
 )
 TELEMETRY_EVENTS = Counter("leadscore_telemetry_events", "Events made durable.", ["action"])
 TELEMETRY_FAILURES = Counter("leadscore_telemetry_failures", "Failed steps of telemetry.", ["step"])

@@ -1,10 +1,10 @@
 """The telemetry log keeps what it was given, and gives itself up rather than the service."""
 
+import errno
 import os
 import random
-import sqlite3
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,11 @@ import pytest
 from app.ai.domain import StoredEvent
 from app.ai.events import PredictionError, encode_event
 from app.ai.telemetry_log import TelemetryLog
+from app.ai.telemetry_segment import Files
 from app.errors import TelemetryUnavailableError
+from tests.watched_files import WatchedFiles
+
+SEGMENT = 4096
 
 
 def make_events(first: int, count: int) -> list[StoredEvent]:
@@ -26,19 +30,74 @@ def make_events(first: int, count: int) -> list[StoredEvent]:
     ]
 
 
+class FailingFiles(WatchedFiles):
+    """Files whose named operations fail while they are in `failing`; `calls` tells what was asked of them."""
+
+    def __init__(self) -> None:
+        super().__init__(self._note)
+        self.failing: dict[str, int] = {}
+        self.calls: list[tuple[str, object]] = []
+
+    def _note(self, operation: str, subject: object, *_: object) -> None:
+        self.calls.append((operation, subject))
+        if operation in self.failing:
+            raise OSError(self.failing[operation], os.strerror(self.failing[operation]))
+
+
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[TelemetryLog]:
-    log = TelemetryLog(tmp_path / "telemetry")
-    yield log
-    log.close()
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "var" / "telemetry"
 
 
-def database_file(directory: Path) -> Path:
-    return directory / "telemetry" / "current" / "events.sqlite3"
+@pytest.fixture
+def files() -> FailingFiles:
+    return FailingFiles()
+
+
+@pytest.fixture
+def open_log(directory: Path, files: FailingFiles) -> Iterator[Callable[..., TelemetryLog]]:
+    """Opens logs in one directory, with segments of 4 KB that hold about a dozen events."""
+    logs: list[TelemetryLog] = []
+
+    def open_one(max_bytes: int = 1 << 20) -> TelemetryLog:
+        logs.append(TelemetryLog(directory, max_bytes=max_bytes, segment_bytes=SEGMENT, files=files))
+        return logs[-1]
+
+    yield open_one
+    files.failing.clear()
+    for log in logs:
+        log.close()
+
+
+@pytest.fixture
+def log(open_log: Callable[..., TelemetryLog]) -> TelemetryLog:
+    return open_log()
+
+
+def list_segments(directory: Path) -> list[Path]:
+    return sorted(directory.glob("events-*.log"))
 
 
 def read_all(log: TelemetryLog) -> list[StoredEvent]:
     return log.read_batch(10_000).events
+
+
+def write_one_by_one(log: TelemetryLog, events: list[StoredEvent]) -> None:
+    for event in events:
+        log.write([event])
+
+
+def ship_all(log: TelemetryLog, limit: int = 7) -> list[StoredEvent]:
+    """Ships until nothing is left, in several groups."""
+    shipped: list[StoredEvent] = []
+    while (batch := log.read_batch(limit)).events:
+        assert len(batch.events) <= limit
+        shipped += batch.events
+        log.delete(batch)
+    return shipped
+
+
+# --- events go in and come out ---------------------------------------------------------------------------
 
 
 def test_events_come_back_oldest_first_and_are_gone_once_deleted(log: TelemetryLog) -> None:
@@ -52,39 +111,160 @@ def test_events_come_back_oldest_first_and_are_gone_once_deleted(log: TelemetryL
     assert log.count() == 2
 
 
-def test_the_log_outlives_its_process_object(log: TelemetryLog, tmp_path: Path) -> None:
+def test_the_log_outlives_its_process_object(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog]
+) -> None:
     log.write(make_events(0, 3))
-    again = TelemetryLog(tmp_path / "telemetry")
-    assert read_all(again) == make_events(0, 3)
-    again.close()
+    log.close()
+    assert read_all(open_log()) == make_events(0, 3)
 
 
-def test_a_commit_waits_for_the_disk_and_only_the_owner_may_read_it(
-    log: TelemetryLog, tmp_path: Path
+def test_a_closed_log_can_be_used_again(log: TelemetryLog) -> None:
+    log.write(make_events(0, 1))
+    log.close()
+    log.write(make_events(1, 1))
+    assert sorted(read_all(log), key=lambda event: event.id) == make_events(0, 2)
+
+
+def test_many_events_fill_many_segments_and_all_go_once_they_are_shipped(
+    log: TelemetryLog, directory: Path
+) -> None:
+    events = make_events(0, 100)
+    write_one_by_one(log, events)
+    assert len(list_segments(directory)) > 5
+    assert ship_all(log) == events
+    assert len(list_segments(directory)) == 1
+    log.close()
+    assert list(directory.iterdir()) == []
+
+
+def test_a_group_larger_than_a_segment_is_kept_whole(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog]
+) -> None:
+    events = make_events(0, 100)
+    log.write(events)
+    assert read_all(log) == events
+    log.close()
+    assert read_all(open_log()) == events
+
+
+def test_only_the_owner_may_read_it(log: TelemetryLog, directory: Path) -> None:
+    log.write(make_events(0, 1))
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(path.stat().st_mode) for path in list_segments(directory)] == [0o600]
+
+
+def test_an_event_is_one_write_and_one_synchronisation_and_the_file_keeps_its_size(
+    log: TelemetryLog, directory: Path, files: FailingFiles
+) -> None:
+    log.check_writable()
+    files.calls.clear()
+    log.check_writable()
+    log.write(make_events(0, 1))
+    log.write(make_events(1, 5))
+    assert [operation for operation, _ in files.calls] == ["pwrite", "fdatasync"] * 2
+    assert [path.stat().st_size for path in list_segments(directory)] == [SEGMENT]
+
+
+def test_names_are_durable_before_the_first_event_is(
+    log: TelemetryLog, directory: Path, files: FailingFiles
 ) -> None:
     log.write(make_events(0, 1))
-    connection = log._connect()
-    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
-    file = database_file(tmp_path)
-    for path in (file, file.with_name(file.name + "-wal")):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    operations = [operation for operation, _ in files.calls]
+    synced = [path for operation, path in files.calls if operation == "sync_directory"]
+    assert synced == [directory.parent.parent, directory.parent, directory]
+    assert operations[-4:] == ["fdatasync", "sync_directory", "pwrite", "fdatasync"]
 
 
-def test_a_full_log_refuses_and_takes_events_again_once_there_is_room(tmp_path: Path) -> None:
-    log = TelemetryLog(tmp_path / "telemetry", max_bytes=40 * 4096)
-    written = 0
+def test_the_next_segment_is_made_ahead_once_and_then_used(
+    log: TelemetryLog, directory: Path, files: FailingFiles
+) -> None:
+    log.prepare_next()
+    log.write(make_events(0, 1))
+    log.prepare_next()
+    assert len(list_segments(directory)) == 1
+    log.write(make_events(1, 7))
+    log.prepare_next()
+    log.prepare_next()
+    assert len(list_segments(directory)) == 2
+    files.calls.clear()
+    write_one_by_one(log, make_events(8, 10))
+    assert {operation for operation, _ in files.calls} == {"pwrite", "fdatasync"}
+    assert read_all(log) == make_events(0, 18)
+
+
+def test_a_segment_made_ahead_goes_when_the_log_is_closed(log: TelemetryLog, directory: Path) -> None:
+    log.write(make_events(0, 8))
+    log.prepare_next()
+    assert len(list_segments(directory)) == 2
+    log.close()
+    assert len(list_segments(directory)) == 1
+
+
+# --- several processes -----------------------------------------------------------------------------------
+
+
+def test_a_worker_leaves_the_segments_of_a_living_one_alone_and_takes_over_those_of_a_dead_one(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog], directory: Path
+) -> None:
+    other = open_log()
+    log.write(make_events(0, 2))
+    other.write(make_events(2, 1))
+    assert read_all(other) == make_events(2, 1)
+    log.close()
+    assert sorted(read_all(other), key=lambda event: event.id) == make_events(0, 3)
+    assert other.count() == 3
+    assert len(ship_all(other)) == 3
+    assert len(list_segments(directory)) == 1
+
+
+def test_an_orphan_that_never_held_an_event_goes_at_once(log: TelemetryLog, directory: Path) -> None:
+    directory.mkdir(parents=True)
+    for number, content in enumerate((b"", b"\0" * SEGMENT, b"leadscore telemetry log 1 events-2\n")):
+        (directory / f"events-{number}.log").write_bytes(content)
+    assert read_all(log) == []
+    assert list(directory.iterdir()) == []
+
+
+def test_a_segment_somebody_took_while_it_was_being_made_is_not_written_to(
+    directory: Path,
+) -> None:
+    class Hasty(FailingFiles):
+        taken = 0
+
+        def create(self, path: Path) -> int:
+            descriptor = super().create(path)
+            if not self.taken:
+                self.taken += 1
+                path.unlink()
+            return descriptor
+
+    hasty = TelemetryLog(directory, segment_bytes=SEGMENT, files=Hasty())
+    with pytest.raises(TelemetryUnavailableError):
+        hasty.write(make_events(0, 1))
+    hasty.write(make_events(1, 1))
+    assert read_all(hasty) == make_events(1, 1)
+    hasty.close()
+
+
+# --- a disk that is full, or fails -----------------------------------------------------------------------
+
+
+def test_a_full_log_refuses_and_takes_events_again_once_there_is_room(
+    open_log: Callable[..., TelemetryLog], directory: Path
+) -> None:
+    log, written = open_log(3 * SEGMENT), 0
     with pytest.raises(TelemetryUnavailableError):  # noqa: PT012 - which write fails is not the point
-        for written in range(10_000):
+        for written in range(1000):
             log.write(make_events(written, 1))
     with pytest.raises(TelemetryUnavailableError):
         log.check_writable()
+    assert len(list_segments(directory)) == 3
     assert log.count() == written
-    log.delete(log.read_batch(written))
+    assert ship_all(log) == make_events(0, written)
     log.check_writable()
     log.write(make_events(0, 1))
     assert log.count() == 1
-    log.close()
 
 
 def test_a_log_that_cannot_be_made_says_so_and_recovers(tmp_path: Path) -> None:
@@ -99,101 +279,267 @@ def test_a_log_that_cannot_be_made_says_so_and_recovers(tmp_path: Path) -> None:
     log.close()
 
 
-def test_a_file_that_is_no_database_is_set_aside(log: TelemetryLog, tmp_path: Path) -> None:
+@pytest.mark.parametrize("operation", ["pwrite", "fdatasync"])
+def test_a_segment_that_failed_is_never_written_to_again_and_still_read(
+    log: TelemetryLog, files: FailingFiles, operation: str
+) -> None:
+    log.write(make_events(0, 2))
+    files.calls.clear()
+    files.failing[operation] = errno.EIO
+    with pytest.raises(TelemetryUnavailableError):
+        log.write(make_events(2, 1))
+    files.failing.clear()
+    descriptor = files.calls[0][1]
+    files.calls.clear()
+    log.write(make_events(3, 1))
+    assert descriptor not in {subject for _, subject in files.calls}
+    assert [event.id for event in read_all(log)] == ["id-000000", "id-000001", "id-000003"]
+    assert len(ship_all(log)) == 3
+
+
+def test_an_event_the_disk_refused_once_is_kept_in_a_new_segment(
+    directory: Path, open_log: Callable[..., TelemetryLog]
+) -> None:
+    class FailsOnce(FailingFiles):
+        def fdatasync(self, descriptor: int) -> None:
+            if self.failing.pop("once", None):
+                raise OSError(errno.EIO, "fails once")
+            super().fdatasync(descriptor)
+
+    files = FailsOnce()
+    log = TelemetryLog(directory, segment_bytes=SEGMENT, files=files)
+    log.write(make_events(0, 1))
+    files.failing["once"] = errno.EIO
+    log.write(make_events(1, 1))
+    assert read_all(log) == make_events(0, 2)
+    assert len(list_segments(directory)) == 2
+    log.close()
+    # The refused write is in the first segment as well, and its ID makes the second copy harmless.
+    assert {event.id for event in read_all(open_log())} == {"id-000000", "id-000001"}
+
+
+def test_a_segment_made_ahead_whose_first_write_fails_is_given_up_too(
+    log: TelemetryLog, files: FailingFiles, directory: Path
+) -> None:
+    log.write(make_events(0, 8))
+    log.prepare_next()
+    files.failing["pwrite"] = errno.EIO
+    with pytest.raises(TelemetryUnavailableError):
+        log.write(make_events(8, 1))
+    files.failing.clear()
+    log.write(make_events(9, 1))
+    assert read_all(log) == make_events(0, 8) + make_events(9, 1)
+    ship_all(log)
+    assert len(list_segments(directory)) == 1
+
+
+@pytest.mark.parametrize("operation", ["create", "pwrite", "fdatasync", "sync_directory"])
+def test_a_segment_that_could_not_be_made_leaves_nothing_behind(
+    log: TelemetryLog, files: FailingFiles, directory: Path, operation: str
+) -> None:
+    log.write(make_events(0, 8))
+    files.failing[operation] = errno.ENOSPC
+    log.prepare_next()
+    assert len(list_segments(directory)) == 1
+    files.failing.clear()
+    write_one_by_one(log, make_events(8, 12))
+    assert read_all(log) == make_events(0, 20)
+
+
+def test_a_segment_that_cannot_even_be_removed_is_an_orphan(
+    log: TelemetryLog, files: FailingFiles, directory: Path
+) -> None:
+    files.failing |= {"fdatasync": errno.EIO, "unlink": errno.EIO}
+    with pytest.raises(TelemetryUnavailableError):
+        log.check_writable()
+    files.failing.clear()
+    assert len(list_segments(directory)) == 1
+    assert read_all(log) == []
+    assert list_segments(directory) == []
+
+
+def test_a_partial_write_is_an_error(tmp_path: Path) -> None:
+    class Short(bytes):
+        def __len__(self) -> int:
+            return super().__len__() + 1
+
+    descriptor = Files().create(tmp_path / "file")
+    with pytest.raises(OSError, match="in part"):
+        Files().pwrite(descriptor, Short(b"x"), 0)
+    os.close(descriptor)
+
+
+def test_a_finished_segment_that_cannot_be_removed_now_is_removed_later_and_shipped_once(
+    log: TelemetryLog, files: FailingFiles, directory: Path
+) -> None:
+    write_one_by_one(log, make_events(0, 20))
+    batch = log.read_batch(100)
+    files.failing["unlink"] = errno.EIO
+    with pytest.raises(TelemetryUnavailableError):
+        log.delete(batch)
+    with pytest.raises(TelemetryUnavailableError):
+        log.read_batch(100)
+    files.failing.clear()
+    log.delete(batch)
+    assert read_all(log) == []
+    assert len(list_segments(directory)) == 1
+
+
+def test_what_cannot_be_read_now_is_told_and_read_later(
+    log: TelemetryLog, directory: Path, open_log: Callable[..., TelemetryLog]
+) -> None:
     log.write(make_events(0, 1))
     log.close()
-    database_file(tmp_path).write_bytes(b"not a database at all" * 1000)
-    log.write(make_events(1, 1))
-    assert read_all(log) == make_events(1, 1)
-    assert len(list((tmp_path / "telemetry").glob("salvaged-*"))) == 1
+    (orphan,) = list_segments(directory)
+    content = orphan.read_bytes()
+    orphan.unlink()
+    orphan.symlink_to("somewhere-else")
+    other = open_log()
+    with pytest.raises(TelemetryUnavailableError):
+        other.read_batch(10)
+    other.write(make_events(1, 1))
+    batch = other.read_batch(10)
+    assert batch.events == make_events(1, 1)
+    other.delete(batch)
+    orphan.unlink()
+    orphan.write_bytes(content)
+    assert read_all(other) == make_events(0, 1)
 
 
-def test_what_is_readable_of_a_damaged_log_is_kept(log: TelemetryLog, tmp_path: Path) -> None:
-    events = make_events(0, 400)
+def test_a_segment_that_cannot_be_read_now_does_not_hold_up_the_others(
+    directory: Path, open_log: Callable[..., TelemetryLog]
+) -> None:
+    bad: set[int] = set()
+
+    def fail_reading(operation: str, descriptor: object, *_: object) -> None:
+        if operation == "pread" and descriptor in bad:
+            raise OSError(errno.EIO, "a bad sector")
+
+    files = WatchedFiles(fail_reading)
+    log = TelemetryLog(directory, segment_bytes=SEGMENT, files=files)
+    log.write(make_events(0, 8))
+    assert log._current is not None
+    bad.add(log._current._descriptor)
+    with pytest.raises(TelemetryUnavailableError):
+        log.read_batch(10)
+    log.write(make_events(8, 8))
+    batch = log.read_batch(10)
+    assert batch.events == make_events(8, 8)
+    log.delete(batch)
+    bad.clear()
+    assert ship_all(log) == make_events(0, 8)
+    log.close()
+
+
+# --- damage ----------------------------------------------------------------------------------------------
+
+
+def leave_segment(open_log: Callable[..., TelemetryLog], directory: Path, events: list[StoredEvent]) -> Path:
+    """Leaves the segment of a dead process."""
+    log = open_log()
     log.write(events)
     log.close()
-    file = database_file(tmp_path)
-    size = file.stat().st_size
-    with file.open("r+b") as content:
-        content.seek(size // 2 // 4096 * 4096)
-        content.write(os.urandom(4096))
-    log.write(make_events(1000, 1))
-    kept = read_all(log)
-    assert len(list((tmp_path / "telemetry").glob("salvaged-*"))) == 1
-    assert set(kept) <= {*events, *make_events(1000, 1)}
-    assert {events[0], events[-1], *make_events(1000, 1)} <= set(kept)
+    (path,) = list_segments(directory)
+    return path
+
+
+def overwrite(path: Path, place: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(content)
+
+
+def test_a_file_that_is_no_segment_is_set_aside(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog], directory: Path
+) -> None:
+    path = leave_segment(open_log, directory, make_events(0, 1))
+    path.write_bytes(b"no segment at all" * 100)
+    log.write(make_events(1, 1))
+    assert ship_all(log) == make_events(1, 1)
+    assert [path.name for path in directory.glob("damaged-*")] == [f"damaged-{path.name}"]
+    assert ship_all(log) == []
+
+
+@pytest.mark.parametrize("damage", [os.urandom(512), bytes(512)], ids=["noise", "zeros"])
+def test_what_is_readable_on_both_sides_of_the_damage_is_kept(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog], directory: Path, damage: bytes
+) -> None:
+    events = make_events(0, 400)
+    path = leave_segment(open_log, directory, events)
+    overwrite(path, path.stat().st_size // 2 // 512 * 512, damage)
+    kept = ship_all(log)
+    assert set(kept) < set(events)
+    assert len(kept) >= 396
+    assert kept == sorted(kept, key=lambda event: event.id)
+    assert len(list(directory.glob("damaged-*"))) == 1
+    assert list_segments(directory) == []
+
+
+def test_the_rest_of_an_interrupted_write_is_set_aside_with_its_file(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog], directory: Path
+) -> None:
+    path = leave_segment(open_log, directory, make_events(0, 3))
+    overwrite(path, path.read_bytes().rindex(b"\xf5\xfeEV") + 100, bytes(1000))
+    assert ship_all(log) == make_events(0, 2)
+    assert len(list(directory.glob("damaged-*"))) == 1
+
+
+def test_a_record_is_good_in_its_own_place_only(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog], directory: Path
+) -> None:
+    path = leave_segment(open_log, directory, make_events(0, 1))
+    content = path.read_bytes()
+    start = content.index(b"\xf5\xfeEV")
+    record = content[start:].rstrip(b"\0")
+    overwrite(path, 2000, record)
+    path.with_name("events-other.log").write_bytes(content)
+    assert ship_all(log) == make_events(0, 1)
+    assert len(list(directory.glob("damaged-*"))) == 2
+
+
+def test_a_record_this_version_does_not_understand_is_not_thrown_away(
+    log: TelemetryLog, directory: Path
+) -> None:
+    log.write(make_events(0, 1))
+    assert log._current is not None
+    log._current.append([b'{"of": "another version"}'])
+    assert read_all(log) == make_events(0, 1)
+    log.delete(log.read_batch(10))
+    assert log.count() == 0
+    log.close()
+    assert len(list(directory.glob("damaged-*"))) == 1
+
+
+def test_damage_under_a_living_log_costs_what_it_hit(log: TelemetryLog, directory: Path) -> None:
+    log.write(make_events(0, 3))
+    (path,) = list_segments(directory)
+    content = path.read_bytes()
+    overwrite(path, content.index(b"req-1"), b"REQ-1")
+    assert ship_all(log) == [make_events(0, 3)[0], make_events(0, 3)[2]]
+    write_one_by_one(log, make_events(3, 20))
+    overwrite(path, 0, bytes(SEGMENT))
+    ship_all(log)
+    assert log.count() == 0
+    assert len(list(directory.glob("damaged-*"))) == 1
 
 
 def test_no_damage_keeps_the_log_from_starting_or_lets_a_false_event_out(tmp_path: Path) -> None:
-    events = make_events(0, 60)
-    rng = random.Random(1)  # noqa: S311 - a repeatable choice of places
-    original = TelemetryLog(tmp_path / "original")
-    original.write(events)
-    original.close()
-    pristine = (tmp_path / "original" / "current" / "events.sqlite3").read_bytes()
-    for round_number in range(60):
-        directory = tmp_path / f"round-{round_number}"
-        (directory / "current").mkdir(parents=True)
-        place = rng.randrange(len(pristine))
-        damaged = pristine[:place] if round_number % 2 else (
-            pristine[:place] + bytes([pristine[place] ^ 1 << rng.randrange(8)]) + pristine[place + 1 :]
-        )  # fmt: skip
-        (directory / "current" / "events.sqlite3").write_bytes(damaged)
-        log = TelemetryLog(directory)
-        log.write(make_events(1000, 1))
-        batch = log.read_batch(1000)
-        assert set(batch.events) <= {*events, *make_events(1000, 1)}
-        assert make_events(1000, 1)[0] in batch.events
-        log.delete(batch)
-        assert read_all(log) == []
-        log.close()
-
-
-def test_a_worker_notices_that_another_one_set_the_log_aside(log: TelemetryLog, tmp_path: Path) -> None:
-    other = TelemetryLog(tmp_path / "telemetry")
-    log.write(make_events(0, 2))
-    assert other.count() == 2
-    log._set_aside()
-    other.write(make_events(2, 1))
-    log.write(make_events(3, 1))
-    assert sorted(read_all(log), key=lambda event: event.id) == make_events(0, 4)
-    other.close()
-
-
-def test_a_log_killed_while_setting_aside_still_takes_over_what_was_readable(tmp_path: Path) -> None:
-    log = TelemetryLog(tmp_path / "telemetry")
-    log.write(make_events(0, 2))
-    log._set_aside()
-    log.close()
-    log.write(make_events(2, 1))
-    assert sorted(read_all(log), key=lambda event: event.id) == make_events(0, 3)
-    log.close()
-
-
-def test_a_batch_read_before_the_log_was_set_aside_deletes_nothing_else(log: TelemetryLog) -> None:
-    log.write(make_events(0, 2))
-    batch = log.read_batch(10)
-    log._set_aside()
-    log.write(make_events(2, 1))
-    log.delete(batch)
-    assert read_all(log) == make_events(2, 1)
-
-
-def test_one_worker_ships_at_a_time(log: TelemetryLog, tmp_path: Path) -> None:
-    other = TelemetryLog(tmp_path / "telemetry")
-    assert log.own_shipping()
-    assert not other.own_shipping()
-    log.release_shipping()
-    assert other.own_shipping()
-    other.close()
-    assert log.own_shipping()
-
-
-def test_a_reader_of_another_program_does_not_stop_the_log(log: TelemetryLog, tmp_path: Path) -> None:
-    log.write(make_events(0, 1))
-    reader = sqlite3.connect(database_file(tmp_path), isolation_level=None)
-    reader.execute("BEGIN")
-    assert reader.execute("SELECT count(*) FROM events").fetchone() == (1,)
-    log.write(make_events(1, 1))
-    reader.close()
-    assert log.count() == 2
+    """One flipped bit at, and the file cut off at, every place in turn."""
+    events = make_events(0, 4)
+    origin = TelemetryLog(tmp_path, segment_bytes=1536)
+    origin.write(events)
+    origin.close()
+    (path,) = list_segments(tmp_path)
+    pristine = path.read_bytes()
+    rng = random.Random(1)  # noqa: S311 - a repeatable choice of bits
+    for place in range(len(pristine)):
+        flipped = bytes([pristine[place] ^ 1 << rng.randrange(8)])
+        for damaged in (pristine[:place], pristine[:place] + flipped + pristine[place + 1 :]):
+            path.write_bytes(damaged)
+            log = TelemetryLog(tmp_path, segment_bytes=1536)
+            kept = ship_all(log)
+            assert set(kept) <= set(events)
+            assert len(damaged) < len(pristine) or len(kept) >= 3
+            log.close()
+            for left in tmp_path.iterdir():
+                left.unlink()

@@ -176,13 +176,8 @@ class MlTelemetry:
             await self._look_at_log()
 
     async def _ship_all(self) -> None:
-        if not await self._writer.run(TelemetryLog.own_shipping):
-            return
-        try:
-            while await self._ship_group():
-                pass
-        finally:
-            self._writer.run_later(TelemetryLog.release_shipping)
+        while await self._ship_group():
+            pass
 
     async def _ship_group(self) -> bool:
         batch = await self._writer.run(lambda log: log.read_batch(self._group_size))
@@ -195,6 +190,7 @@ class MlTelemetry:
         with suppress(TelemetryUnavailableError):
             if not self._writer.usable:
                 await self._writer.check()
+            await self._writer.run(TelemetryLog.prepare_next)
             self._backlog = await self._writer.run(TelemetryLog.count)
             TELEMETRY_BACKLOG.set(self._backlog)
 
