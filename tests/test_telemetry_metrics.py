@@ -76,7 +76,7 @@ def test_two_workers_report_their_figures_together(tmp_path: Path) -> None:
     assert samples["leadscore_request_seconds_count", "route=/ai/advanced-ml/predict-batch"] == 4
     assert samples["leadscore_model_ready", ""] == 0
     assert samples["leadscore_breaker_state", ""] == 2
-    assert samples["leadscore_telemetry_backlog", ""] == 7
+    assert samples["leadscore_telemetry_backlog", ""] == 10
 
 
 def test_a_worker_that_died_leaves_its_counts_and_not_its_state(tmp_path: Path) -> None:
