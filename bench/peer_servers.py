@@ -47,7 +47,7 @@ def install_peer(peer: Peer, directory: Path) -> Path:
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
     run = subprocess.run([*pip, *wanted], check=False, capture_output=True, text=True)
     if run.returncode != 0:
-        raise PeerFailedError(f"does not install: {_last_line(run.stderr)}")
+        raise PeerFailedError(f"does not install: {_find_reason(run.stderr)}")
     installed.write_text("\n".join(wanted))
     return python
 
@@ -79,7 +79,7 @@ def start_peer(peer: Peer, python: Path, model: Path, probe: Rows) -> Iterator[S
             while not _answers(peer, port, probe):
                 if process.poll() is not None or time.perf_counter() - began > _SECONDS_TO_READY:
                     log.seek(0)
-                    raise PeerFailedError(f"does not start: {_last_line(log.read())}")
+                    raise PeerFailedError(f"does not start: {_find_reason(log.read())}")
                 time.sleep(0.1)
             yield Server(peer.name, port, process.pid, time.perf_counter() - began)
         finally:
@@ -117,6 +117,7 @@ def _find_free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _last_line(text: str) -> str:
+def _find_reason(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it said nothing"
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["it said nothing"])[-1][:200]

@@ -5,7 +5,8 @@ its own virtual environment, on one worker as the service does. They get the fea
 answer the uncalibrated probability: no database, no safety rules, no calibration, no telemetry. The service
 gets lead IDs and does all of that. Before anything is timed the peers' answers, calibrated, must equal the
 service's for the same leads. Then all take turns, a burst each, round after round. A peer that does not
-install or start is named with the reason.
+install or start is named with the reason. The floor of `make bench` plays too: where a peer is ahead of it,
+no service that reads a database first can win.
 
 python -m bench.peers [--leads N] [--seconds S] [--rounds R] [--json FILE] [--var DIR]
 """
@@ -39,10 +40,10 @@ from bench.figures import Figure, print_figures
 from bench.load import Sample, ask, build_request, cycle, run_load
 from bench.peer_protocols import PEERS, Peer, Rows
 from bench.peer_servers import PeerFailedError, install_peer, read_version, start_peer
-from bench.servers import ROOT, Server, start_service
+from bench.servers import ROOT, Server, start_contender, start_service
 from bench.suite import TOLERANCE, Cell, describe_cells, print_cells
 
-US = "cold"
+US, FLOOR = "cold", "floor"
 CELLS = ((1, 1), (1, 16), (2000, 1), (2000, 8), (2000, 16))
 """Rows in a request, connections."""
 _REQUESTS = {1: 400, 2000: 20}
@@ -87,7 +88,7 @@ def start_peers(
 
 
 class PeerBench:
-    """The service and the running peers, and what was measured of them."""
+    """The service, the floor and the running peers, and what was measured of them."""
 
     def __init__(self, servers: Mapping[str, Server], lead_ids: Sequence[str], rows: FloatArray) -> None:
         """`rows` (n, k) are the features of the first n leads."""
@@ -140,7 +141,7 @@ class PeerBench:
         )
 
     def _requests(self, name: str, size: int) -> Iterator[bytes]:
-        if name == US:
+        if name not in self._peers:
             # Ever other leads, many more than the peers' requests hold: the look-up is a real one.
             starts = range(0, len(self._lead_ids) - size + 1, size)[:_LOOK_UPS]
             return cycle(
@@ -203,9 +204,10 @@ def main() -> None:
         rows = asyncio.run(fetch_features(stage, bundle, lead_ids[:wanted]))
         with (
             start_service(US, stage, Path(directory), ML_PREDICTION_CACHE_TTL_SECONDS="0") as service,
+            start_contender(FLOOR, stage) as floor,
             start_peers(peers, peers / "peer_model.joblib", rows[:1].tolist()) as (servers, remarks),
         ):
-            bench = PeerBench({US: service, **servers}, lead_ids, rows)
+            bench = PeerBench({US: service, FLOOR: floor, **servers}, lead_ids, rows)
             uvloop.run(run(bench, bundle, seconds=given.seconds, rounds=given.rounds))
     print_remarks(console, remarks)
     print_cells(console, bench.samples)
