@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fix model prove-probabilities prove bench profile bench-request-path lock clean
+.PHONY: help serve test check fix model prove-probabilities prove bench bench-peers profile bench-request-path lock clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ prove-%: .venv/.dev
 
 bench: .venv/.dev ## Time the service beside its floor and the usual ways (SHORT=1: are the answers right?)
 	@$(BIN)/python -m bench.suite $(if $(SHORT),--short) --json var/bench.json
+
+bench-peers: .venv/.dev ## Time the service beside MLServer, BentoML, LitServe, Ray Serve and MLflow (installs 3 GB once)
+	@$(BIN)/python -m bench.peers --json var/bench-peers.json
 
 profile: .venv/.dev ## Show where a request's time goes, stage by stage
 	@$(BIN)/python -m bench.profile

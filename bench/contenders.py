@@ -189,7 +189,7 @@ def build_textbook(url: str, model_dir: Path) -> Any:
     """FastAPI, ORM objects, `predict_proba`, pydantic."""
     app = FastAPI()
     lead, session = _open_orm(url)
-    bundle, estimator = _load_model(model_dir)
+    bundle, estimator = load_model(model_dir)
 
     @app.post(PATH)
     def predict(lead_ids: list[str]) -> _Predictions:
@@ -209,7 +209,7 @@ def build_row_by_row(url: str, model_dir: Path) -> Any:
     """The same with a query, a data frame and a call of the model for each lead."""
     app = FastAPI()
     lead, session = _open_orm(url)
-    bundle, estimator = _load_model(model_dir)
+    bundle, estimator = load_model(model_dir)
 
     @app.post(PATH)
     def predict(lead_ids: list[str]) -> _Predictions:
@@ -240,7 +240,8 @@ def _open_orm(url: str) -> tuple[Any, Callable[[], Session]]:
     return Lead, lambda: Session(engine)
 
 
-def _load_model(model_dir: Path) -> tuple[ModelBundle, Any]:
+def load_model(model_dir: Path) -> tuple[ModelBundle, Any]:
+    """Returns the active bundle, and its estimator as scikit-learn has it."""
     bundle = ModelRegistry(model_dir).load()
     data = (model_dir / bundle.manifest.file_name).read_bytes()
     return bundle, load_estimator(data, bundle.manifest.format)

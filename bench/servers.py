@@ -14,7 +14,8 @@ from pathlib import Path
 from bench.data import RELATION, Stage
 
 ROOT = Path(__file__).parent.parent
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""One core a server: what is compared is the work, not the number of threads it is spread over."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def _start(name: str, command: list[str], environment: dict[str, str]) -> Iterat
     with subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=ROOT,
-        env={**os.environ, **_ONE_THREAD, **environment},
+        env={**os.environ, **ONE_THREAD, **environment},
         stdout=subprocess.PIPE,
         text=True,
     ) as process:

@@ -178,12 +178,12 @@ def build_figures(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> 
     ]  # fmt: skip
 
 
-def print_cells(console: Console, bench: Bench) -> None:
+def print_cells(console: Console, samples: Mapping[Cell, Sample]) -> None:
     """Prints every cell: median and p99 in milliseconds, and leads a second."""
     table = Table(title="latency in ms (p50, p99) and leads a second", title_justify="left")
     for heading in ("leads", "connections", "contender", "p50", "p99", "leads/s", "requests"):
         table.add_column(heading, justify="left" if heading == "contender" else "right")
-    for (name, size, connections), sample in sorted(bench.samples.items(), key=lambda item: item[0][1:]):
+    for (name, size, connections), sample in sorted(samples.items(), key=lambda item: item[0][1:]):
         table.add_row(
             f"{size:,}", str(connections), name, f"{sample.percentile(0.5):.2f}",
             f"{sample.percentile(0.99):.2f}", f"{sample.rate * size:,.0f}", f"{len(sample.milliseconds):,}",
@@ -227,24 +227,25 @@ def main() -> None:
         bulk = measure_bulk(stage, options.leads)
         with start_service("again", stage, Path(directory)) as server:
             facts["start_seconds"] = server.seconds_to_ready
-    print_cells(console, bench)
+    print_cells(console, bench.samples)
     if not options.short:
         print_figures(console, "figures", build_figures(bench, facts, bulk))
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(_to_json(bench, facts, bulk), indent=1))
+        cells, rates = describe_cells(bench.samples), {"service": bulk.service, "floor": bulk.floor}
+        given.json.write_text(json.dumps({"cells": cells, "facts": facts, "bulk": rates}, indent=1))
 
 
-def _to_json(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> dict[str, Any]:
-    cells = [
+def describe_cells(samples: Mapping[Cell, Sample]) -> list[dict[str, Any]]:
+    """Returns every cell as JSON values."""
+    return [
         {
             "contender": name, "leads": size, "connections": connections, "p50_ms": sample.percentile(0.5),
             "p99_ms": sample.percentile(0.99), "leads_per_second": sample.rate * size,
             "requests": len(sample.milliseconds),
         }
-        for (name, size, connections), sample in bench.samples.items()
+        for (name, size, connections), sample in samples.items()
     ]  # fmt: skip
-    return {"cells": cells, "facts": dict(facts), "bulk": {"service": bulk.service, "floor": bulk.floor}}
 
 
 if __name__ == "__main__":
