@@ -1,0 +1,153 @@
+"""The hot way to ask: one wait, and nothing left behind when it fails, is late or is given up."""
+
+import asyncio
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from app.db.engine import Database
+from app.db.session import column_values
+from app.errors import DatabaseUnavailableError
+from tests.test_db_engine import (  # noqa: F401 - fixtures
+    DEADLINE,
+    GRACE,
+    ask,
+    connect,
+    connections,
+    eventually,
+    frozen,
+    open_files,
+    own_server,
+)
+
+Connect = Callable[..., Database]
+
+DOUBLE = "SELECT ($1::int4 * 2) AS doubled"
+
+
+async def double(database: Database, number: int) -> int:
+    result = await database.query(DOUBLE, [struct.pack(">i", number)])
+    ((value,),) = column_values(result)
+    assert value is not None
+    return int(struct.unpack(">i", value)[0])
+
+
+async def refused_in(database: Database, statement: str = "SELECT 1") -> float:
+    start = time.perf_counter()
+    with pytest.raises(DatabaseUnavailableError):
+        await database.query(statement, [])
+    return time.perf_counter() - start
+
+
+async def test_a_statement_is_prepared_once_and_asked_again(database_url: str, connect: Connect) -> None:  # noqa: F811
+    database = connect(database_url, pool_size=1)
+    assert [await double(database, number) for number in (1, 2, 3)] == [2, 4, 6]
+    result = await database.query("SELECT count(*)::text FROM pg_prepared_statements", [])
+    assert column_values(result) == [[b"2"]]  # that one and this one
+
+
+async def test_many_at_once_share_the_pool_and_keep_apart(database_url: str, connect: Connect) -> None:  # noqa: F811
+    database = connect(database_url, pool_size=3, deadline_seconds=5)
+    numbers = range(60)
+    assert await asyncio.gather(*(double(database, number) for number in numbers)) == [2 * n for n in numbers]
+    assert 1 <= connections(database_url) <= 3
+
+
+async def test_a_large_question_and_a_large_answer_come_through(database_url: str, connect: Connect) -> None:  # noqa: F811
+    text = b"x" * 20_000_000
+    result = await connect(database_url, deadline_seconds=20).query("SELECT upper($1::text)", [text])
+    assert column_values(result) == [[text.upper()]]
+
+
+async def test_the_driver_and_the_session_take_turns_on_one_connection(
+    database_url: str,
+    connect: Connect,  # noqa: F811
+) -> None:
+    database = connect(database_url, pool_size=1)
+    for number in range(5):
+        assert await double(database, number) == 2 * number
+        assert await database.run(ask) == 1
+    assert connections(database_url) == 1
+
+
+async def test_a_frozen_server_costs_the_deadline_and_is_used_again(
+    own_server: tuple[str, Path],  # noqa: F811
+    connect: Connect,  # noqa: F811
+) -> None:
+    url, data = own_server
+    database = connect(url)
+    await asyncio.gather(*(double(database, 1) for _ in range(4)))
+    before = open_files()
+    with frozen(data):
+        # The first round waits on open connections, the second on new ones.
+        rounds = [await asyncio.gather(*(refused_in(database) for _ in range(8))) for _ in range(2)]
+    assert max(map(max, rounds)) < DEADLINE + GRACE
+    assert await double(database, 2) == 4
+    assert await eventually(lambda: open_files() <= before)
+
+
+async def test_a_caller_that_is_cancelled_leaves_at_once_and_nothing_behind(
+    database_url: str,
+    connect: Connect,  # noqa: F811
+) -> None:
+    database = connect(database_url, pool_size=1, deadline_seconds=30)
+    await double(database, 1)
+    before = open_files()
+    call = asyncio.create_task(database.query("SELECT pg_sleep(20)", []))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    call.cancel()
+    start = time.perf_counter()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert time.perf_counter() - start < GRACE
+    assert await double(database, 3) == 6
+    assert open_files() <= before
+
+
+async def test_a_connection_the_server_closed_is_not_used(database_url: str, connect: Connect) -> None:  # noqa: F811
+    database = connect(database_url)
+    await asyncio.gather(*(double(database, 1) for _ in range(4)))
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'lead-scoring'"
+        )
+    assert await eventually(lambda: connections(database_url) == 0)
+    assert await asyncio.gather(*(double(database, n) for n in range(6))) == [0, 2, 4, 6, 8, 10]
+
+
+async def test_a_backend_killed_while_it_works_is_an_outage(database_url: str, connect: Connect) -> None:  # noqa: F811
+    database = connect(database_url, pool_size=1, deadline_seconds=30)
+    await double(database, 1)
+    call = asyncio.create_task(refused_in(database, "SELECT pg_sleep(20)"))
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        kill = (
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sl%'"
+        )
+        assert await eventually(lambda: connection.execute(kill).fetchone() == (1,))
+    assert await call < 20
+    assert await double(database, 4) == 8
+
+
+async def test_a_statement_at_fault_is_told_by_its_own_error(database_url: str, connect: Connect) -> None:  # noqa: F811
+    database = connect(database_url, pool_size=1)
+    with pytest.raises(psycopg.errors.UndefinedColumn):
+        await database.query("SELECT nonsense", [])
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        await database.query("SELECT 1 / $1::int4", [struct.pack(">i", 0)])
+    assert await double(database, 5) == 10
+
+
+async def test_a_closed_database_ends_what_is_under_way(database_url: str, connect: Connect) -> None:  # noqa: F811
+    database = connect(database_url, deadline_seconds=30)
+    await double(database, 1)
+    call = asyncio.create_task(refused_in(database, "SELECT pg_sleep(20)"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await database.close()
+    assert await call < 20
+    await refused_in(database)
