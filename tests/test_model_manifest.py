@@ -128,6 +128,30 @@ def test_an_oversized_manifest_is_refused_unread():
     assert reason_of(b" " * (MAX_MANIFEST_BYTES + 1)) == "manifest_too_large"
 
 
+def test_a_key_twice_is_refused_whichever_of_the_two_the_digest_is_of():
+    data = encode_manifest(build_manifest())
+    assert b'"threshold": 0.5' in data
+    for twice in (b'"threshold": 0.9,\n"threshold": 0.5', b'"threshold": 0.5,\n"threshold": 0.9'):
+        with pytest.raises(ArtifactError) as caught:
+            read_manifest(data.replace(b'"threshold": 0.5', twice))
+        assert caught.value.reason == "manifest_changed"
+
+
+@pytest.mark.parametrize(
+    ("sound", "hostile"),
+    [
+        (b'"source": "lead_training"', b'"source": "\xff"'),
+        (b'"manifest_sha256": "', b'"manifest_sha256": "\xc3\xa9'),
+    ],
+)
+def test_text_that_no_manifest_has_makes_it_invalid(sound, hostile):
+    data = encode_manifest(build_manifest())
+    assert sound in data
+    with pytest.raises(ArtifactError) as caught:
+        read_manifest(data.replace(sound, hostile))
+    assert caught.value.reason == "manifest_invalid"
+
+
 @pytest.mark.parametrize("data", [b"", b"null", b"[]", b"NaN", b"\xff\xfe{}", b"[" * 100_000, b'{"a":1e999}'])
 def test_what_is_not_a_manifest_at_all_is_refused(data):
     assert reason_of(data) == "manifest_invalid"

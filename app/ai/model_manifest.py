@@ -111,7 +111,7 @@ class ModelManifest(ModelDescription, frozen=True, forbid_unknown_fields=True, k
     library_versions: dict[str, str]
     feature_fingerprint: Digest
     golden_outputs: list[Share]
-    manifest_sha256: str = ""
+    manifest_sha256: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
 
     def __post_init__(self) -> None:
         ModelDescription.__post_init__(self)
@@ -170,17 +170,24 @@ def encode_manifest(manifest: ModelManifest) -> bytes:
 def read_manifest(data: bytes) -> ModelManifest:
     """Decodes a manifest strictly and verifies its own digest.
 
+    Only the bytes that `encode_manifest` writes are a manifest: of two equal keys, say, another reader might
+    believe the other one.
+
     Raises:
         ArtifactError: `manifest_too_large`, `manifest_invalid` (not JSON, an unknown or missing field, a
-            value outside its bounds) or `manifest_changed` (the digest does not match the content).
+            value outside its bounds) or `manifest_changed` (written otherwise, or the digest does not match
+            the content).
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise ArtifactError("manifest_too_large", "The manifest is larger than a manifest can be.")
     try:
         manifest = msgspec.json.decode(data, type=ModelManifest)
-    except (msgspec.DecodeError, RecursionError) as exc:
+        canonical, digest = encode_manifest(manifest), _content_digest(manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ArtifactError("manifest_invalid", "The manifest does not follow its schema.") from exc
-    if not hmac.compare_digest(manifest.manifest_sha256, _content_digest(manifest)):
+    if data != canonical:
+        raise ArtifactError("manifest_changed", "The manifest is not written as it was published.")
+    if not hmac.compare_digest(manifest.manifest_sha256, digest):
         raise ArtifactError("manifest_changed", "The manifest's content does not match its own digest.")
     return manifest
 
