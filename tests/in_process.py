@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from app.main import create_app
 from app.settings import Settings
@@ -34,6 +35,13 @@ def serve(settings: Settings, extend: Callable[[FastAPI], None] = lambda _: None
     """
     app = create_app(settings)
     extend(app)
+    with serve_app(app) as base:
+        yield base
+
+
+@contextmanager
+def serve_app(app: ASGIApp) -> Iterator[str]:
+    """Yields the base URL of any ASGI application with a lifespan, served by uvicorn as in production."""
     config = uvicorn.Config(
         app,
         host="127.0.0.1",

@@ -25,6 +25,13 @@ _HEADERS: dict[int, dict[str, Any]] = {
     405: {"Allow": {"schema": {"type": "string"}, "description": "The methods this path answers to."}},
     503: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait before a retry."}},
 }
+_CARD = "/ai/advanced-ml/models/{version}/card"
+_NAMES_VERSION = {
+    ("/ai/advanced-ml/predict-batch", "post"): "model_version",
+    ("/ai/advanced-ml-legacy/predict-batch", "post"): "model_used",
+    ("/ai/advanced-ml/models", "get"): "version",
+}
+"""Which field of an answer names the version that a model card is asked by."""
 _EVERYWHERE = (MalformedRequestError, MethodNotAllowedError, InternalError)
 
 Responses = dict[int | str, dict[str, Any]]
@@ -81,14 +88,27 @@ def _describe_include(limits: Mapping[str, int], max_batch_size: int) -> dict[st
 
 
 def complete_document(document: dict[str, Any], max_batch_size: int) -> dict[str, Any]:
-    """Adds the schemas that routes only refer to; returns the same document."""
+    """Adds the schemas that routes only refer to, and links to the model card; returns the same document."""
     models = [(model, "validation") for model in (LeadIdArray, LeadIdObject, Problem)]
     _, definitions = models_json_schema(models, ref_template=_REFERENCES)  # type: ignore[arg-type]
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas.update(definitions["$defs"])
     schemas["LeadIdArray"]["maxItems"] = max_batch_size
     schemas["LeadIdObject"]["properties"]["lead_ids"]["maxItems"] = max_batch_size
+    for (path, method), field in _NAMES_VERSION.items():
+        if path in document["paths"]:
+            _link_to_card(document, document["paths"][path][method]["responses"]["200"], field)
     return document
+
+
+def _link_to_card(document: Mapping[str, Any], answer: dict[str, Any], field: str) -> None:
+    answer["links"] = {
+        "card": {
+            "operationId": document["paths"][_CARD]["get"]["operationId"],
+            "parameters": {"version": f"$response.body#/{field}"},
+            "description": "The model card of the version that is named.",
+        }
+    }
 
 
 def _describe_problem(status: int, kinds: Sequence[type[LeadScoringError]]) -> dict[str, Any]:
