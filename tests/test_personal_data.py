@@ -5,26 +5,21 @@ metrics, in the forms data leak in, on good days and on bad ones.
 """
 
 import base64
-import hashlib
-import json
+import gzip
 import re
 import time
-import unicodedata
-import urllib.parse
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from app.ai.domain import InputColumn
-from app.ai.features import FeatureSet, FeatureSpec
+from bench.canaries import Scanner, encode
+from bench.personal_crm import CHOKING_VIEW, FEATURES, add_people, hostile_requests
 from tests.model_files import publish
-from tests.service import PREDICT, Connection, Service, count_events
+from tests.service import Connection, Service, count_events
 
-LEGACY = "/ai/advanced-ml-legacy/predict-batch"
 BIRTH_DATE = "1907-03-11"
 EMAIL_AS_REFERENCE = "ref.quillfeather@canary.example"
 
@@ -40,59 +35,10 @@ PERSONAL = {
 }
 TYPED = "Ärger Typed-By-Caller 5531"
 
-FEATURES = FeatureSet(
-    (
-        FeatureSpec("gpa", "value", (InputColumn("gpa", "number"),), {}, "Grade."),
-        FeatureSpec(
-            "country",
-            "level",
-            (InputColumn("country", "text"),),
-            {"levels": {"germany": 0.5, "india": 0.25}, "unseen": 0.0},
-            "Country.",
-        ),
-        FeatureSpec(
-            "web", "one_of", (InputColumn("source", "text"),), {"values": ["web"]}, "Came by the web."
-        ),
-    )
-)
-
-
-def encode(canary: str) -> dict[str, bytes]:
-    """Returns the forms a value may leak in."""
-    forms = {
-        "raw": canary,
-        "lower case": canary.lower(),
-        "upper case": canary.upper(),
-        "NFD": unicodedata.normalize("NFD", canary),
-        "JSON": json.dumps(canary)[1:-1],
-        "repr": ascii(canary)[1:-1],
-        "URL": urllib.parse.quote(canary),
-        "URL form": urllib.parse.quote_plus(canary),
-        "reversed": canary[::-1],
-    }
-    raw = canary.encode()
-    encoded = {name: form.encode() for name, form in forms.items()}
-    encoded |= {
-        "hex": raw.hex().encode(),
-        "UTF-16": canary.encode("utf-16-le"),
-        "latin-1": canary.encode("latin-1"),
-    }
-    for offset in range(3):
-        # Without its ends, which depend on what stands beside it.
-        encoded[f"base64 at {offset}"] = base64.b64encode(b"\0" * offset + raw)[4:-4]
-    for algorithm in ("md5", "sha1", "sha256"):
-        encoded[algorithm] = hashlib.new(algorithm, raw).hexdigest().encode()
-    return encoded
-
 
 def find(canaries: dict[str, str], content: bytes) -> list[str]:
     """Returns which canaries are in the content, and how."""
-    return [
-        f"{name} ({form})"
-        for name, canary in canaries.items()
-        for form, needle in encode(canary).items()
-        if needle in content
-    ]
+    return [f"{hit.canary} ({hit.form})" for hit in sorted(Scanner(canaries).scan(content))]
 
 
 @dataclass
@@ -117,23 +63,9 @@ class Sinks:
 @pytest.fixture
 def crm(database_url: str) -> str:
     """A CRM with one lead whose every column is a canary, and a view that chokes on it."""
+    add_people(database_url, [{**PERSONAL, "external_ref": EMAIL_AS_REFERENCE}], birth_date=BIRTH_DATE)
     with psycopg.connect(database_url) as connection:
-        person = uuid.uuid4()
-        columns = {name: value for name, value in PERSONAL.items() if name != "note"}
-        connection.execute(
-            f"INSERT INTO people (id, external_ref, birth_date, gpa, created_at, {', '.join(columns)})"
-            f" VALUES (%s, %s, %s, 2.5, now(), {', '.join(['%s'] * len(columns))})",
-            [person, EMAIL_AS_REFERENCE, BIRTH_DATE, *columns.values()],
-        )
-        connection.execute(
-            "INSERT INTO touchpoints (person_id, kind, direction, occurred_at, note)"
-            " VALUES (%s, 'call', 'inbound', now(), %s)",
-            [person, PERSONAL["note"]],
-        )
-        connection.execute(
-            "CREATE VIEW choking_source AS SELECT id AS lead_id, external_ref, created_at, source,"
-            " notes::numeric AS gpa, country, email::integer AS touchpoint_count FROM people"
-        )
+        connection.execute(f"CREATE VIEW choking_source AS {CHOKING_VIEW}")
     return database_url
 
 
@@ -143,59 +75,10 @@ def models(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def hostile_requests() -> Iterator[tuple[str, str, bytes, list[tuple[str, str]]]]:
-    """Yields method, path, body and headers of requests that carry canaries wherever a caller can write."""
-    typed = TYPED.encode()
-    quoted = urllib.parse.quote(TYPED)
-    good = json.dumps([EMAIL_AS_REFERENCE]).encode()
-    latin = typed.decode("latin-1")  # the client encodes heads as UTF-8; this gives the bytes of `typed`
-    bodies = [
-        json.dumps([TYPED]).encode(),
-        json.dumps([TYPED], ensure_ascii=False).encode(),
-        typed,
-        b'["' + typed,
-        json.dumps({TYPED: [1]}).encode(),
-        json.dumps({"lead_ids": TYPED}).encode(),
-        json.dumps([1, {TYPED: 2}]).encode(),
-        json.dumps([TYPED * 20_000]).encode(),
-        b'[NaN, "' + typed + b'"]',
-        json.dumps([PERSONAL["email"]]).encode()[:-1],
-    ]
-    yield "POST", f"{PREDICT}?include=reasons", good, []
-    yield "POST", f"{PREDICT}?include=reasons", json.dumps([EMAIL_AS_REFERENCE] * 101).encode(), []
-    for path in (PREDICT, LEGACY):
-        yield "POST", path, good, []
-        for body in bodies:
-            yield "POST", path, body, []
-        yield "POST", f"{path}?include={quoted}", good, []
-        yield "POST", f"{path}?{quoted}=1", good, []
-        yield "PUT", path, good, []
-        yield "POST", f"{path}/{quoted}", good, []
-        for header in (
-            "X-Request-ID",
-            "traceparent",
-            "Origin",
-            "Content-Encoding",
-            "Accept",
-            "Authorization",
-        ):
-            yield "POST", path, good, [(header, latin)]
-        yield "OPTIONS", path, b"", [("Origin", latin), ("Access-Control-Request-Method", latin)]
-    for path in (
-        "/ai/advanced-ml/health",
-        "/ai/advanced-ml/models",
-        "/readyz",
-        "/docs",
-        "/openapi.json",
-        f"/{quoted}",
-    ):
-        yield "GET", path, b"", []
-
-
 async def drive(service: Service, sinks: Sinks) -> dict[str, int]:
     """Sends every request and notes every answer; returns the status by request ID where an event is due."""
     statuses = {}
-    for number, (method, path, body, headers) in enumerate(hostile_requests()):
+    for number, (method, path, body, headers) in enumerate(hostile_requests(TYPED, EMAIL_AS_REFERENCE)):
         # A fresh connection each: a refusal may end one.
         connection = await Connection.open(service.port)
         status, head, content = await connection.ask(method, path, body, headers)
@@ -285,3 +168,7 @@ def test_a_planted_leak_is_found(name: str, form: str) -> None:
 def test_a_planted_leak_is_found_wherever_it_stands_in_base64(offset: int) -> None:
     leak = base64.b64encode(b"x" * offset + PERSONAL["email"].encode() + b"tail")
     assert find(PERSONAL, leak)
+
+
+def test_a_planted_leak_is_found_in_what_is_compressed() -> None:
+    assert find(PERSONAL, b"before" + gzip.compress(PERSONAL["notes"].encode()) + b"after")
