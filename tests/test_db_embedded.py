@@ -273,8 +273,11 @@ def test_no_value_of_a_failing_row_reaches_the_servers_log(kept: Path) -> None:
         for value in ("canary@example.org", "canary"):
             with pytest.raises(psycopg.IntegrityError), psycopg.connect(url) as connection:
                 connection.execute("INSERT INTO people VALUES (%s)", [value])
+        with pytest.raises(psycopg.DataError, match="canary"), psycopg.connect(url) as connection:
+            connection.execute("SELECT email::numeric FROM people")
+        execute(url, "DO $$ BEGIN RAISE LOG 'the log is being kept'; END $$")
     log = (kept / "postgres" / "server.log").read_text()
-    assert "violates" in log
+    assert "the log is being kept" in log
     assert "canary" not in log
 
 

@@ -192,6 +192,9 @@ class _Server:
             "log_timezone": "UTC",
             "jit": "off",
             # Values of failing rows and statements are personal data, and the log is not the place for them.
+            # The message of an error quotes them too, so what is logged begins above errors: whoever sent
+            # the statement is told of it, and the service logs its SQLSTATE.
+            "log_min_messages": "log",
             "log_error_verbosity": "terse",
             "log_min_error_statement": "panic",
         }
