@@ -95,10 +95,10 @@ class InMemoryService:
         """Does what the change listener does every moment."""
         self.cache.trust_until(self.clock.now + 60 if self.database_is_up else self.clock.now)
 
-    async def open(self) -> None:
+    async def open(self, cache: type[PredictionCache] = PredictionCache) -> None:
         """Builds what lives as long as a worker, as `app.wiring` does."""
         self.registry = ModelRegistry(self.models_dir, ttl_seconds=MODEL_SECONDS, monotonic=self.clock)
-        self.cache = PredictionCache(1000, CACHE_SECONDS, self.clock)
+        self.cache = cache(1000, CACHE_SECONDS, self.clock)
         self.telemetry = MlTelemetry(TelemetryLog(self._log_dir), self.sink, ship_interval_seconds=0.01)
         await self.telemetry.open()
         self._executor = ThreadPoolExecutor(1, "scoring")

@@ -61,11 +61,24 @@ def count_events(url: str) -> dict[str, int]:
 
 
 class Service:
-    """`python -m app.cli serve` in a process group of its own; leaving the context kills what is left."""
+    """`python -m app.cli serve` in a process group of its own; leaving the context kills what is left.
 
-    def __init__(self, directory: Path, database_url: str, model_dir: Path, **environment: str) -> None:
+    `command` is what Python is to run instead, which announces itself in the same words.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        database_url: str,
+        model_dir: Path,
+        *,
+        command: Sequence[str] = ("-m", "app.cli", "serve"),
+        **environment: str,
+    ) -> None:
+        self._command = command
         self.var_dir = directory / "var"
         self.stderr = directory / "stderr.log"
+        self.printed = b""
         inherited = {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"}
         ours = {
             "DATABASE_URL": database_url,
@@ -87,7 +100,7 @@ class Service:
         """Starts the service and waits until it says where it listens."""
         with self.stderr.open("ab") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "app.cli", "serve"],
+                [sys.executable, *self._command],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 cwd=ROOT,
@@ -100,6 +113,12 @@ class Service:
                 self.port = int(found[1])
                 return self
         raise AssertionError(f"the service did not start: {self.stderr.read_text()[-3000:]}")
+
+    @property
+    def pid(self) -> int:
+        """The process that was started."""
+        assert self._process is not None
+        return self._process.pid
 
     def kill(self) -> None:
         """Kills every process of the service with SIGKILL."""
@@ -119,6 +138,7 @@ class Service:
         assert self._process is not None
         assert self._process.stdout is not None
         status = self._process.wait(30)
+        self.printed += self._process.stdout.read()
         self._process.stdout.close()
         self._process = None
         return status

@@ -1,0 +1,318 @@
+"""Proof: personal data stays in the CRM. Canaries in every personal column and from callers, seen by nobody.
+
+The service is driven on good days and bad ones (a refused model, a lead source that cannot be cast, a row
+that breaks a CHECK, no database, a telemetry log that cannot be written, an unhandled exception), and
+everything that comes out is searched for every canary in every form.
+
+Not counted as leaks: a lead ID that a caller sent, in the body of the answer to that caller (it says which
+lead is meant), and the CRM's own tables. `lead_scores` holds UUIDs and numbers and is the CRM's too. Left
+out: a core dump, because a process that scores a lead holds it in memory while it does; what keeps it from
+the disk is the operator's `ulimit -c 0`, and nothing in the service writes one.
+"""
+
+import asyncio
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import psycopg
+
+from app.ai.prediction_cache import PredictionCache
+from app.db.embedded import open_embedded
+from app.db.migrations import upgrade
+from bench.canaries import Hit, Scanner
+from bench.careless_service import (
+    ACTIVITY,
+    BODIES,
+    CACHE,
+    DESCRIPTORS,
+    EVENTS,
+    HEADERS,
+    LEAKS,
+    METRICS,
+    MODELS,
+    PROCESS,
+    SERVER_LOG,
+    SINKS,
+    STDERR,
+    STDOUT,
+    TELEMETRY_LOG,
+    TEMPORARY,
+    VAR_FILES,
+    CarelessCache,
+)
+from bench.figures import Figure
+from bench.hostile_cases import JSON
+from bench.in_memory_service import HttpRequest, InMemoryService
+from bench.personal_crm import CHOKING_VIEW, FEATURES, Request, add_people, draw_people, hostile_requests
+from bench.proof import Measure, ProofRun, run_proof
+from tests.model_files import V1, V2, manifest_of, publish
+from tests.service import PREDICT, Connection, Service
+
+PROMISE = "personal data stays in the CRM, in every sink, form and fault"
+PEOPLE, LONG_PEOPLE = len(LEAKS), 400
+LONGEST_WAIT_SECONDS = 20.0
+CARELESS = ("-m", "bench.careless_service")
+
+People = Sequence[Mapping[str, str]]
+Sinks = dict[str, list[bytes]]
+
+
+class Ward:
+    """One proof's CRM, its people, and whatever came out, by sink."""
+
+    def __init__(
+        self, folder: Path, url: str, server_log: Path, people: People, typed: Sequence[str]
+    ) -> None:
+        self.folder, self.url, self.people, self.typed = folder, url, people, typed
+        self.sinks: Sinks = {sink: [] for sink in SINKS}
+        self.statuses: defaultdict[str, set[int]] = defaultdict(set)
+        self._server_log = server_log
+
+    def place(self, name: str) -> tuple[Path, Path]:
+        """Returns a directory for a service, and one with a model for it."""
+        models = self.folder / name / "models"
+        publish(models, V1, feature_set=FEATURES.to_json())
+        (self.folder / name / "tmp").mkdir()
+        return self.folder / name, models
+
+    def service(self, name: str, **environment: str) -> Service:
+        """Returns a service that is not started yet; the failing route is the careless module's."""
+        directory, models = self.place(name)
+        settings = {"TMPDIR": str(directory / "tmp"), "LOG_LEVEL": "DEBUG", "ML_CACHE_TTL_SECONDS": "0.2"}
+        command = CARELESS if "CARELESS" in environment or name == "failing" else ("-m", "app.cli", "serve")
+        return Service(directory, self.url, models, command=command, **settings, **environment)
+
+    async def drive(self, service: Service, case: str, *, thorough: bool) -> None:
+        """Asks for everybody, and with `thorough` sends a caller's canaries wherever one can write."""
+        # With reasons a lead is read afresh, without them it may be remembered.
+        paths = (PREDICT, f"{PREDICT}?include=reasons")
+        bodies = [json.dumps([person["external_ref"]]).encode() for person in self.people]
+        asked: list[Request] = [("POST", path, body, []) for path in paths for body in bodies]
+        typed = [*zip(self.typed, self.people, strict=False)] if thorough else []
+        for text, person in typed:
+            asked += hostile_requests(text, person["external_ref"])
+        asked += [
+            ("GET", "/ai/advanced-ml/fails", b"", []),
+            ("POST", PREDICT, b'["who.else@canary.example"]', []),
+        ]
+        for method, path, body, headers in asked:
+            connection = await Connection.open(service.port)
+            status, head, content = await connection.ask(method, path, body, headers)
+            await connection.close()
+            self.statuses[case].add(status)
+            self.sinks[HEADERS].append(head)
+            self.sinks[BODIES].append(content)
+
+    async def collect(self, service: Service) -> None:
+        """Takes what can only be taken while the service runs."""
+        connection = await Connection.open(service.port)
+        _, head, metrics = await connection.ask("GET", "/metrics")
+        await connection.close()
+        self.sinks[METRICS].append(head + metrics)
+        process = Path("/proc", str(service.pid))
+        self.sinks[PROCESS] += [(process / name).read_bytes() for name in ("cmdline", "environ")]
+        self.sinks[DESCRIPTORS] += list(_read_deleted(process / "fd"))
+        self._collect_files(service)
+        with psycopg.connect(self.url) as database:
+            activity = database.execute("SELECT string_agg(a::text, ' ') FROM pg_stat_activity a").fetchone()
+            self.sinks[ACTIVITY].append(str(activity).encode())
+
+    def collect_at_last(self, service: Service) -> None:
+        """Takes what is left when the service has ended."""
+        self._collect_files(service)
+        self.sinks[STDERR].append(service.stderr.read_bytes())
+        self.sinks[STDOUT].append(service.printed)
+        self.sinks[SERVER_LOG].append(self._server_log.read_bytes())
+        with (
+            psycopg.connect(self.url) as database,
+            database.cursor().copy("COPY ai_events TO STDOUT") as copy,
+        ):
+            self.sinks[EVENTS].append(b"".join(bytes(block) for block in copy))
+
+    def _collect_files(self, service: Service) -> None:
+        directory = service.var_dir.parent
+        telemetry = service.var_dir / "telemetry"
+        for sink, root in (
+            (VAR_FILES, service.var_dir),
+            (TEMPORARY, directory / "tmp"),
+            (MODELS, directory / "models"),
+        ):
+            for file in root.rglob("*"):
+                if file.is_file():
+                    inside = file == telemetry or telemetry in file.parents
+                    self.sinks[TELEMETRY_LOG if inside else sink].append(file.read_bytes())
+
+
+def _read_deleted(descriptors: Path) -> Iterator[bytes]:
+    for link in descriptors.iterdir():
+        if str(link.readlink()).endswith("(deleted)"):
+            yield link.read_bytes()
+
+
+@contextmanager
+def open_ward(seed: int, count: int) -> Iterator[Ward]:
+    """Yields a ward over the embedded database; everything in it is gone afterwards."""
+    people = draw_people(seed, count)
+    typed = [f"Ärger typed by {person['full_name'][::-1]}" for person in draw_people(seed + 1_000_003, 2)]
+    with tempfile.TemporaryDirectory(prefix="leadscore-proof-") as name, open_embedded(Path(name)) as server:
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute("CREATE DATABASE crm")
+        url = server.replace("/postgres?", "/crm?")
+        upgrade(url)
+        add_people(url, people, birth_date="1907-03-11")
+        with psycopg.connect(url) as connection:
+            connection.execute("CREATE VIEW canary_source AS SELECT * FROM lead_source")
+        yield Ward(Path(name), url, Path(name, "postgres", "server.log"), people, typed)
+
+
+def drive_faults(ward: Ward) -> None:
+    """Drives the service through its good days and its bad ones."""
+    asyncio.run(_drive_working(ward))
+    directory, _ = ward.folder / "unwritable", None
+    service = ward.service("unwritable")
+    (directory / "var").mkdir()
+    (directory / "var" / "telemetry").write_text("a file where a directory should be")
+    asyncio.run(_drive_once(ward, service, "telemetry log unwritable"))
+    asyncio.run(_drive_once(ward, ward.service("failing"), "unhandled exception"))
+
+
+async def _drive_once(ward: Ward, service: Service, case: str) -> None:
+    with service:
+        await ward.drive(service, case, thorough=False)
+        await ward.collect(service)
+        service.stop()
+    ward.collect_at_last(service)
+
+
+async def _drive_working(ward: Ward) -> None:
+    with ward.service("working", LEAD_SOURCE="canary_source") as service:
+        await ward.drive(service, "working", thorough=True)
+        await ward.collect(service)
+        artifact = publish(service.var_dir.parent / "models", V2, feature_set=FEATURES.to_json())
+        artifact.write_bytes(artifact.read_bytes()[::-1])
+        assert manifest_of(artifact).exists()
+        await _drive_until(ward, service, "model refused", b"model_refused")
+        with psycopg.connect(ward.url, autocommit=True) as connection:
+            # What the server says of a row that breaks a rule quotes the row.
+            connection.execute("ALTER TABLE ai_events ADD CONSTRAINT no_more CHECK (action = '') NOT VALID")
+            await _drive_until(ward, service, "CHECK violated", b"telemetry_shipping_delayed")
+            connection.execute("ALTER TABLE ai_events DROP CONSTRAINT no_more")
+            connection.execute("DROP VIEW canary_source")
+            connection.execute(f"CREATE VIEW canary_source AS {CHOKING_VIEW}")
+            await _drive_until(ward, service, "column of a wrong type", b'"sqlstate":"22P02"')
+        with psycopg.connect(ward.url.replace("/crm?", "/postgres?"), autocommit=True) as connection:
+            connection.execute("ALTER DATABASE crm WITH ALLOW_CONNECTIONS false")
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'crm'")
+            await ward.drive(service, "database down", thorough=True)
+            connection.execute("ALTER DATABASE crm WITH ALLOW_CONNECTIONS true")
+        await ward.collect(service)
+        service.stop()
+    ward.collect_at_last(service)
+
+
+async def _drive_until(ward: Ward, service: Service, case: str, logged: bytes) -> None:
+    deadline = time.monotonic() + LONGEST_WAIT_SECONDS
+    before = service.stderr.read_bytes().count(logged)
+    while service.stderr.read_bytes().count(logged) == before:
+        assert time.monotonic() < deadline, f"{case}: not seen"
+        await ward.drive(service, case, thorough=False)
+
+
+def dump_cache(people: People, kind: type[PredictionCache] = PredictionCache) -> bytes:
+    """Returns everything a prediction cache holds after these people were asked for."""
+    leads = {person["external_ref"].lower(): {**person, "gpa": 2.5} for person in people}
+
+    async def fill(service: InMemoryService) -> bytes:
+        await service.open(kind)
+        body = json.dumps([person["external_ref"] for person in people]).encode()
+        answer = await service.ask(HttpRequest("POST", PREDICT, b"", (JSON,), body))
+        assert answer.json()["successful_predictions"] == len(people)
+        held = vars(service.cache)
+        await service.close()
+        return b"\n".join(map(_dump, held.values()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        publish(Path(folder, "models"), feature_set=FEATURES.to_json())
+        return asyncio.run(fill(InMemoryService(Path(folder), leads)))
+
+
+def _dump(value: object) -> bytes:
+    return value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+
+
+def search(
+    sinks: Mapping[str, Sequence[bytes]], people: People, typed: Sequence[str]
+) -> tuple[dict[str, set[Hit]], int]:
+    """Returns what was found in each sink, and how many forms were looked for."""
+    canaries = {
+        f"{number} {name}": value for number, person in enumerate(people) for name, value in person.items()
+    }
+    references = {name for name in canaries if name.endswith("external_ref")}
+    canaries |= {f"typed {number}": text for number, text in enumerate(typed)} | {
+        "asked": "who.else@canary.example"
+    }
+    scanner = Scanner(canaries)
+    found = {sink: set().union(*map(scanner.scan, contents)) for sink, contents in sinks.items()}
+    # An answer says which lead it is about in the caller's words.
+    found[BODIES] = {hit for hit in found[BODIES] if hit.canary not in references | {"asked"}}
+    return found, scanner.forms
+
+
+def measure(run: ProofRun) -> Sequence[Figure]:
+    """Drives everything and searches everything."""
+    count = LONG_PEOPLE if run.long else PEOPLE
+    with open_ward(run.seed, count) as ward:
+        drive_faults(ward)
+        sinks = {**ward.sinks, CACHE: [dump_cache(ward.people)]}
+        found, forms = search(sinks, ward.people, ward.typed)
+        statuses = ward.statuses
+    for sink, hits in found.items():
+        if hits:
+            print(f"{sink}: {sorted(hits)[:5]}")
+    expected = {
+        "working": 200,
+        "database down": 503,
+        "column of a wrong type": 500,
+        "unhandled exception": 500,
+    }
+    seen = sum(status in statuses[case] for case, status in expected.items()) + len(statuses) - len(expected)
+    planted = leaks_found(run.seed)
+    return [
+        Figure(
+            "canaries", count * len(ward.people[0]) + len(ward.typed) + 1, count * 9, at_least=True, unit=""
+        ),
+        Figure("good and bad days", seen, 7, at_least=True, unit=""),
+        Figure("sinks x forms", len(found) * forms, len(SINKS) * 12, at_least=True, unit=""),
+        Figure("hits", sum(map(len, found.values())), 0, unit=""),
+        Figure("planted leaks found", sum(planted.values()), len(LEAKS), at_least=True, unit=""),
+    ]
+
+
+@cache
+def leaks_found(seed: int) -> dict[str, bool]:
+    """Returns which of the careless service's leaks are found where they were planted."""
+    with open_ward(seed, PEOPLE) as ward:
+        file = ward.folder / "people.json"
+        file.write_text(json.dumps(ward.people))
+        asyncio.run(_drive_once(ward, ward.service("careless", CARELESS=str(file)), "careless"))
+        sinks = {**ward.sinks, CACHE: [dump_cache(ward.people, CarelessCache)]}
+        found, _ = search(sinks, ward.people, ward.typed)
+    return {
+        name: any(hit.canary == f"{number} {leak.column}" for hit in found[leak.sink])
+        for number, (name, leak) in enumerate(LEAKS.items())
+    }
+
+
+def _plant(name: str) -> Measure:
+    return lambda run: [Figure("hits", leaks_found(run.seed)[name], 0, unit="")]
+
+
+if __name__ == "__main__":
+    run_proof(PROMISE, measure, {name: _plant(name) for name in LEAKS})
