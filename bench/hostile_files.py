@@ -31,6 +31,7 @@ EVENTS = [
     )
     for number in range(60)
 ]
+SEGMENT_BYTES = 16 * 1024  # little more than the events: changed bytes are to meet one
 LATER = StoredEvent("later", "ml.prediction.error", "{}", None, "t")
 
 ODD_VALUES: tuple[Any, ...] = (
@@ -128,7 +129,7 @@ def fuzz_telemetry_logs(seed: int, count: int) -> Findings:
     findings, random = Findings(), Random(seed)  # noqa: S311
     with tempfile.TemporaryDirectory() as name:
         sound = Path(name) / "sound"
-        log = TelemetryLog(sound)
+        log = TelemetryLog(sound, segment_bytes=SEGMENT_BYTES)
         log.write(EVENTS)
         log.close()
         for number in range(count):
@@ -142,7 +143,7 @@ def fuzz_telemetry_logs(seed: int, count: int) -> Findings:
 
 
 def _judge_log(directory: Path) -> str | None:
-    log = TelemetryLog(directory)
+    log = TelemetryLog(directory, segment_bytes=SEGMENT_BYTES)
     try:
         read = log.read_batch(1000).events
         log.write([LATER])
