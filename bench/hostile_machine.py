@@ -29,7 +29,7 @@ from app.ai.model_bundle import ModelBundle
 from app.ai.model_manifest import MANIFEST_SUFFIX
 from app.ai.predictor import score_leads
 from app.errors import ModelNotReadyError
-from bench.hostile_cases import JSON, LEGACY, READING_PATHS, SCORE, Case, draw_body
+from bench.hostile_cases import JSON, LEGACY, READING_PATHS, SCORE, Case, draw_body, mutate
 from bench.hostile_oracle import Oracle
 from bench.in_memory_service import (
     CACHE_SECONDS,
@@ -143,14 +143,20 @@ class ServiceMachine(RuleBasedStateMachine):
         """A model appears, and the registry looks at once."""
         self._publish(version)
 
-    @rule(version=st.sampled_from(VERSIONS), damage=st.booleans())
-    def lose_model(self, version: str, damage: bool) -> None:
-        """A model's files go, or its artifact goes bad."""
+    @rule(version=st.sampled_from(VERSIONS))
+    def lose_model(self, version: str) -> None:
+        """A model's files go."""
         for file in self._service.models_dir.glob(f"*{version}*"):
-            if not damage:
-                file.unlink()
-            elif not file.name.endswith(MANIFEST_SUFFIX):
-                file.write_bytes(file.read_bytes()[::-1])
+            file.unlink()
+        self._look_at_models()
+
+    @rule(version=st.sampled_from(VERSIONS), seed=st.integers(0, 2**32))
+    def damage_model(self, version: str, seed: int) -> None:
+        """A few bytes of one of a model's files go bad."""
+        random = Random(seed)  # noqa: S311
+        files = sorted(self._service.models_dir.glob(f"*{version}*"))
+        for file in random.sample(files, min(len(files), 1)):
+            file.write_bytes(mutate(random, file.read_bytes()))
         self._look_at_models()
 
     @rule(seconds=st.sampled_from((1.0, CACHE_SECONDS + 1, MODEL_SECONDS + 1)))

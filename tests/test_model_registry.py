@@ -162,6 +162,19 @@ def test_only_files_that_match_the_pattern_are_candidates(models, open_registry)
     assert open_registry(pattern="advanced_ml_logistic_*").load().ref.version == V1
 
 
+async def test_a_manifest_that_is_not_text_is_refused_and_listed_as_such(models, open_registry):
+    publish(models, V1)
+    damaged = manifest_of(publish(models, V2))
+    damaged.write_bytes(damaged.read_bytes().replace(b'"made_up"', b'"\xff"'))
+    registry = open_registry()
+    assert registry.load().ref.version == V1
+    assert registry.status().reason == "manifest_invalid"
+    assert [(model.version, model.state, model.reason) for model in registry.available()] == [
+        (V2, "refused", "manifest_invalid"),
+        (V1, "active", None),
+    ]
+
+
 def test_other_files_in_the_directory_are_no_concern_of_ours(models, open_registry):
     publish(models, V1)
     for name in (
