@@ -120,8 +120,8 @@ async def test_nothing_personal_comes_out_of_a_service_that_works(
         # With their table out of the way the events stay in the log, where their bytes can be looked at.
         connection.execute("ALTER TABLE ai_events RENAME TO put_away")
         statuses = await drive(service, sinks)
-        log = service.var_dir / "telemetry" / "current"
-        in_log = b"".join(file.read_bytes() for file in log.iterdir())
+        log = service.var_dir / "telemetry"
+        in_log = b"".join(file.read_bytes() for file in log.rglob("*") if file.is_file())
         connection.execute("ALTER TABLE put_away RENAME TO ai_events")
         until(lambda: count_events(crm).keys() >= statuses.keys())
         await collect(service, sinks, crm, "working")
