@@ -157,9 +157,11 @@ PLANTED_BUGS: dict[str, Measure] = {
     "a status nobody documented": _plant_in_requests(hostile_plants.answer_an_undocumented_status),
     "the last of two keys counts": _plant_in_requests(hostile_plants.keep_the_last_of_two_keys),
     "an answer that names another model": _plant(
-        lambda seed: _drive_machine(seed, 3, hostile_plants.name_another_model)
+        lambda seed: _drive_machine(seed, 10, hostile_plants.name_another_model)
     ),
-    "an answer without its event": _plant(lambda seed: _drive_machine(seed, 3, hostile_plants.forget_events)),
+    "an answer without its event": _plant(
+        lambda seed: _drive_machine(seed, 10, hostile_plants.forget_events)
+    ),
     "a manifest that is only decoded": _plant(
         lambda seed: fuzz_manifests(seed, 500, hostile_plants.read_manifest_carelessly)
     ),
