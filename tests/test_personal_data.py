@@ -9,6 +9,7 @@ import gzip
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,7 +107,8 @@ async def collect(service: Service, sinks: Sinks, database_url: str, name: str) 
     sinks.others[f"{name}: metrics"] = head + metrics
     sinks.others[f"{name}: standard error"] = service.stderr.read_bytes()
     for file in service.var_dir.rglob("*"):
-        if file.is_file():
+        # A service that runs removes what it no longer needs; a directory is no file.
+        with suppress(FileNotFoundError, IsADirectoryError):
             sinks.others[f"{name}: {file.relative_to(service.var_dir)}"] = file.read_bytes()
     with psycopg.connect(database_url) as rows, rows.cursor().copy("COPY ai_events TO STDOUT") as copy:
         sinks.others[f"{name}: ai_events"] = b"".join(bytes(block) for block in copy)
