@@ -31,7 +31,11 @@ def print_figures(console: Console, title: str, figures: Sequence[Figure]) -> No
     for figure in figures:
         sign = "≥" if figure.at_least else "≤"
         table.add_row(
-            figure.name, f"{figure.reached:.3g} {figure.unit}".rstrip(),
-            f"{sign} {figure.limit:.3g} {figure.unit}".rstrip(), "yes" if figure.holds else "NO",
+            figure.name, f"{_say(figure.reached)} {figure.unit}".rstrip(),
+            f"{sign} {_say(figure.limit)} {figure.unit}".rstrip(), "yes" if figure.holds else "NO",
         )  # fmt: skip
     console.print(table)
+
+
+def _say(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
