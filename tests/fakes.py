@@ -17,6 +17,7 @@ from app.ai.domain import (
 from app.ai.events import Event
 from app.ai.model_bundle import ModelBundle
 from app.errors import LeadScoringError
+from app.security.api_keys import ApiKey
 
 
 class FakeClock:
@@ -125,3 +126,18 @@ class FakeTelemetry:
 
     def state(self) -> str:
         return "ok" if self.error is None else "unavailable"
+
+
+class FakeKeySource:
+    """API keys in memory; `error` is raised instead while it is set, `answered` tells of an answer."""
+
+    def __init__(self, keys: Sequence[ApiKey] = ()) -> None:
+        self.keys = list(keys)
+        self.error: LeadScoringError | None = None
+        self.answered = asyncio.Event()
+
+    async def fetch_keys(self) -> list[ApiKey]:
+        if self.error is not None:
+            raise self.error
+        self.answered.set()
+        return list(self.keys)
