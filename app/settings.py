@@ -173,12 +173,15 @@ class Settings(BaseSettings):
                 raise ValueError(
                     "AUTH_MODE must be set when APP_ENV=production and HOST is not a loopback address"
                 )
+            keys_at = self.auth_jwks_url
+            if keys_at is not None and keys_at.scheme != "https" and not _is_loopback(keys_at.host or ""):
+                raise ValueError("AUTH_JWKS_URL must be https when APP_ENV=production")
         return self
 
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 

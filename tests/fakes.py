@@ -129,15 +129,18 @@ class FakeTelemetry:
 
 
 class FakeKeySource:
-    """API keys in memory; `error` is raised instead while it is set, `answered` tells of an answer."""
+    """API keys in memory; `error` is raised instead while it is set.
+
+    `failed` tells that it was, `answered` that it was not.
+    """
 
     def __init__(self, keys: Sequence[ApiKey] = ()) -> None:
         self.keys = list(keys)
-        self.error: LeadScoringError | None = None
-        self.answered = asyncio.Event()
+        self.error: Exception | None = None
+        self.failed, self.answered = asyncio.Event(), asyncio.Event()
 
     async def fetch_keys(self) -> list[ApiKey]:
+        (self.answered if self.error is None else self.failed).set()
         if self.error is not None:
             raise self.error
-        self.answered.set()
         return list(self.keys)

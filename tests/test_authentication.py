@@ -403,6 +403,7 @@ def test_half_of_an_authentication_is_none(mode: str, missing: list[str]) -> Non
         ({"HOST": "0.0.0.0"}, "AUTH_MODE"),  # noqa: S104
         ({"HOST": "0.0.0.0", "AUTH_MODE": "jwt"}, "AUTH_JWKS_URL"),  # noqa: S104
         ({"AUTH_MODE": "basic"}, "AUTH_MODE"),
+        ({"AUTH_JWKS_URL": "http://issuer.example/keys"}, "AUTH_JWKS_URL"),
         ({"AUTH_JWKS_URL": "file:///etc/passwd"}, "AUTH_JWKS_URL"),
         ({"AUTH_JWT_ALGORITHM": "HS256"}, "AUTH_JWT_ALGORITHM"),
         ({"AUTH_JWT_ALGORITHM": "none"}, "AUTH_JWT_ALGORITHM"),

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
+from app.db.api_keys import create_key
 from app.db.demo_crm import load_demo
 from app.settings import Settings
 from tests.in_process import build_settings, serve
 from tests.lead_models import publish_lead_model
+
+PEPPER = "a pepper of thirty-two characters"
 
 # The fuzzer does not count 413 among the ways to refuse, but it is the contract's answer to a long batch.
 CONFIGURATION = """
@@ -37,13 +40,14 @@ def settings(
     return build_settings(folder, url)
 
 
-def fuzz(base: str, folder: Path, cases_per_operation: int) -> tuple[int, str]:
-    """Returns the fuzzer's exit status and its report."""
+def fuzz(base: str, folder: Path, cases_per_operation: int, key: str | None = None) -> tuple[int, str]:
+    """Returns the fuzzer's exit status and its report; it sends the API key, if there is one."""
     (folder / "schemathesis.toml").write_text(CONFIGURATION)
     command = [
         *(sys.executable, "-c", "import schemathesis.cli; schemathesis.cli.schemathesis()", "run"),
         *("--checks", "all", "--phases", "examples,coverage,fuzzing", "--mode", "all"),
         *("--max-examples", str(cases_per_operation), "--generation-deterministic"),
+        *(("--header", f"Authorization: Bearer {key}") if key else ()),
         *("--continue-on-failure", "--no-color", f"{base}/openapi.json"),
     ]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -57,6 +61,17 @@ def test_the_fuzzer_finds_nothing(settings: Settings, tmp_path: Path) -> None:
     generated = re.search(r"(\d+) generated", report)
     assert generated is not None, report
     assert int(generated[1]) >= 350
+
+
+def test_the_fuzzer_finds_nothing_with_authentication_on(settings: Settings, tmp_path: Path) -> None:
+    assert settings.database_url is not None
+    key = create_key(settings.database_url, "fuzzer", ["admin"], PEPPER.encode())
+    guarded = Settings(
+        _env_file=None, **settings.model_dump() | {"auth_mode": "api_key", "auth_key_pepper": PEPPER}
+    )  # type: ignore[call-arg]
+    with serve(guarded) as base:
+        status, report = fuzz(base, tmp_path, cases_per_operation=20, key=key)
+    assert status == 0, report
 
 
 def plant_undocumented_status(app: FastAPI) -> None:

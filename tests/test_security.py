@@ -158,9 +158,12 @@ async def test_the_last_table_stays_while_the_database_is_away_and_a_revoked_key
     source.error, source.keys = DatabaseUnavailableError(), []
     await table.refresh()
     assert table.verify(key) == SCORER
-    source.error = None
+    source.failed.clear()
     source.answered.clear()
+    source.error = RuntimeError()  # a defect, which must not end the reading either
     running = asyncio.create_task(table.run())
+    await source.failed.wait()
+    source.error = None
     await source.answered.wait()
     running.cancel()
     with pytest.raises(NotAuthenticatedError):

@@ -93,7 +93,10 @@ class ApiKeyTable:
         """Refreshes until it is cancelled."""
         while True:
             await asyncio.sleep(self._refresh_seconds)
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:  # noqa: BLE001 - were this to end, no key could be revoked any more
+                _log.exception("api_keys_not_read")
 
     def _note(self, *, readable: bool) -> None:
         if readable != self._readable:
