@@ -322,29 +322,25 @@ def test_no_secret_is_in_any_log_event_metric_or_answer(crm_url: str, folder: Pa
     revoke_key(crm_url, revoked.partition(".")[0])
     tokens = [issuer.sign(scope="score read"), issuer.sign(scope="read"), issuer.sign(aud="another")]
     credentials = [key, revoked, *tokens, f"{key}x"]
-    with (
-        published(issuer) as keys_at,
-        Service(
-            tmp_path,
-            crm_url,
-            folder / "models",
-            LOG_LEVEL="DEBUG",
-            AUTH_MODE="api_key,jwt",
-            AUTH_KEY_PEPPER=PEPPER,
-            AUTH_JWKS_URL=f"{keys_at}/keys",
-            AUTH_JWT_ISSUER=ISSUER,
-            AUTH_JWT_AUDIENCE=AUDIENCE,
-            AUTH_JWT_ALGORITHM="EdDSA",
-        ) as service,
-        httpx2.Client(base_url=f"http://127.0.0.1:{service.port}") as http,
-    ):
-        answers = []
-        for credential in credentials:
-            headers = {"Authorization": f"Bearer {credential}", "X-Request-ID": f"secret-{len(answers)}"}
-            answers.append(http.post(SCORE, json=["lead_1"], headers=headers))
-            answers.append(http.get("/metrics", headers=headers))
-        assert {answer.status_code for answer in answers} == {200, 401, 403}
-        assert service.stop() == 0
+    environment = {
+        "LOG_LEVEL": "DEBUG",
+        "AUTH_MODE": "api_key,jwt",
+        "AUTH_KEY_PEPPER": PEPPER,
+        "AUTH_JWT_ISSUER": ISSUER,
+        "AUTH_JWT_AUDIENCE": AUDIENCE,
+        "AUTH_JWT_ALGORITHM": "EdDSA",
+    }
+    answers = []
+    with published(issuer) as base:
+        environment["AUTH_JWKS_URL"] = f"{base}/keys"
+        with Service(tmp_path, crm_url, folder / "models", **environment) as service:
+            with httpx2.Client(base_url=f"http://127.0.0.1:{service.port}") as http:
+                for credential in credentials:
+                    headers = {"Authorization": f"Bearer {credential}"}
+                    answers.append(http.post(SCORE, json=["lead_1"], headers=headers))
+                    answers.append(http.get("/metrics", headers=headers))
+            assert {answer.status_code for answer in answers} == {200, 401, 403}
+            assert service.stop() == 0
     with psycopg.connect(crm_url) as connection:
         events = connection.execute("SELECT ai_events::text FROM ai_events").fetchall()
     log_files = [path.read_bytes() for path in (tmp_path / "var").rglob("*") if path.is_file()]
