@@ -259,8 +259,7 @@ async def _open_tokens(stack: AsyncExitStack, settings: Settings) -> JwtVerifier
     client = await stack.enter_async_context(httpx2.AsyncClient(follow_redirects=False))
     algorithm = settings.auth_jwt_algorithm
     key_set = KeySet(KeySetEndpoint(str(settings.auth_jwks_url), client).fetch, algorithm)
-    stack.push_async_callback(key_set.close)
-    key_set.current()  # asks for the keys before the first request needs them
+    _run_until_closed(stack, key_set.run(), "key-set")
     return JwtVerifier(
         key_set,
         issuer=str(settings.auth_jwt_issuer),

@@ -1,5 +1,6 @@
 """A token issuer: keys of its own, the key set it publishes, tokens it signs, an endpoint on loopback."""
 
+import asyncio
 import base64
 import json
 import threading
@@ -22,7 +23,7 @@ _MAKE = {
 
 
 class Issuer:
-    """Signs with one key at a time; `asked` counts how often its key set was fetched.
+    """Signs with one key at a time; `asked` counts how often its key set was fetched, `answered` tells of it.
 
     `error` is raised by `fetch` instead of an answer while it is set.
     """
@@ -30,6 +31,7 @@ class Issuer:
     def __init__(self, algorithm: str = "RS256") -> None:
         self.algorithm = algorithm
         self.asked = 0
+        self.answered = asyncio.Event()
         self.error: Exception | None = None
         self.rotate("first")
 
@@ -51,6 +53,7 @@ class Issuer:
     async def fetch(self) -> bytes:
         """Answers like the endpoint."""
         self.asked += 1
+        self.answered.set()
         if self.error is not None:
             raise self.error
         return self.key_set()

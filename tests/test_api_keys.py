@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
@@ -47,6 +48,17 @@ def test_a_client_has_two_live_keys_at_most_and_rotates_through_them(database_ur
     rows = {row.id: row for row in list_keys(database_url) if row.client == "crm"}
     live = [key.partition(".")[0] for key in (newer, newest)]
     assert [key_id for key_id, row in rows.items() if row.revoked_at is None] == live
+
+
+def test_a_third_key_is_refused_also_when_all_are_made_at_once(database_url: str) -> None:
+    def make(_number: int) -> bool:
+        try:
+            return bool(create_key(database_url, "crm", ["score"], PEPPER.encode()))
+        except CommandError:
+            return False
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(make, range(6))) == 2
 
 
 def test_revoking_again_keeps_the_first_time_and_an_unknown_key_is_an_error(database_url: str) -> None:

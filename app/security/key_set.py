@@ -39,7 +39,8 @@ class _Document(msgspec.Struct):
 class KeySet:
     """The issuer's keys by key ID; `fetch` gets the document, `clock` gives monotonic seconds.
 
-    A fetch that takes longer than `fetch_seconds` is given up.
+    A fetch that takes longer than `fetch_seconds` is given up; a set is used for `max_age_seconds` and then
+    asked for again, whether anybody needs it or not: a key that the issuer withdrew must not wait for a use.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class KeySet:
         algorithm: str,
         *,
         fetch_seconds: float = FETCH_SECONDS,
+        max_age_seconds: float = MAX_AGE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fetch = fetch
         self._fetch_seconds = fetch_seconds
+        self._max_age_seconds = max_age_seconds
         self._algorithm = algorithm
         self._clock = clock
         self._keys: Keys = {}
@@ -59,9 +62,18 @@ class KeySet:
         self._refresh: asyncio.Task[None] | None = None
 
     def current(self) -> Keys:
-        """Returns the keys of the last good answer; when they are old, a new one is asked for meanwhile."""
-        self._refresh_after(MAX_AGE_SECONDS)
+        """Returns the keys of the last good answer."""
         return self._keys
+
+    async def run(self) -> None:
+        """Asks at once, and whenever the set is too old, until it is cancelled."""
+        try:
+            while True:
+                self._refresh_after(self._max_age_seconds)
+                await asyncio.sleep(self._asked_at + self._max_age_seconds - self._clock())
+        finally:
+            if self._refresh is not None:
+                self._refresh.cancel()
 
     async def find(self, key_id: str) -> PublicKey:
         """Returns the key of this ID; an unknown one waits for a new answer, if one may be asked for.
@@ -79,12 +91,6 @@ class KeySet:
         if key_id not in self._keys:
             raise NotAuthenticatedError
         return self._keys[key_id]
-
-    async def close(self) -> None:
-        """Ends a fetch that is under way."""
-        if self._refresh is not None:
-            self._refresh.cancel()
-            await asyncio.wait({self._refresh})
 
     def _pause_left(self) -> float:
         return self._asked_at + MIN_PAUSE_SECONDS - self._clock()
