@@ -432,7 +432,7 @@ def test_the_clients_that_are_remembered_are_bounded_and_the_quiet_ones_go_first
     limiter = RateLimiter("1/hour", FakeClock())
     limiter.admit("quiet")
     limiter.admit("busy")
-    for number in range(MAX_CLIENTS - 1):
+    for number in range(MAX_CLIENTS + 5):
         limiter.admit(str(number))
         with pytest.raises(RateLimitedError):
             limiter.admit("busy")

@@ -73,7 +73,7 @@ class JwtVerifier:
             )
         except jwt.ExpiredSignatureError as exc:
             raise NotAuthenticatedError("The token has expired.") from exc
-        except (jwt.PyJWTError, ValueError, RecursionError) as exc:
+        except (jwt.PyJWTError, ValueError) as exc:
             raise NotAuthenticatedError from exc
         client = _build_client(claims)
         if len(self._verified) >= MAX_REMEMBERED:
