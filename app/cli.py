@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import click
 
 from app import __version__
-from app.errors import ArtifactError, LeadScoringError, ModelNotReadyError
+from app.errors import ArtifactError, LeadScoringError, ModelNotReadyError, SettingsError
 from app.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from app.ai.model_bundle import ModelBundle
     from app.ai.model_catalogue import AvailableModel, ModelCatalogue
+    from app.security.access import Scope
 
 Progress = Callable[[str, int, int], None]
 ModelType = Literal["auto", "random_forest", "logistic_regression", "hist_gradient_boosting"]
@@ -336,6 +337,63 @@ def models_verify(as_json: bool) -> None:
         raise ArtifactError(
             "refused", f"not verified: {', '.join(bad)}" if bad else "there is no model to verify"
         )
+
+
+@cli.group()
+def keys() -> None:
+    """Look after the API keys of clients (AUTH_MODE=api_key)."""
+
+
+@keys.command("create")
+@click.option("--client", required=True, metavar="NAME", help="Whose key it is.")
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice(["score", "read", "admin"]),
+    multiple=True,
+    required=True,
+    help="What it allows (repeatable): predictions; health, models, metrics, API description; both.",
+)
+@_json_option
+def keys_create(client: str, scopes: "tuple[Scope, ...]", as_json: bool) -> None:
+    """Make a key and show it, this once; a client may have two at a time."""
+    from app.db.api_keys import create_key
+
+    settings = load_settings()
+    if settings.auth_key_pepper is None:
+        raise SettingsError("AUTH_KEY_PEPPER: must be set to make keys, to what the service has")
+    with _database(settings) as url:
+        key = create_key(url, client, scopes, settings.auth_key_pepper.get_secret_value().encode())
+    _print_facts({"id": key.partition(".")[0], "client": client, "key": key}, as_json)
+
+
+@keys.command("list")
+@_json_option
+def keys_list(as_json: bool) -> None:
+    """List every key by its ID, the revoked ones too; a key itself is never shown."""
+    from app.db.api_keys import list_keys
+
+    with _database(load_settings()) as url:
+        rows = list_keys(url)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(row) for row in rows], default=str))
+        return
+    for row in rows:
+        state = f"revoked {row.revoked_at:%Y-%m-%d %H:%M}" if row.revoked_at else "live"
+        click.echo(
+            f"{row.id}  {row.client:<24} {','.join(row.scopes):<16} {row.created_at:%Y-%m-%d}  {state}"
+        )
+
+
+@keys.command("revoke")
+@click.argument("key_id", metavar="ID")
+def keys_revoke(key_id: str) -> None:
+    """End a key; the service refuses it within five seconds."""
+    from app.db.api_keys import revoke_key
+
+    with _database(load_settings()) as url:
+        revoke_key(url, key_id)
+    click.echo(f"{key_id} is revoked.")
 
 
 def _load_model(settings: Settings, version: str | None) -> "ModelBundle":

@@ -22,6 +22,7 @@ from app.errors import (
     LeadScoringError,
     MalformedRequestError,
     MethodNotAllowedError,
+    NotAuthenticatedError,
     NotFoundError,
 )
 
@@ -76,6 +77,8 @@ class Problems:
             headers["Retry-After"] = str(error.retry_after)
         if isinstance(error, MethodNotAllowedError):
             headers["Allow"] = ", ".join(sorted(self._methods.get(path, ())))
+        if isinstance(error, NotAuthenticatedError):
+            headers["WWW-Authenticate"] = "Bearer"
         return headers
 
     async def answer_framework_error(self, request: Request, exc: Exception) -> Response:

@@ -3,6 +3,8 @@
     LeadScoringError
     ├── CallerError                    the request is at fault; repeating it changes nothing
     │   ├── MalformedRequestError      400 MALFORMED_REQUEST
+    │   ├── NotAuthenticatedError      401 NOT_AUTHENTICATED; with WWW-Authenticate
+    │   ├── NotAllowedError            403 NOT_ALLOWED
     │   ├── NotFoundError              404 NOT_FOUND
     │   ├── MethodNotAllowedError      405 METHOD_NOT_ALLOWED
     │   ├── UnsupportedMediaTypeError  415 UNSUPPORTED_MEDIA_TYPE
@@ -11,7 +13,8 @@
     │   ├── InvalidPayloadError        422 INVALID_PAYLOAD_FORMAT
     │   ├── EmptyBatchError            422 EMPTY_BATCH
     │   ├── InvalidLeadIdError         422 INVALID_LEAD_ID
-    │   └── InvalidParameterError      422 INVALID_PARAMETER
+    │   ├── InvalidParameterError      422 INVALID_PARAMETER
+    │   └── RateLimitedError           429 RATE_LIMITED; with Retry-After
     ├── ServiceError                   we are at fault
     │   ├── InternalError              500 INTERNAL_ERROR
     │   └── PredictionFailedError      500 PREDICTION_FAILED
@@ -20,6 +23,7 @@
     │   ├── DatabaseUnavailableError   DATABASE_UNAVAILABLE
     │   ├── CircuitOpenError           CIRCUIT_OPEN
     │   ├── OverloadedError            OVERLOADED
+    │   ├── KeysUnavailableError       KEYS_UNAVAILABLE
     │   └── TelemetryUnavailableError  TELEMETRY_UNAVAILABLE
     └── CommandError                   a command for people cannot go on: one clear line
         ├── SettingsError              an environment variable is wrong
@@ -74,6 +78,20 @@ class MalformedRequestError(CallerError):
 
     code, status, title = "MALFORMED_REQUEST", 400, "Malformed request"
     default_detail = "The request breaks a rule of HTTP."
+
+
+class NotAuthenticatedError(CallerError):
+    """No credential, or none that can be verified."""
+
+    code, status, title = "NOT_AUTHENTICATED", 401, "Not authenticated"
+    default_detail = "Send Authorization: Bearer with a valid API key or token."
+
+
+class NotAllowedError(CallerError):
+    """The credential is valid, but does not have the scope that the path asks for."""
+
+    code, status, title = "NOT_ALLOWED", 403, "Not allowed"
+    default_detail = "The credential is valid, but does not have the scope that this path asks for."
 
 
 class NotFoundError(CallerError):
@@ -141,6 +159,16 @@ class InvalidParameterError(CallerError):
     default_detail = "A query parameter is unknown or has a value it cannot have."
 
 
+class RateLimitedError(CallerError):
+    """The client asks more often than it may; `retry_after` is in whole seconds and always set."""
+
+    code, status, title = "RATE_LIMITED", 429, "Rate limited"
+    default_detail = "This client sends more requests than it may; wait as long as Retry-After says."
+
+    def __init__(self, *, retry_after: int = 1) -> None:
+        super().__init__(retry_after=retry_after)
+
+
 class ServiceError(LeadScoringError):
     """We are at fault."""
 
@@ -191,6 +219,13 @@ class OverloadedError(UnavailableError):
 
     code, title = "OVERLOADED", "Overloaded"
     default_detail = "The service has more requests than it can answer in time; try again shortly."
+
+
+class KeysUnavailableError(UnavailableError):
+    """Whether a credential is valid cannot be said: the keys to verify it with have never been read."""
+
+    code, title = "KEYS_UNAVAILABLE", "Keys unavailable"
+    default_detail = "The keys that credentials are verified with are not known yet; try again shortly."
 
 
 class TelemetryUnavailableError(UnavailableError):

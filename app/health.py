@@ -158,27 +158,35 @@ async def _get_operations(request: Request) -> Operations:
 CurrentOperations = Annotated[Operations, Depends(_get_operations)]
 
 
-def build_router() -> APIRouter:
-    """Returns the operations routes, each for GET and HEAD."""
+def build_public_router() -> APIRouter:
+    """Returns the routes that nobody is ever asked for a credential on; there are no others."""
     router = APIRouter(tags=["Operations"])
+    ready = describe_answers("Ready.", Readiness, (ModelNotReadyError, TelemetryUnavailableError))
+    _add(router, "/livez", get_livez, "Does the process run", responses=describe_answers("Alive.", Liveness))
+    _add(router, "/readyz", get_readyz, "May it receive traffic", responses=ready)
+    return router
 
-    def add(path: str, endpoint: Callable[..., Awaitable[Response]], summary: str, **options: Any) -> None:
-        router.add_api_route(path, endpoint, methods=["GET"], summary=summary, **options)
-        router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
+def build_router() -> APIRouter:
+    """Returns the other operations routes."""
+    router = APIRouter(tags=["Operations"])
     health = describe_answers("Healthy.", HealthResponse)
     health[503] = {"description": "Unhealthy: the same body, with what is missing.", "model": HealthResponse}
-    ready = describe_answers("Ready.", Readiness, (ModelNotReadyError, TelemetryUnavailableError))
     metrics = describe_answers("Metrics of all workers, in the Prometheus text format.", None)
-    add(
-        "/ai/advanced-ml/health", get_health, "Is the service healthy, and with which model", responses=health
-    )
-    add("/ai/advanced-ml/models", get_models, "The active model and every artifact found",
-        responses=describe_answers("What the registry holds.", ModelsResponse))  # fmt: skip
-    add("/livez", get_livez, "Does the process run", responses=describe_answers("Alive.", Liveness))
-    add("/readyz", get_readyz, "May it receive traffic", responses=ready)
-    add("/metrics", get_metrics, "Prometheus metrics", responses=metrics, response_class=Response)
+    models = describe_answers("What the registry holds.", ModelsResponse)
+    _add(router, "/ai/advanced-ml/health", get_health, "Is the service healthy, and with which model",
+         responses=health)  # fmt: skip
+    _add(router, "/ai/advanced-ml/models", get_models, "The active model and every artifact found",
+         responses=models)  # fmt: skip
+    _add(router, "/metrics", get_metrics, "Prometheus metrics", responses=metrics, response_class=Response)
     return router
+
+
+def _add(
+    router: APIRouter, path: str, endpoint: Callable[..., Awaitable[Response]], summary: str, **options: Any
+) -> None:
+    router.add_api_route(path, endpoint, methods=["GET"], summary=summary, **options)
+    router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 async def get_health(operations: CurrentOperations, record: CurrentRecord) -> Response:

@@ -11,13 +11,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, Depends, FastAPI, Security
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import iter_route_contexts
 
-from app import __version__, model_cards
+from app import __version__, health, model_cards
 from app.ai import advanced_ml, advanced_ml_hardened
 from app.error_handlers import FRAMEWORK_ERRORS, ErrorBoundary, Problems
-from app.health import DatabaseProbe, Operations, build_router
+from app.health import DatabaseProbe, Operations
 from app.log_setup import configure_logging
 from app.middleware.audit import AuditMiddleware
 from app.middleware.body_limit import BodyLimit
@@ -26,12 +28,15 @@ from app.middleware.deprecation import Deprecation
 from app.middleware.in_flight import InFlightLimit
 from app.middleware.request_id import RequestIdMiddleware
 from app.schemas.openapi import complete_document
+from app.security.access import GUARD_ERRORS, Guard, Scope
+from app.security.rate_limit import limit_rate
 from app.settings import Settings, load_settings
 from app.wiring import open_services
 
 GC_THRESHOLDS = (10_000, 20, 50)
 """A request leaves no cycles, so they may be looked for less often than after each 700 objects."""
 
+OPENAPI_PATH = "/openapi.json"
 LEGACY_DEPRECATED_SINCE = datetime(2026, 1, 1, tzinfo=UTC)
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]
@@ -53,19 +58,42 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
         # Spans of OpenTelemetry are not what this service records, and asking for them costs every request.
         telemetry={"tracing": False, "metrics": False, "logs": False},
-        redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
+        openapi_url=None,  # the framework's own routes for it cannot be guarded
     )
+    score, read = _guard(settings, "score"), _guard(settings, "read")
+    if settings.ai_rate_limit:
+        score.append(Depends(limit_rate))
     app.include_router(
-        advanced_ml_hardened.build_router(settings.ml_max_batch_size, settings.ml_max_reasons_batch)
+        advanced_ml_hardened.build_router(settings.ml_max_batch_size, settings.ml_max_reasons_batch),
+        dependencies=score,
     )
     if settings.ai_enable_legacy_advanced_ml:
-        app.include_router(advanced_ml.build_router(settings.ml_max_batch_size))
-    app.include_router(build_router())
-    app.include_router(model_cards.build_router())
+        app.include_router(advanced_ml.build_router(settings.ml_max_batch_size), dependencies=score)
+    for router in (health.build_router(), model_cards.build_router(), _build_documents_router(app)):
+        app.include_router(router, dependencies=read)
+    app.include_router(health.build_public_router())
     _document(app, settings.ml_max_batch_size)
     _wrap(app, settings)
     return app
+
+
+def _guard(settings: Settings, scope: Scope) -> list[Any]:
+    """Returns the dependencies of a router; none at all where nobody is asked who he is."""
+    return [] if settings.auth_mode == "none" else [Security(Guard(scope), scopes=[scope])]
+
+
+def _build_documents_router(app: FastAPI) -> APIRouter:
+    router = APIRouter(include_in_schema=False)
+
+    async def get_openapi() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+    async def get_docs() -> HTMLResponse:
+        return get_swagger_ui_html(openapi_url=OPENAPI_PATH.lstrip("/"), title=f"{app.title} - Swagger UI")
+
+    router.add_api_route(OPENAPI_PATH, get_openapi, methods=["GET", "HEAD"])
+    router.add_api_route("/docs", get_docs, methods=["GET", "HEAD"])
+    return router
 
 
 def _build_lifespan(settings: Settings) -> Lifespan:
@@ -78,6 +106,8 @@ def _build_lifespan(settings: Settings) -> Lifespan:
                 "breaker": services.breaker,
                 "telemetry": services.telemetry,
                 "registry": services.registry,
+                "authenticator": services.authenticator,
+                "rate_limiter": services.rate_limiter,
                 "operations": Operations(
                     registry=services.registry,
                     telemetry=services.telemetry,
@@ -105,7 +135,9 @@ def _document(app: FastAPI, max_batch_size: int) -> None:
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
-        return complete_document(generate(), max_batch_size)
+        if app.openapi_schema is None:
+            complete_document(generate(), max_batch_size, GUARD_ERRORS)
+        return generate()
 
     app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI documents
 

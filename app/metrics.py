@@ -54,6 +54,14 @@ MODEL_READY = Gauge(
 BREAKER_STATE = Gauge(
     "leadscore_breaker_state", "0 closed, 1 half-open, 2 open; the worst worker.", multiprocess_mode="livemax"
 )
+AUTH_ENABLED = Gauge(
+    "leadscore_auth_enabled", "1 when every worker asks for credentials.", multiprocess_mode="livemin"
+)
+AUTH_REFRESH_FAILURES = Counter(
+    "leadscore_auth_refresh_failures",
+    "Keys that credentials are verified with not read: api_keys, key_set.",
+    ["source"],
+)
 TELEMETRY_BACKLOG = Gauge(
     "leadscore_telemetry_backlog", "Recorded events not yet in the database.", multiprocess_mode="livesum"
 )

@@ -129,7 +129,8 @@ def _run(settings: Settings, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
 
     def announce() -> None:
-        _announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        _announce(base, guarded=settings.auth_mode != "none")
 
     if settings.workers > 1:
         _Supervisor(config, [listener], announce).run()
@@ -168,12 +169,13 @@ class _Supervisor(Multiprocess):
             self._announce()
 
 
-def _announce(base: str) -> None:
-    post = f"curl -s {base}/ai/advanced-ml/predict-batch -H 'Content-Type: application/json'"
+def _announce(base: str, *, guarded: bool) -> None:
+    curl = "curl -s" + (' -H "Authorization: Bearer $KEY"' if guarded else "")
+    post = f"{curl} {base}/ai/advanced-ml/predict-batch -H 'Content-Type: application/json'"
     click.echo(
         f"\nLead Scoring listens on {base}   (API: {base}/docs, stop: Ctrl-C)\n\n"
-        f"  curl -s {base}/ai/advanced-ml/health\n"
-        f"  curl -s {base}/ai/advanced-ml/models\n"
+        f"  {curl} {base}/ai/advanced-ml/health\n"
+        f"  {curl} {base}/ai/advanced-ml/models\n"
         f'  {post} -d \'["lead_1", "lead_2", "nobody"]\'\n'
     )
 

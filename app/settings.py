@@ -4,11 +4,12 @@ Only `main`, `cli`, `serve` and `wiring` import this module; everything else is 
 A wrong value raises `SettingsError`, whose text is one line that names the variable.
 """
 
+import ipaddress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, HttpUrl, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.errors import SettingsError
@@ -45,6 +46,19 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = _DEVELOPMENT_ORIGINS
     """Comma-separated origins a browser may call from."""
 
+    auth_mode: Literal["none", "api_key", "jwt", "api_key,jwt"] = "none"
+    """Which credentials are accepted; with `none` nobody is asked for any."""
+    auth_key_pepper: SecretStr | None = Field(None, min_length=32)
+    """Secret that API keys are hashed with, the same for all processes; another one voids every key."""
+    auth_jwks_url: HttpUrl | None = None
+    """Where the token issuer publishes its public keys (a JSON Web Key Set)."""
+    auth_jwt_issuer: str | None = None
+    """The `iss` that a token must carry."""
+    auth_jwt_audience: str | None = None
+    """The `aud` that a token must carry."""
+    auth_jwt_algorithm: Literal["RS256", "PS256", "ES256", "EdDSA"] = "RS256"
+    """The one algorithm that tokens may be signed with."""
+
     database_url: str | None = None
     """The CRM's PostgreSQL (`postgresql://user@host/name`); unset: an embedded one under `VAR_DIR`."""
     database_deadline_seconds: float = Field(1.0, gt=0, le=60)
@@ -68,6 +82,9 @@ class Settings(BaseSettings):
     """Largest request body that is read."""
     ai_max_requests_in_flight: int = Field(256, ge=1, le=100_000)
     """Scoring requests a worker answers at once; more are refused with 503 `OVERLOADED`."""
+
+    ai_rate_limit: str | None = Field(None, pattern=r"^[1-9][0-9]{0,5}/(second|minute|hour)$")
+    """Scoring requests one client may send to a worker (`100/second`, `6000/minute`); unset: any number."""
 
     ml_model_dir: Path = Path("models")
     """Directory of model artifacts and their manifests."""
@@ -130,6 +147,18 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _whole_authentication(self) -> Self:
+        needed = {
+            "api_key": ["auth_key_pepper"],
+            "jwt": ["auth_jwks_url", "auth_jwt_issuer", "auth_jwt_audience"],
+        }
+        for kind in self.auth_mode.split(","):
+            for name in needed.get(kind, ()):
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name.upper()} must be set when AUTH_MODE has {kind}")
+        return self
+
+    @model_validator(mode="after")
     def _refuse_conveniences_in_production(self) -> Self:
         if self.app_env == "production":
             if self.database_url is None:
@@ -140,7 +169,21 @@ class Settings(BaseSettings):
                 raise ValueError(
                     "CORS_ORIGINS must be set when APP_ENV=production: the default allows localhost only"
                 )
+            if self.auth_mode == "none" and not _is_loopback(self.host):
+                raise ValueError(
+                    "AUTH_MODE must be set when APP_ENV=production and HOST is not a loopback address"
+                )
+            keys_at = self.auth_jwks_url
+            if keys_at is not None and keys_at.scheme != "https" and not _is_loopback(keys_at.host or ""):
+                raise ValueError("AUTH_JWKS_URL must be https when APP_ENV=production")
         return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def load_settings() -> Settings:

@@ -6,10 +6,13 @@ worker that uses them. Called by `main`.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
+
+import httpx2
 
 from app.ai.circuit_breaker import CircuitBreaker
 from app.ai.domain import ColumnKind
@@ -24,17 +27,24 @@ from app.ai.predictor import Predictor, ScoringPolicy
 from app.ai.refresh_ahead import RefreshAhead
 from app.ai.telemetry_log import TelemetryLog
 from app.db.ai_events import PostgresEventSink
+from app.db.api_keys import PostgresApiKeys
 from app.db.change_listener import ChangeListener
 from app.db.engine import Connection, Database
 from app.db.leads import PostgresLeadSource
 from app.errors import DatabaseUnavailableError, ModelNotReadyError, PredictionFailedError, SettingsError
-from app.metrics import observe_model_load
+from app.metrics import AUTH_ENABLED, observe_model_load
+from app.security.access import Authenticator
+from app.security.api_keys import ApiKeyTable
+from app.security.key_set import KeySet, KeySetEndpoint
+from app.security.rate_limit import RateLimiter
+from app.security.tokens import JwtVerifier
 from app.settings import Settings
 
 PROBE_DEADLINE_SECONDS = 0.25
 DRIFT_WINDOW_ROWS = 5000
 TELEMETRY_DEADLINE_SECONDS = 5.0
 REFRESH_DEADLINE_SECONDS = 30.0
+KEYS_DEADLINE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,8 @@ class Services:
     drift: DriftWindow
     ping_database: Callable[[], Awaitable[None]]
     cache_freshness: Callable[[], CacheFreshness]
+    authenticator: Authenticator | None
+    rate_limiter: RateLimiter | None
 
 
 @asynccontextmanager
@@ -75,12 +87,24 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         breaker = CircuitBreaker(
             settings.ai_breaker_failures, settings.ai_breaker_open_seconds, time.monotonic
         )
+        authenticator = await _open_authenticator(stack, url, settings)
+        rate_limiter = RateLimiter(settings.ai_rate_limit) if settings.ai_rate_limit else None
         await _warm_up(lead_source, registry)
         if isinstance(cache, PredictionCache) and settings.ml_prewarm_leads:
             _start_refreshing_ahead(
                 stack, url, settings, registry=registry, cache=cache, executor=executor, policy=policy
             )
-        yield Services(predictor, registry, telemetry, breaker, drift, lambda: _ping(probe), cache_freshness)
+        yield Services(
+            predictor,
+            registry,
+            telemetry,
+            breaker,
+            drift,
+            lambda: _ping(probe),
+            cache_freshness,
+            authenticator,
+            rate_limiter,
+        )
 
 
 def find_incompatibility(manifest: ModelManifest, source: Mapping[str, ColumnKind]) -> str | None:
@@ -161,7 +185,11 @@ def _start_refreshing_ahead(
         leads=settings.ml_prewarm_leads,
         ttl_seconds=settings.ml_prediction_cache_ttl_seconds,
     )
-    task = asyncio.create_task(refresh.run(), name="refresh-ahead")
+    _run_until_closed(stack, refresh.run(), "refresh-ahead")
+
+
+def _run_until_closed(stack: AsyncExitStack, work: Coroutine[Any, Any, None], name: str) -> None:
+    task = asyncio.create_task(work, name=name)
     stack.push_async_callback(asyncio.wait, {task})
     stack.callback(task.cancel)
 
@@ -206,3 +234,35 @@ async def _open_cache(
         return "notified" if listener.hears_everything() else "expiry_only"
 
     return cache, tell_freshness
+
+
+async def _open_authenticator(stack: AsyncExitStack, url: str, settings: Settings) -> Authenticator | None:
+    AUTH_ENABLED.set(0 if settings.auth_mode == "none" else 1)
+    if settings.auth_mode == "none":
+        return None
+    return Authenticator(
+        keys=await _open_api_keys(stack, url, settings) if "api_key" in settings.auth_mode else None,
+        tokens=await _open_tokens(stack, settings) if "jwt" in settings.auth_mode else None,
+    )
+
+
+async def _open_api_keys(stack: AsyncExitStack, url: str, settings: Settings) -> ApiKeyTable:
+    assert settings.auth_key_pepper is not None  # noqa: S101 - the settings were checked
+    source = PostgresApiKeys(_open_database(stack, url, 1, KEYS_DEADLINE_SECONDS))
+    table = ApiKeyTable(source, settings.auth_key_pepper.get_secret_value().encode())
+    await table.refresh()
+    _run_until_closed(stack, table.run(), "api-keys")
+    return table
+
+
+async def _open_tokens(stack: AsyncExitStack, settings: Settings) -> JwtVerifier:
+    client = await stack.enter_async_context(httpx2.AsyncClient(follow_redirects=False))
+    algorithm = settings.auth_jwt_algorithm
+    key_set = KeySet(KeySetEndpoint(str(settings.auth_jwks_url), client).fetch, algorithm)
+    _run_until_closed(stack, key_set.run(), "key-set")
+    return JwtVerifier(
+        key_set,
+        issuer=str(settings.auth_jwt_issuer),
+        audience=str(settings.auth_jwt_audience),
+        algorithm=algorithm,
+    )

@@ -26,12 +26,13 @@ class FuzzRun(NamedTuple):
     report: str
 
 
-def fuzz(base: str, folder: Path, *, seed: int, cases_per_operation: int) -> FuzzRun:
-    """Fuzzes the service at `base`; `folder` is for the fuzzer's own files."""
+def fuzz(base: str, folder: Path, *, seed: int, cases_per_operation: int, key: str | None = None) -> FuzzRun:
+    """Fuzzes the service at `base`, with an API key if given; `folder` is for the fuzzer's own files."""
     (folder / "schemathesis.toml").write_text(_CONFIGURATION)
     command = [
         *(sys.executable, "-c", "import schemathesis.cli; schemathesis.cli.schemathesis()", "run"),
         *("--checks", "all", "--phases", "examples,coverage,fuzzing,stateful", "--mode", "all"),
+        *(("--header", f"Authorization: Bearer {key}") if key else ()),
         *("--max-examples", str(cases_per_operation), "--seed", str(seed), "--generation-database", "none"),
         *("--continue-on-failure", "--no-color", f"{base}/openapi.json"),
     ]

@@ -17,6 +17,7 @@ from app.ai.domain import (
 from app.ai.events import Event
 from app.ai.model_bundle import ModelBundle
 from app.errors import LeadScoringError
+from app.security.api_keys import ApiKey
 
 
 class FakeClock:
@@ -125,3 +126,21 @@ class FakeTelemetry:
 
     def state(self) -> str:
         return "ok" if self.error is None else "unavailable"
+
+
+class FakeKeySource:
+    """API keys in memory; `error` is raised instead while it is set.
+
+    `failed` tells that it was, `answered` that it was not.
+    """
+
+    def __init__(self, keys: Sequence[ApiKey] = ()) -> None:
+        self.keys = list(keys)
+        self.error: Exception | None = None
+        self.failed, self.answered = asyncio.Event(), asyncio.Event()
+
+    async def fetch_keys(self) -> list[ApiKey]:
+        (self.answered if self.error is None else self.failed).set()
+        if self.error is not None:
+            raise self.error
+        return list(self.keys)

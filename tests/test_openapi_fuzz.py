@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
+from app.db.api_keys import create_key
 from app.db.demo_crm import load_demo
 from app.settings import Settings
 from bench.openapi_fuzz import fuzz
 from tests.in_process import build_settings, serve
 from tests.lead_models import publish_lead_model
+
+PEPPER = "a pepper of thirty-two characters"
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,17 @@ def test_the_fuzzer_finds_nothing(settings: Settings, tmp_path: Path) -> None:
         run = fuzz(base, tmp_path, seed=1, cases_per_operation=100)
     assert run.status == 0, run.report
     assert run.cases >= 350
+
+
+def test_the_fuzzer_finds_nothing_with_authentication_on(settings: Settings, tmp_path: Path) -> None:
+    assert settings.database_url is not None
+    key = create_key(settings.database_url, "fuzzer", ["admin"], PEPPER.encode())
+    guarded = Settings(
+        _env_file=None, **settings.model_dump() | {"auth_mode": "api_key", "auth_key_pepper": PEPPER}
+    )  # type: ignore[call-arg]
+    with serve(guarded) as base:
+        run = fuzz(base, tmp_path, seed=1, cases_per_operation=20, key=key)
+    assert run.status == 0, run.report
 
 
 def plant_undocumented_status(app: FastAPI) -> None:

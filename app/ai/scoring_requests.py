@@ -30,6 +30,7 @@ from app.errors import (
     ModelNotReadyError,
     OverloadedError,
     PredictionFailedError,
+    RateLimitedError,
     TelemetryUnavailableError,
     UnsupportedMediaTypeError,
 )
@@ -42,6 +43,7 @@ SCORING_ERRORS: tuple[type[LeadScoringError], ...] = (
     EmptyBatchError,
     InvalidLeadIdError,
     InvalidParameterError,
+    RateLimitedError,
     PredictionFailedError,
     ModelNotReadyError,
     DatabaseUnavailableError,

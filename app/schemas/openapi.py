@@ -21,9 +21,12 @@ PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 _REFERENCES = "#/components/schemas/{model}"
 _REQUEST_ID = {"schema": {"type": "string"}, "description": "The request's ID; also in every error body."}
+_RETRY_AFTER = {"schema": {"type": "integer"}, "description": "Seconds to wait before a retry."}
 _HEADERS: dict[int, dict[str, Any]] = {
+    401: {"WWW-Authenticate": {"schema": {"type": "string"}, "description": "Always `Bearer`."}},
     405: {"Allow": {"schema": {"type": "string"}, "description": "The methods this path answers to."}},
-    503: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait before a retry."}},
+    429: {"Retry-After": _RETRY_AFTER},
+    503: {"Retry-After": _RETRY_AFTER},
 }
 _CARD = "/ai/advanced-ml/models/{version}/card"
 _NAMES_VERSION = {
@@ -44,11 +47,8 @@ def describe_answers(
     answers: Responses = {200: {"description": description, "headers": {"X-Request-ID": _REQUEST_ID}}}
     if model is not None:
         answers[200]["model"] = model
-    by_status: dict[int, list[type[LeadScoringError]]] = {}
     kinds: tuple[type[LeadScoringError], ...] = (*_EVERYWHERE, *errors)
-    for error in dict.fromkeys(kinds):
-        by_status.setdefault(error.status, []).append(error)
-    for status, named in sorted(by_status.items()):
+    for status, named in _group_by_status(kinds):
         answers[status] = _describe_problem(status, named)
     return answers
 
@@ -87,8 +87,13 @@ def _describe_include(limits: Mapping[str, int], max_batch_size: int) -> dict[st
     }
 
 
-def complete_document(document: dict[str, Any], max_batch_size: int) -> dict[str, Any]:
-    """Adds the schemas that routes only refer to, and links to the model card; returns the same document."""
+def complete_document(
+    document: dict[str, Any], max_batch_size: int, guard_errors: Sequence[type[LeadScoringError]]
+) -> dict[str, Any]:
+    """Adds the schemas that routes only refer to, `guard_errors` where a credential is asked for, and links.
+
+    Returns the same document.
+    """
     models = [(model, "validation") for model in (LeadIdArray, LeadIdObject, Problem)]
     _, definitions = models_json_schema(models, ref_template=_REFERENCES)  # type: ignore[arg-type]
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
@@ -98,7 +103,32 @@ def complete_document(document: dict[str, Any], max_batch_size: int) -> dict[str
     for (path, method), field in _NAMES_VERSION.items():
         if path in document["paths"]:
             _link_to_card(document, document["paths"][path][method]["responses"]["200"], field)
+    for path in document["paths"].values():
+        for operation in path.values():
+            if "security" in operation:
+                _add_errors(operation["responses"], guard_errors)
     return document
+
+
+def _add_errors(answers: dict[str, Any], errors: Sequence[type[LeadScoringError]]) -> None:
+    for status, named in _group_by_status(errors):
+        added = _describe_problem(status, named)
+        there = answers.setdefault(str(status), added)
+        if there is added:
+            continue
+        there["description"] += f" or {added['description']}"
+        content = there["content"].setdefault(PROBLEM_MEDIA_TYPE, {"examples": {}})
+        content["examples"] |= added["content"][PROBLEM_MEDIA_TYPE]["examples"]
+        content["schema"] = added["content"][PROBLEM_MEDIA_TYPE]["schema"]
+
+
+def _group_by_status(
+    errors: Sequence[type[LeadScoringError]],
+) -> list[tuple[int, list[type[LeadScoringError]]]]:
+    by_status: dict[int, list[type[LeadScoringError]]] = {}
+    for error in dict.fromkeys(errors):
+        by_status.setdefault(error.status, []).append(error)
+    return sorted(by_status.items())
 
 
 def _link_to_card(document: Mapping[str, Any], answer: dict[str, Any], field: str) -> None:

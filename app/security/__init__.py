@@ -1,0 +1,1 @@
+"""Who may ask: credentials and what they allow, and how often one client may ask."""

@@ -1,0 +1,170 @@
+"""The public keys of the token issuer, as it publishes them (a JSON Web Key Set, RFC 7517).
+
+However many unknown keys are asked for, the issuer is asked at most once a minute, by one request for all;
+while it is away the last set stays. Only keys for the one configured algorithm are taken, and none that is
+a secret. Built by `wiring`, asked by `tokens`.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import httpx2
+import jwt
+import msgspec
+import structlog
+
+from app.errors import KeysUnavailableError, NotAuthenticatedError
+from app.metrics import AUTH_REFRESH_FAILURES
+
+MIN_PAUSE_SECONDS = 60.0
+MAX_AGE_SECONDS = 300.0
+FETCH_SECONDS = 3.0
+MAX_SET_BYTES = 262_144
+
+PublicKey = Any  # a public key of the cryptography library, of the configured algorithm's kind
+Keys = Mapping[str, PublicKey]
+
+_KINDS = {"RS256": "RSA", "PS256": "RSA", "ES256": "P-256", "EdDSA": "Ed25519"}
+
+_log = structlog.get_logger("app.key_set")
+
+
+class _Document(msgspec.Struct):
+    keys: list[dict[str, Any]]
+
+
+class KeySet:
+    """The issuer's keys by key ID; `fetch` gets the document, `clock` gives monotonic seconds.
+
+    A fetch that takes longer than `fetch_seconds` is given up; a set is used for `max_age_seconds` and then
+    asked for again, whether anybody needs it or not: a key that the issuer withdrew must not wait for a use.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[], Awaitable[bytes]],
+        algorithm: str,
+        *,
+        fetch_seconds: float = FETCH_SECONDS,
+        max_age_seconds: float = MAX_AGE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fetch = fetch
+        self._fetch_seconds = fetch_seconds
+        self._max_age_seconds = max_age_seconds
+        self._algorithm = algorithm
+        self._clock = clock
+        self._keys: Keys = {}
+        self._asked_at = -math.inf
+        self._refresh: asyncio.Task[None] | None = None
+
+    def current(self) -> Keys:
+        """Returns the keys of the last good answer."""
+        return self._keys
+
+    async def run(self) -> None:
+        """Asks at once, and whenever the set is too old, until it is cancelled."""
+        try:
+            while True:
+                self._refresh_after(self._max_age_seconds)
+                await asyncio.sleep(self._asked_at + self._max_age_seconds - self._clock())
+        finally:
+            if self._refresh is not None:
+                self._refresh.cancel()
+
+    async def find(self, key_id: str) -> PublicKey:
+        """Returns the key of this ID; an unknown one waits for a new answer, if one may be asked for.
+
+        Raises:
+            NotAuthenticatedError: the issuer has no such key.
+            KeysUnavailableError: the issuer has never answered.
+        """
+        if key_id not in self._keys:
+            self._refresh_after(MIN_PAUSE_SECONDS)
+            if self._refresh is not None:
+                await asyncio.wait({self._refresh})
+        if not self._keys:
+            raise KeysUnavailableError(retry_after=max(1, math.ceil(self._pause_left())))
+        if key_id not in self._keys:
+            raise NotAuthenticatedError
+        return self._keys[key_id]
+
+    def _pause_left(self) -> float:
+        return self._asked_at + MIN_PAUSE_SECONDS - self._clock()
+
+    def _refresh_after(self, seconds: float) -> None:
+        now = self._clock()
+        if now - self._asked_at >= seconds:
+            self._asked_at = now
+            self._refresh = asyncio.create_task(self._replace(), name="key-set")
+
+    async def _replace(self) -> None:
+        try:
+            async with asyncio.timeout(self._fetch_seconds):
+                self._keys = build_keys(await self._fetch(), self._algorithm)
+        except (httpx2.HTTPError, OSError, ValueError) as exc:  # TimeoutError is an OSError
+            AUTH_REFRESH_FAILURES.labels("key_set").inc()
+            _log.warning("key_set_not_read", error=type(exc).__name__, keys=len(self._keys))
+
+
+def build_keys(document: bytes, algorithm: str) -> Keys:
+    """Returns the public keys of a key set that may verify signatures of this algorithm, by their IDs.
+
+    Raises:
+        ValueError: the document is no key set, or holds no such key.
+    """
+    try:
+        entries = msgspec.json.decode(document, type=_Document).keys
+    except msgspec.MsgspecError as exc:
+        raise ValueError("not a key set") from exc
+    keys = {entry["kid"]: _build_key(entry, algorithm) for entry in entries if _is_usable(entry, algorithm)}
+    if not keys:
+        raise ValueError("no usable key")
+    return keys
+
+
+def _is_usable(entry: Mapping[str, Any], algorithm: str) -> bool:
+    kind = entry.get("crv", entry.get("kty"))
+    return (
+        isinstance(entry.get("kid"), str)
+        and entry.get("use", "sig") == "sig"
+        and entry.get("alg", algorithm) == algorithm
+        and kind == _KINDS[algorithm]
+        and "d" not in entry  # a private key has no business there
+    )
+
+
+def _build_key(entry: dict[str, Any], algorithm: str) -> PublicKey:
+    try:
+        return jwt.PyJWK(entry, algorithm).key
+    except jwt.PyJWTError as exc:
+        raise ValueError("a key that cannot be read") from exc
+
+
+class KeySetEndpoint:
+    """Fetches the document over HTTP: no redirect is followed, no more than `MAX_SET_BYTES` are read."""
+
+    def __init__(self, url: str, client: httpx2.AsyncClient) -> None:
+        self._url = url
+        self._client = client
+
+    async def fetch(self) -> bytes:
+        """Returns the document as it was sent.
+
+        Raises:
+            httpx2.HTTPError: no answer.
+            ValueError: another status than 200, or too long.
+        """
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        document = bytearray()
+        async with self._client.stream("GET", self._url, headers=headers) as response:
+            if response.status_code != httpx2.codes.OK:
+                raise ValueError("not answered with 200")
+            async for part in response.aiter_raw():
+                document += part
+                if len(document) > MAX_SET_BYTES:
+                    raise ValueError("too long")
+        return bytes(document)
