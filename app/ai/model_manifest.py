@@ -111,7 +111,7 @@ class ModelManifest(ModelDescription, frozen=True, forbid_unknown_fields=True, k
     library_versions: dict[str, str]
     feature_fingerprint: Digest
     golden_outputs: list[Share]
-    manifest_sha256: str = ""
+    manifest_sha256: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
 
     def __post_init__(self) -> None:
         ModelDescription.__post_init__(self)
@@ -178,7 +178,7 @@ def read_manifest(data: bytes) -> ModelManifest:
         raise ArtifactError("manifest_too_large", "The manifest is larger than a manifest can be.")
     try:
         manifest = msgspec.json.decode(data, type=ModelManifest)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ArtifactError("manifest_invalid", "The manifest does not follow its schema.") from exc
     if not hmac.compare_digest(manifest.manifest_sha256, _content_digest(manifest)):
         raise ArtifactError("manifest_changed", "The manifest's content does not match its own digest.")
