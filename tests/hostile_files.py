@@ -3,7 +3,17 @@
 import io
 import json
 import os
+import warnings
 import zipfile
+
+import joblib
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from app.ai.artifact_loading import dump_estimator
+from tests.model_files import LABELS, ROWS
 
 _TARGETS = """
         builtins:__import__ builtins:compile builtins:eval builtins:exec builtins:getattr builtins:open
@@ -34,6 +44,35 @@ class Leaves:
         return os.system, (f"touch {self.mark}",)
 
 
+PLACES = ["alone", "parameter", "fitted attribute", "dict key", "object array", "step"]
+
+
+def plant(place, hostile):
+    """Returns an estimator with a hostile part in one of `PLACES`."""
+    estimator = LogisticRegression().fit(ROWS, LABELS)
+    if place == "parameter":
+        estimator.C = hostile
+    elif place == "fitted attribute":
+        estimator.coef_ = hostile
+    elif place == "dict key":
+        estimator.class_weight = {hostile: 1.0}
+    elif place == "object array":
+        estimator.classes_ = np.array([hostile, 1], dtype=object)
+    elif place == "step":
+        estimator = make_pipeline(StandardScaler(), estimator)
+        estimator.steps.append(("last", hostile))
+    else:
+        estimator = hostile
+    return estimator
+
+
+def pickled(value, **options):
+    """Returns a value as joblib writes it."""
+    buffer = io.BytesIO()
+    joblib.dump(value, buffer, **options)
+    return buffer.getvalue()
+
+
 def hostile_pickles(module, name, argument):
     """Yields every way a pickle has of calling a global, as a joblib file of protocol 2 or later."""
     old = f"c{module}\n{name}\n".encode()
@@ -61,14 +100,16 @@ def hostile_pickles(module, name, argument):
 
 def rewritten(data, change, compression=zipfile.ZIP_STORED):
     """Returns a `.skops` file with its schema changed."""
-    source = zipfile.ZipFile(io.BytesIO(data))
-    target = io.BytesIO()
+    schema = json.loads(zipfile.ZipFile(io.BytesIO(data)).read("schema.json"))
+    return with_schema(data, json.dumps(change(schema)), compression)
+
+
+def with_schema(data, text, compression=zipfile.ZIP_STORED):
+    """Returns a `.skops` file with another text for its schema."""
+    source, target = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
     with zipfile.ZipFile(target, "w", compression=compression) as archive:
         for member in source.namelist():
-            content = source.read(member)
-            if member == "schema.json":
-                content = json.dumps(change(json.loads(content)))
-            archive.writestr(member, content)
+            archive.writestr(member, text if member == "schema.json" else source.read(member))
     return target.getvalue()
 
 
@@ -110,3 +151,73 @@ HOSTILE_NODES = {
     "an old function node": node("FunctionNode", "builtins", "function", content={
         "module_path": "planted_module", "function": "Planted"}),
 }  # fmt: skip
+
+
+def object_array(hostile):
+    """Returns a `.npy` file that holds a pickle."""
+    array = io.BytesIO()
+    np.save(array, np.array([hostile], dtype=object), allow_pickle=True)
+    return array.getvalue()
+
+
+def with_object_arrays(data, hostile):
+    """Returns a `.skops` file with every array replaced by one that holds a pickle."""
+    source, target = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        for member in source.namelist():
+            array = member.endswith(".npy")
+            archive.writestr(member, object_array(hostile) if array else source.read(member))
+    return target.getvalue()
+
+
+def hostile_schemas(data):
+    """Yields `.skops` files with a hostile node as the whole, and in three places of an honest estimator."""
+    schema = json.loads(zipfile.ZipFile(io.BytesIO(data)).read("schema.json"))
+    for name, hostile in HOSTILE_NODES.items():
+        versions = {"protocol": schema["protocol"], "_skops_version": schema["_skops_version"]}
+        yield f"{name}, alone", rewritten(data, lambda _, whole={**hostile, **versions}: whole)
+        for key in ("C", "coef_", "classes_"):
+            changed = json.loads(json.dumps(schema))
+            changed["content"]["content"][key] = hostile
+            yield f"{name}, as {key}", rewritten(data, lambda _, changed=changed: changed)
+
+
+def zip_tricks(data, hostile):
+    """Yields `.skops` files that play with the archive itself."""
+    yield "a pickle in the arrays", with_object_arrays(data, hostile)
+    yield "compressed", rewritten(data, lambda schema: schema, zipfile.ZIP_DEFLATED)
+    yield "a bomb", with_schema(data, " " * 50_000_000, zipfile.ZIP_DEFLATED)
+    yield "a schema nested without end", with_schema(data, "[" * 200_000)
+    encrypted = bytearray(data)
+    encrypted[data.index(b"PK\x01\x02") + 8] |= 1
+    yield "encrypted, it says", bytes(encrypted)
+    second = io.BytesIO(data)
+    with zipfile.ZipFile(second, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        archive.writestr("schema.json", json.dumps(node("ObjectNode", "planted_module", "Planted")))
+    yield "a second schema", second.getvalue()
+    yield (
+        "a name that leads out",
+        rewritten(
+            data, lambda schema: json.loads(json.dumps(schema).replace(".npy", "/../../../../etc/passwd"))
+        ),
+    )
+
+
+def hostile_files(mark):
+    """Yields name, format and bytes of every hostile artifact there is; what would run creates `mark`."""
+    hostile, honest = Leaves(mark), dump_estimator(LogisticRegression().fit(ROWS, LABELS), "skops")
+    for module, name in CALLABLES:
+        for way, data in hostile_pickles(module, name, f"touch {mark}"):
+            yield f"{module}.{name}, {way}", "joblib", data
+    for place in PLACES:
+        for protocol in (2, 3, 4, 5):
+            yield (
+                f"estimator, {place}, {protocol}",
+                "joblib",
+                pickled(plant(place, hostile), protocol=protocol),
+            )
+    for method in ("zlib", "gzip", "bz2", "lzma", "xz"):
+        yield f"compressed, {method}", "joblib", pickled(hostile, compress=(method, 3))
+    for name, data in (*hostile_schemas(honest), *zip_tricks(honest, hostile)):
+        yield name, "skops", data

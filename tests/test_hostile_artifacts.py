@@ -28,7 +28,19 @@ from app.ai.artifact_loading import (
     load_estimator,
 )
 from app.errors import ArtifactError
-from tests.hostile_files import CALLABLES, HOSTILE_NODES, Leaves, hostile_pickles, rewritten
+from tests.hostile_files import (
+    CALLABLES,
+    HOSTILE_NODES,
+    PLACES,
+    Leaves,
+    hostile_files,
+    hostile_pickles,
+    object_array,
+    pickled,
+    plant,
+    rewritten,
+    with_object_arrays,
+)
 
 ROWS = np.random.default_rng(3).normal(size=(300, 4))
 LABELS = (ROWS[:, 0] > 0).astype(int)
@@ -70,12 +82,6 @@ def refusal(data, fmt):
     with pytest.raises(ArtifactError) as caught:
         load_estimator(data, fmt)
     return caught.value.reason
-
-
-def pickled(value):
-    buffer = io.BytesIO()
-    joblib.dump(value, buffer)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("fmt", ["skops", "joblib"])
@@ -155,31 +161,13 @@ def test_the_hostile_pickles_do_run_under_an_ordinary_loader(way, mark):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize(
-    "place", ["alone", "parameter", "fitted attribute", "dict key", "object array", "step"]
-)
+@pytest.mark.parametrize("place", PLACES)
 def test_an_estimator_with_a_hostile_part_is_refused(place, protocol, mark, audited):
-    hostile = Leaves(mark)
-    estimator = LogisticRegression().fit(ROWS, LABELS)
-    if place == "parameter":
-        estimator.C = hostile
-    elif place == "fitted attribute":
-        estimator.coef_ = hostile
-    elif place == "dict key":
-        estimator.class_weight = {hostile: 1.0}
-    elif place == "object array":
-        estimator.classes_ = np.array([hostile, 1], dtype=object)
-    elif place == "step":
-        estimator = make_pipeline(StandardScaler(), estimator)
-        estimator.steps.append(("last", hostile))
-    else:
-        estimator = hostile
-    buffer = io.BytesIO()
-    joblib.dump(estimator, buffer, protocol=protocol)
-    assert refusal(buffer.getvalue(), "joblib") == "not_allowed"
+    data = pickled(plant(place, Leaves(mark)), protocol=protocol)
+    assert refusal(data, "joblib") == "not_allowed"
     assert not mark.exists()
     assert "os.system" not in {event[0] for event in audited}
-    joblib.load(io.BytesIO(buffer.getvalue()))
+    joblib.load(io.BytesIO(data))
     assert mark.exists()
 
 
@@ -210,9 +198,7 @@ def test_an_array_wrapper_cannot_be_turned_into_something_else(state, audited):
 
 @pytest.mark.parametrize("method", ["zlib", "gzip", "bz2", "lzma", "xz"])
 def test_a_compressed_file_is_refused_unread(method, mark, audited):
-    buffer = io.BytesIO()
-    joblib.dump(Leaves(mark), buffer, compress=(method, 3))
-    assert refusal(buffer.getvalue(), "joblib") == "compressed"
+    assert refusal(pickled(Leaves(mark), compress=(method, 3)), "joblib") == "compressed"
     assert audited == []
 
 
@@ -289,17 +275,23 @@ def test_a_compressed_skops_file_is_refused_unread():
 
 
 def test_an_object_array_pickled_inside_a_skops_file_runs_nothing(mark):
-    array = io.BytesIO()
-    np.save(array, np.array([Leaves(mark)], dtype=object), allow_pickle=True)
-    source = zipfile.ZipFile(io.BytesIO(dump_estimator(ESTIMATORS["logistic"], "skops")))
-    target = io.BytesIO()
-    with zipfile.ZipFile(target, "w") as archive:
-        for member in source.namelist():
-            archive.writestr(member, array.getvalue() if member.endswith(".npy") else source.read(member))
-    assert refusal(target.getvalue(), "skops") == "not_loadable"
+    honest = dump_estimator(ESTIMATORS["logistic"], "skops")
+    assert refusal(with_object_arrays(honest, Leaves(mark)), "skops") == "not_loadable"
     assert not mark.exists()
-    np.load(io.BytesIO(array.getvalue()), allow_pickle=True)
+    np.load(io.BytesIO(object_array(Leaves(mark))), allow_pickle=True)
     assert mark.exists()
+
+
+def test_the_corpus_of_hostile_files_is_refused_whole(mark, planted, audited):
+    names = []
+    for name, fmt, data in hostile_files(mark):
+        assert refusal(data, fmt) in {"not_allowed", "not_loadable", "compressed"}, name
+        names.append(name)
+    assert len(set(names)) == len(names) >= 500
+    assert {event[1] for event in audited if event[0] == "pickle.find_class"} <= JOBLIB_GLOBALS
+    assert {event[0] for event in audited} <= {"pickle.find_class"}
+    assert planted not in sys.modules
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("fmt", ["skops", "joblib"])
