@@ -15,6 +15,7 @@ import os
 import pickle
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -147,12 +148,13 @@ class HashAfterLoad(ModelCatalogue):
 
 
 class OpensTwice(ModelCatalogue):
-    """A planted bug: what is loaded is the file as it is once more, not the bytes that were hashed."""
+    """A planted bug: what is loaded is the file as it is a moment later, not the bytes that were hashed."""
 
     def _load(self, artifact: FoundArtifact) -> ModelBundle:
         with open_model_dir(self._model_dir) as descriptor:
             manifest = self._read_manifest(descriptor, artifact)
             read_verified_artifact(descriptor, manifest)
+        time.sleep(0.002)  # a slow disk, so that a busy machine shows the bug as surely as a quiet one
         return self._load_bundle(manifest, _read_path(self._model_dir / manifest.file_name))
 
 

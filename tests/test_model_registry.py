@@ -876,7 +876,54 @@ def test_a_report_says_what_was_loaded_and_how_long_it_took(models, open_registr
     assert report.duration_ms >= 0
 
 
+def test_a_look_that_fails_in_a_way_nobody_foresaw_leaves_the_model_serving(models, reports):
+    class Failing(ModelCatalogue):
+        failing = False
+
+        def find(self):
+            if self.failing:
+                raise OSError("the disk is gone")
+            return super().find()
+
+    publish(models, V1)
+    catalogue = Failing(models)
+    registry = ModelRegistry(catalogue)
+    good = registry.load()
+    catalogue.failing = True
+    assert registry.load() is good
+    assert registry.status().reason == "internal_error"
+    registry.close()
+
+
 # What is said about it
+
+
+def test_the_card_of_a_version_is_that_of_the_model_that_serves(models, open_registry):
+    for model_type in ("random_forest", "logistic_regression"):
+        artifact = publish(models, V1, model_type)
+        manifest_of(artifact).with_name(artifact.stem + ".card.html").write_text(model_type)
+    registry = open_registry(pattern="advanced_ml_*")
+    serving = registry.load().manifest.model_type
+    assert registry.read_card(V1, "html").decode() == serving
+    for _ in range(2):
+        assert [(model.state, model.has_card) for model in registry.available()] == [
+            ("active", True),
+            ("verified", True),
+        ]
+    next(models.glob(f"*{serving}*.card.html")).unlink()
+    assert registry.read_card(V1, "html").decode() != serving
+    for version, form in ((V1, "markdown"), (V2, "html")):
+        with pytest.raises(ArtifactError) as caught:
+            registry.read_card(version, form)
+        assert caught.value.reason == "missing"
+
+
+def test_the_gate_of_the_registry_itself_asks_for_a_manifest(models):
+    manifest_of(publish(models, V1)).unlink()
+    catalogue = ModelCatalogue(models)
+    with pytest.raises(ArtifactError) as caught:
+        catalogue.load(catalogue.find()[0])
+    assert caught.value.reason == "no_manifest"
 
 
 def test_every_artifact_is_listed_with_its_state_and_nothing_is_deserialised_for_it(models, open_registry):
