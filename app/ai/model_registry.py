@@ -32,7 +32,7 @@ _MAX_BACKOFF = 6
 """Looks with nothing to serve are at most this many times `retry_seconds` apart."""
 
 REMEDIES = {
-    "rollback_refused": "set ML_MODEL_VERSION to this version to go back to it, or publish a newer one",
+    "rollback_refused": "name the older version in ML_MODEL_VERSION to go back to it, or publish a newer one",
     "signature_missing": "sign it with `leadscore models sign`",
     "signature_invalid": "sign it with a key whose public half is in ML_TRUSTED_KEYS",
     "served_unknown": "let the service read and write served_models under VAR_DIR",
@@ -227,7 +227,7 @@ class ModelRegistry:
         try:
             self._refuse_rollback(artifact.version)
             bundle = self._catalogue.load(artifact)
-            if self._served:
+            if self._served is not None:
                 self._served.record(artifact.version)
             self._loaded = _Loaded(bundle, artifact.identity, self._utc_now(), self._monotonic())
         except ArtifactError as exc:
@@ -243,7 +243,8 @@ class ModelRegistry:
         if self._pinned is not None:
             return
         serving = self._loaded.bundle.ref.version if self._loaded else ""
-        if version < max(serving, self._served.highest() if self._served else ""):
+        highest = self._served.highest() if self._served is not None else ""
+        if version < max(serving, highest):
             raise ArtifactError("rollback_refused", "A newer version than this one has served here.")
 
     def _report(self, artifact: FoundArtifact, report: LoadReport) -> None:
