@@ -24,6 +24,7 @@ from app.settings import Settings, load_settings
 if TYPE_CHECKING:
     from app.ai.model_bundle import ModelBundle
     from app.ai.model_catalogue import AvailableModel, ModelCatalogue
+    from app.ai.served_versions import ServedVersions
     from app.security.access import Scope
 
 Progress = Callable[[str, int, int], None]
@@ -41,6 +42,7 @@ _ONE_OUTCOME = "Give --label or --outcome: one column says what became of a lead
 _json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
 )
+_existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 _moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%z"])
 
 
@@ -110,7 +112,7 @@ def demo(people: int, seed: int, until: datetime | None, as_json: bool) -> None:
 
 
 @cli.command("import")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=_existing_file)
 @click.option("--table", required=True, help="Table to create; name it in LEAD_SOURCE to serve it.")
 @click.option("--id", "id_column", required=True, help="Column that identifies a lead.")
 @click.option("--label", "label_column", help="Column that holds the outcome as two values.")
@@ -192,6 +194,7 @@ def import_file(
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed and data, same model."
 )
+@click.option("--sign-key", type=_existing_file, help="Sign what is published with this private key.")
 @_json_option
 def train(
     *,
@@ -208,6 +211,7 @@ def train(
     since: datetime | None,
     order_by: str | None,
     seed: int,
+    sign_key: Path | None,
     as_json: bool,
 ) -> None:
     """Train, calibrate, evaluate on leads nothing has seen, and publish to ML_MODEL_DIR."""
@@ -215,6 +219,7 @@ def train(
 
     from app.training.options import TrainingOptions
     from app.training.report import print_report
+    from app.training.signing import read_key_file
     from app.training.train import train as run
 
     if label and outcome:
@@ -237,6 +242,7 @@ def train(
             since=_utc(since) if since else None,
             order_by=order_by,
             seed=seed,
+            signing_key=read_key_file(sign_key) if sign_key else None,
         )
         report = run(options, progress)
     if as_json:
@@ -301,10 +307,11 @@ def evaluate(
 def score(*, as_json: bool) -> None:
     """Score every lead of LEAD_SOURCE with the active model, into the table lead_scores."""
     from app.ai.predictor import ScoringPolicy
+    from app.ai.served_versions import ServedVersions
     from app.bulk_scoring import score_source
 
     settings = load_settings()
-    bundle = _load_model(settings, settings.ml_model_version)
+    bundle = _load_model(settings, settings.ml_model_version, ServedVersions(settings.var_dir))
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     policy = ScoringPolicy(settings.ml_min_feature_coverage, settings.ml_confidence_method)
     with _database(settings) as url, _progress() as progress:
@@ -316,27 +323,54 @@ def score(*, as_json: bool) -> None:
 
 @cli.group()
 def models() -> None:
-    """Look at what is in the registry, and whether it can be trusted."""
+    """Look at what is in the registry, whether it can be trusted, and sign it."""
 
 
 @models.command("list")
 @_json_option
 def models_list(as_json: bool) -> None:
     """List every artifact found; hashes are verified, nothing is loaded."""
-    _print_models(_catalogue().list_models(), as_json)
+    _print_models(_catalogue(load_settings()).list_models(), as_json)
 
 
 @models.command("verify")
 @_json_option
 def models_verify(as_json: bool) -> None:
     """Load every artifact through the full gate; exit status 1 if any cannot be trusted, or none is found."""
-    found = _catalogue().verify_models()
+    found = _catalogue(load_settings()).verify_models()
     _print_models(found, as_json)
     bad = [model.file for model in found if model.state != "verified"]
     if bad or not found:
         raise ArtifactError(
             "refused", f"not verified: {', '.join(bad)}" if bad else "there is no model to verify"
         )
+
+
+@models.command("keygen")
+@click.argument("file", type=click.Path(path_type=Path))
+def models_keygen(file: Path) -> None:
+    """Make a private key to sign models with, in a new FILE that only you can read.
+
+    Prints the public key as a line for the environment of the service. Keep FILE away from where models are
+    served.
+    """
+    from app.training.signing import make_key_file
+
+    click.echo(f"ML_TRUSTED_KEYS={make_key_file(file)}")
+
+
+@models.command("sign")
+@click.argument("version")
+@click.option("--key", "key_file", required=True, type=_existing_file, help="Private key of `models keygen`.")
+def models_sign(version: str, key_file: Path) -> None:
+    """Sign the manifest of VERSION, or of every version with the word `all`; hashes are verified first."""
+    from app.training.signing import read_key_file, sign_models
+
+    settings = load_settings()
+    key = read_key_file(key_file)
+    only = None if version == "all" else version
+    for name in sign_models(settings.ml_model_dir, settings.ml_model_pattern, only, key):
+        click.echo(f"signed: {name}")
 
 
 @cli.group()
@@ -396,28 +430,32 @@ def keys_revoke(key_id: str) -> None:
     click.echo(f"{key_id} is revoked.")
 
 
-def _load_model(settings: Settings, version: str | None) -> "ModelBundle":
-    from app.ai.model_registry import ModelRegistry
+def _load_model(
+    settings: Settings, version: str | None, served: "ServedVersions | None" = None
+) -> "ModelBundle":
+    from app.ai.model_registry import REMEDIES, ModelRegistry
 
-    registry = ModelRegistry(settings.ml_model_dir, pattern=settings.ml_model_pattern, pinned_version=version)
+    registry = ModelRegistry(_catalogue(settings), served=served, pinned_version=version)
     try:
         return registry.load()
     except ModelNotReadyError as exc:
         reason = registry.status().reason or "internal_error"
+        remedy = REMEDIES.get(reason, "`leadscore models list` shows what is there")
         raise ArtifactError(
             reason,
             f"{f'no model {version}' if version else 'no model'} in {settings.ml_model_dir} can be loaded "
-            f"({reason}); `leadscore models list` shows what is there.",
+            f"({reason}); {remedy}.",
         ) from exc
     finally:
         registry.close()
 
 
-def _catalogue() -> "ModelCatalogue":
+def _catalogue(settings: Settings) -> "ModelCatalogue":
     from app.ai.model_catalogue import ModelCatalogue
 
-    settings = load_settings()
-    return ModelCatalogue(settings.ml_model_dir, settings.ml_model_pattern)
+    return ModelCatalogue(
+        settings.ml_model_dir, settings.ml_model_pattern, trusted_keys=settings.ml_trusted_keys
+    )
 
 
 def _print_models(found: "Sequence[AvailableModel]", as_json: bool) -> None:
@@ -426,7 +464,10 @@ def _print_models(found: "Sequence[AvailableModel]", as_json: bool) -> None:
         return
     for model in found:
         reason = f"  ({model.reason})" if model.reason else ""
-        click.echo(f"{model.version}  {model.model_type:<24} {model.state:<12} {model.file}{reason}")
+        signature = f"signed by {model.signed_by}" if model.signed_by else f"signature {model.signature}"
+        click.echo(
+            f"{model.version}  {model.model_type:<24} {model.state:<12} {signature:<26} {model.file}{reason}"
+        )
 
 
 def _utc(moment: datetime | None) -> datetime:

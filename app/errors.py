@@ -251,6 +251,10 @@ class ArtifactError(CommandError):
         super().__init__(detail)
 
 
+class SigningKeyError(CommandError):
+    """A signing key cannot be made or used; the message names the file."""
+
+
 class ImportFileError(CommandError):
     """A CSV file cannot be imported as it is; the message names the line."""
 

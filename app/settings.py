@@ -4,6 +4,8 @@ Only `main`, `cli`, `serve` and `wiring` import this module; everything else is 
 A wrong value raises `SettingsError`, whose text is one line that names the variable.
 """
 
+import base64
+import binascii
 import ipaddress
 from datetime import datetime
 from pathlib import Path
@@ -40,7 +42,7 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=1, le=64)
     """Processes that serve requests; each holds the model and runs one inference thread."""
     var_dir: Path = Path("var")
-    """Everything the running service writes: embedded database, telemetry log, metrics of the workers."""
+    """Everything the running service writes: embedded database, telemetry log, versions served, metrics."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is written to the log (JSON lines on standard error)."""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = _DEVELOPMENT_ORIGINS
@@ -92,6 +94,8 @@ class Settings(BaseSettings):
     """Which files in it are candidates."""
     ml_model_version: str | None = None
     """Serve this version (`YYYYMMDD_HHMMSS`) instead of the newest."""
+    ml_trusted_keys: Annotated[tuple[bytes, ...], NoDecode] = ()
+    """Comma-separated public keys; only models signed with one of them serve. Unset: unsigned ones do too."""
     ml_cache_ttl_seconds: float = Field(3600.0, gt=0)
     """How long a loaded model is trusted before the registry looks again."""
     ml_prediction_cache_ttl_seconds: float = Field(300.0, ge=0)
@@ -124,6 +128,21 @@ class Settings(BaseSettings):
         if "*" in value:
             raise ValueError("'*' is refused because requests may carry credentials; list the origins")
         return value
+
+    @field_validator("ml_trusted_keys", mode="before")
+    @classmethod
+    def _decode_keys(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            keys = tuple(
+                base64.b64decode(part.strip(), validate=True) for part in value.split(",") if part.strip()
+            )
+        except binascii.Error:
+            keys = (b"",)
+        if any(len(key) != 32 for key in keys):
+            raise ValueError("expected public keys as `leadscore models keygen` prints them, comma-separated")
+        return keys
 
     @field_validator("lead_source")
     @classmethod
@@ -176,6 +195,10 @@ class Settings(BaseSettings):
             keys_at = self.auth_jwks_url
             if keys_at is not None and keys_at.scheme != "https" and not _is_loopback(keys_at.host or ""):
                 raise ValueError("AUTH_JWKS_URL must be https when APP_ENV=production")
+            if not self.ml_trusted_keys:
+                raise ValueError(
+                    "ML_TRUSTED_KEYS must be set when APP_ENV=production: only signed models may serve there"
+                )
         return self
 
 

@@ -20,11 +20,13 @@ from app.ai.drift_window import DriftWindow
 from app.ai.events import ModelLoaded, ModelLoadFailed
 from app.ai.features import FeatureSet
 from app.ai.ml_telemetry import MlTelemetry, NullTelemetry, Telemetry
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_manifest import ModelManifest
 from app.ai.model_registry import LoadReport, ModelRegistry
 from app.ai.prediction_cache import AnswerCache, CacheFreshness, NullCache, PredictionCache
 from app.ai.predictor import Predictor, ScoringPolicy
 from app.ai.refresh_ahead import RefreshAhead
+from app.ai.served_versions import ServedVersions
 from app.ai.telemetry_log import TelemetryLog
 from app.db.ai_events import PostgresEventSink
 from app.db.api_keys import PostgresApiKeys
@@ -152,12 +154,17 @@ async def _open_telemetry(stack: AsyncExitStack, url: str, settings: Settings) -
 def _open_registry(
     stack: AsyncExitStack, settings: Settings, lead_source: PostgresLeadSource, telemetry: Telemetry
 ) -> ModelRegistry:
-    registry = ModelRegistry(
+    catalogue = ModelCatalogue(
         settings.ml_model_dir,
-        pattern=settings.ml_model_pattern,
+        settings.ml_model_pattern,
+        incompatible=lambda manifest: find_incompatibility(manifest, lead_source.source_columns()),
+        trusted_keys=settings.ml_trusted_keys,
+    )
+    registry = ModelRegistry(
+        catalogue,
+        served=ServedVersions(settings.var_dir),
         pinned_version=settings.ml_model_version,
         ttl_seconds=settings.ml_cache_ttl_seconds,
-        incompatible=lambda manifest: find_incompatibility(manifest, lead_source.source_columns()),
         on_load=lambda report: _report_load(report, registry, telemetry),
     )
     stack.callback(registry.close)

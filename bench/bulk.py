@@ -19,6 +19,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy
 from app.bulk_scoring import score_source
@@ -61,7 +62,7 @@ def _score(stage: Stage) -> None:
     score_source(
         stage.url,
         RELATION,
-        ModelRegistry(stage.model_dir).load(),
+        ModelRegistry(ModelCatalogue(stage.model_dir)).load(),
         as_of=today,
         policy=ScoringPolicy(0.6, "max_probability"),
         progress=lambda _stage, _done, _total: None,

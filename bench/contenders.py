@@ -35,6 +35,7 @@ from app.ai.artifact_loading import load_estimator
 from app.ai.calibration import calibrate
 from app.ai.domain import FloatArray
 from app.ai.model_bundle import ModelBundle
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.db.array_parameters import pack_uuids
 from bench.data import RELATION
@@ -98,7 +99,7 @@ class Floor:
     def __init__(self, url: str, model_dir: Path) -> None:
         self._url = url
         self._idle: list[psycopg.AsyncConnection[Any]] = []
-        self._bundle = ModelRegistry(model_dir).load()
+        self._bundle = ModelRegistry(ModelCatalogue(model_dir)).load()
         names = self._bundle.feature_set.names
         self._texts = [self._bundle.feature_set.specs[names.index(text)].params for text in self._TEXTS]
         self._impute = np.array([entry.impute for entry in self._bundle.statistics])[:, None]
@@ -242,7 +243,7 @@ def _open_orm(url: str) -> tuple[Any, Callable[[], Session]]:
 
 def load_model(model_dir: Path) -> tuple[ModelBundle, Any]:
     """Returns the active bundle, and its estimator as scikit-learn has it."""
-    bundle = ModelRegistry(model_dir).load()
+    bundle = ModelRegistry(ModelCatalogue(model_dir)).load()
     data = (model_dir / bundle.manifest.file_name).read_bytes()
     return bundle, load_estimator(data, bundle.manifest.format)
 

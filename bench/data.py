@@ -19,6 +19,7 @@ from sklearn.ensemble import RandomForestClassifier
 from app.ai.domain import FloatArray
 from app.ai.feature_safety import apply_rules
 from app.ai.features import build_features
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_manifest import ModelDescription
 from app.ai.model_registry import ModelRegistry
 from app.db.demo_crm import load_demo
@@ -99,7 +100,7 @@ def _fill(url: str, leads: int) -> None:
 def _publish_forest(url: str, models: Path, small: Path) -> None:
     shutil.rmtree(small, ignore_errors=True)
     train(TrainingOptions(url=url, model_dir=small, model="random_forest", seed=1, now=MOMENT))
-    bundle = ModelRegistry(small).load()
+    bundle = ModelRegistry(ModelCatalogue(small)).load()
     rows: list[FloatArray] = []
     for chunk in fetch_all_chunks(url, RELATION, bundle.input_columns):
         built = build_features(chunk.leads, bundle.feature_set, MOMENT.timestamp())

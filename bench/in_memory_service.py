@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.ai.circuit_breaker import CircuitBreaker
 from app.ai.drift_window import DriftWindow
 from app.ai.ml_telemetry import MlTelemetry
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.ai.prediction_cache import PredictionCache
 from app.ai.predictor import Predictor, ScoringPolicy
@@ -97,7 +98,9 @@ class InMemoryService:
 
     async def open(self, cache: type[PredictionCache] = PredictionCache) -> None:
         """Builds what lives as long as a worker, as `app.wiring` does."""
-        self.registry = ModelRegistry(self.models_dir, ttl_seconds=MODEL_SECONDS, monotonic=self.clock)
+        self.registry = ModelRegistry(
+            ModelCatalogue(self.models_dir), ttl_seconds=MODEL_SECONDS, monotonic=self.clock
+        )
         self.cache = cache(1000, CACHE_SECONDS, self.clock)
         self.telemetry = MlTelemetry(TelemetryLog(self._log_dir), self.sink, ship_interval_seconds=0.01)
         await self.telemetry.open()

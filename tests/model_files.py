@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 
@@ -19,10 +20,12 @@ from app.ai.model_manifest import (
     ModelManifest,
     TrainingFacts,
     build_model_id,
+    build_signature_name,
     encode_manifest,
     read_manifest,
     seal_manifest,
 )
+from app.ai.model_signature import sign_manifest
 from app.training.publish import publish_model
 
 V1, V2, V3 = "20260101_120000", "20260201_120000", "20260301_120000"
@@ -85,10 +88,19 @@ def describe(version=V1, model_type="logistic_regression", **changes):
     return ModelDescription(**{**fields, **changes})
 
 
-def publish(directory, version=V1, model_type="logistic_regression", *, fmt="joblib", seed=1, **changes):
+def publish(
+    directory,
+    version=V1,
+    model_type="logistic_regression",
+    *,
+    fmt="joblib",
+    seed=1,
+    signing_key=None,
+    **changes,
+):
     """Publishes a small model and returns the path of its artifact."""
     manifest_path = publish_model(
-        directory, fitted(model_type, seed), describe(version, model_type, **changes), fmt
+        directory, fitted(model_type, seed), describe(version, model_type, **changes), fmt, signing_key
     )
     return directory / read_manifest(manifest_path.read_bytes()).file_name
 
@@ -96,6 +108,16 @@ def publish(directory, version=V1, model_type="logistic_regression", *, fmt="job
 def manifest_of(artifact: Path) -> Path:
     """Returns the path of the manifest beside an artifact."""
     return artifact.with_name(artifact.name.removesuffix(artifact.suffix) + MANIFEST_SUFFIX)
+
+
+def signature_of(artifact: Path) -> Path:
+    """Returns the path of the signature beside an artifact's manifest."""
+    return artifact.with_name(build_signature_name(manifest_of(artifact).name))
+
+
+def sign(artifact: Path, key: Ed25519PrivateKey) -> None:
+    """Signs the manifest of an artifact as it is, without looking at it."""
+    signature_of(artifact).write_bytes(sign_manifest(manifest_of(artifact).read_bytes(), key))
 
 
 def read(artifact: Path) -> ModelManifest:

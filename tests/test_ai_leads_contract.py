@@ -569,6 +569,8 @@ def test_models_shows_the_active_model_and_every_artifact(
             "model_type": "random_forest",
             "state": "active",
             "reason": None,
+            "signature": "missing",
+            "signed_by": None,
             "card": None,
         }
     ]

@@ -1,6 +1,7 @@
 """The real application with authentication on: which route asks for what, and what comes of it."""
 
 import asyncio
+import base64
 import itertools
 import json
 import re
@@ -361,7 +362,11 @@ COMPLETE = {
     "auth_jwt_issuer": ISSUER,
     "auth_jwt_audience": AUDIENCE,
 }
-PRODUCTION = {"database_url": "postgresql://x/y", "cors_origins": "https://crm.example"}
+PRODUCTION = {
+    "database_url": "postgresql://x/y",
+    "cors_origins": "https://crm.example",
+    "ml_trusted_keys": base64.b64encode(bytes(32)).decode(),
+}
 
 
 @pytest.mark.parametrize("mode", ["none", "api_key", "jwt", "api_key,jwt"])

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from app.ai.domain import VERDICTS
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy, score_leads
 from app.bulk_scoring import score_source
@@ -141,6 +142,7 @@ def test_a_source_that_became_empty_leaves_no_scores(leads_url: str) -> None:
 
 _KILLED = """
 import os, pathlib, signal, sys
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from tests.test_bulk_scoring import _score
 
@@ -148,7 +150,7 @@ def progress(_stage, done, _total):
     if done >= 6000:
         os.kill(os.getpid(), signal.SIGKILL)
 
-bundle = ModelRegistry(pathlib.Path(sys.argv[2])).load()
+bundle = ModelRegistry(ModelCatalogue(pathlib.Path(sys.argv[2]))).load()
 _score(sys.argv[1], bundle=bundle, progress=progress, page_leads=2000)
 """
 
@@ -161,7 +163,7 @@ def test_a_killed_run_goes_on_where_it_stopped_and_ends_as_if_it_had_not_been(
     killed = subprocess.run(command, cwd=ROOT, check=False, timeout=60)
     assert killed.returncode == -signal.SIGKILL
     told: list[int] = []
-    bundle = ModelRegistry(tmp_path).load()
+    bundle = ModelRegistry(ModelCatalogue(tmp_path)).load()
     summary = _score(
         leads_url, bundle=bundle, page_leads=2000, progress=lambda _stage, done, _total: told.append(done)
     )

@@ -1,7 +1,9 @@
 """The commands, as a person or a script runs them: against a real database, by status and by output."""
 
+import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,8 +16,9 @@ import psycopg
 import pytest
 from click.testing import CliRunner, Result
 
+from app.ai.served_versions import ServedVersions
 from app.cli import cli
-from tests.service import Service
+from tests.service import Connection, Service, publish_crm_model
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., Result]
@@ -24,7 +27,11 @@ Run = Callable[..., Result]
 @pytest.fixture
 def run(database_url: str, tmp_path: Path) -> Run:
     """`run("models", "list")` runs a command against a database and a models directory of this test's own."""
-    environment = {"DATABASE_URL": database_url, "ML_MODEL_DIR": str(tmp_path / "models")}
+    environment = {
+        "DATABASE_URL": database_url,
+        "ML_MODEL_DIR": str(tmp_path / "models"),
+        "VAR_DIR": str(tmp_path / "var"),
+    }
     (tmp_path / "models").mkdir()
 
     def invoke(*arguments: str, **more: str) -> Result:
@@ -166,6 +173,8 @@ def test_serving_a_database_of_your_own_neither_migrates_nor_seeds_it_and_says_w
         ("CORS_ORIGINS", "*"),
         ("LEAD_SOURCE", "a;b"),
         ("APP_ENV", "prod"),
+        ("ML_TRUSTED_KEYS", "not base64"),
+        ("ML_TRUSTED_KEYS", "c2hvcnQ="),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_the_variable(name: str, value: str) -> None:
@@ -179,6 +188,98 @@ def test_production_refuses_the_embedded_database() -> None:
     result = CliRunner().invoke(cli, ["serve"], env={"APP_ENV": "production", "DATABASE_URL": ""})
     assert result.exit_code == 1
     assert "DATABASE_URL" in result.stderr
+
+
+def test_production_refuses_to_start_without_a_trusted_key(database_url: str) -> None:
+    environment = {
+        "APP_ENV": "production",
+        "DATABASE_URL": database_url,
+        "CORS_ORIGINS": "https://crm.example",
+        "ML_TRUSTED_KEYS": "",
+    }
+    result = CliRunner().invoke(cli, ["serve"], env=environment)
+    assert result.exit_code == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "ML_TRUSTED_KEYS must be set when APP_ENV=production" in result.stderr
+
+
+def test_production_serves_a_signed_model_and_no_other(run: Run, database_url: str, tmp_path: Path) -> None:
+    models = publish_crm_model(tmp_path / "models")
+    trusted = run("models", "keygen", str(tmp_path / "key")).stdout.strip().removeprefix("ML_TRUSTED_KEYS=")
+    environment = {
+        "APP_ENV": "production",
+        "CORS_ORIGINS": "https://crm.example",
+        "ML_TRUSTED_KEYS": trusted,
+    }
+    with Service(tmp_path, database_url, models, **environment) as service:
+        status, body = asyncio.run(_get(service.port, "/readyz"))
+        assert (status, json.loads(body)["error_code"]) == (503, "MODEL_NOT_READY")
+        assert "signature_missing" in service.stderr.read_text()
+        assert service.stop() == 0
+    assert run("models", "sign", "all", "--key", str(tmp_path / "key")).exit_code == 0
+    with Service(tmp_path, database_url, models, **environment) as service:
+        assert asyncio.run(_get(service.port, "/readyz"))[0] == 200
+        _, body = asyncio.run(_get(service.port, "/ai/advanced-ml/models"))
+        assert [model["signature"] for model in json.loads(body)["available"]] == ["valid"]
+        assert service.stop() == 0
+
+
+async def _get(port: int, path: str) -> tuple[int, bytes]:
+    connection = await Connection.open(port)
+    status, _, body = await connection.ask("GET", path)
+    await connection.close()
+    return status, body
+
+
+def test_a_key_is_made_once_and_only_its_owner_can_read_it(run: Run, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    made = run("models", "keygen", str(key))
+    assert re.fullmatch(r"ML_TRUSTED_KEYS=[A-Za-z0-9+/]{43}=\n", made.stdout)
+    assert key.stat().st_mode & 0o777 == 0o600
+    before = key.read_bytes()
+    again = run("models", "keygen", str(key))
+    assert again.exit_code == 1
+    assert "exists" in again.stderr
+    assert key.read_bytes() == before
+
+
+def test_models_are_signed_listed_and_verified_by_key(run: Run, csv_file: Path, tmp_path: Path) -> None:
+    key, models = str(tmp_path / "key"), tmp_path / "models"
+    trusted = run("models", "keygen", key).stdout.strip().removeprefix("ML_TRUSTED_KEYS=")
+    run("import", str(csv_file), "--table", "leads", "--id", "Lead No", "--label", "Enrolled")
+    train = ("train", "--source", "leads", "--label", "enrolled", "--model", "logistic_regression", "--json")
+    version = json.loads(run(*train).stdout)["version"]
+    refused = run("score", ML_TRUSTED_KEYS=trusted, LEAD_SOURCE="leads")
+    assert refused.exit_code == 1
+    assert "signature_missing" in refused.stderr
+    assert "leadscore models sign" in refused.stderr
+
+    assert run("models", "sign", "20200101_000000", "--key", key).exit_code == 1
+    assert run("models", "sign", version, "--key", key).exit_code == 0
+    (listed,) = json.loads(run("models", "list", "--json", ML_TRUSTED_KEYS=trusted).stdout)
+    assert (listed["state"], listed["signature"]) == ("verified", "valid")
+    assert f"signed by {listed['signed_by']}" in run("models", "verify", ML_TRUSTED_KEYS=trusted).stdout
+    assert "signature unchecked" in run("models", "list").stdout
+    assert run("score", ML_TRUSTED_KEYS=trusted, LEAD_SOURCE="leads").exit_code == 0
+
+    for path in models.iterdir():
+        path.unlink()
+    assert run(*train, "--sign-key", key).exit_code == 0
+    assert run("models", "verify", ML_TRUSTED_KEYS=trusted).exit_code == 0
+
+
+def test_scores_are_not_written_with_an_older_model_than_before(
+    run: Run, csv_file: Path, tmp_path: Path
+) -> None:
+    run("import", str(csv_file), "--table", "leads", "--id", "Lead No", "--label", "Enrolled")
+    run("train", "--source", "leads", "--label", "enrolled", "--model", "logistic_regression")
+    ServedVersions(tmp_path / "var").record("29990101_000000")
+    refused = run("score", LEAD_SOURCE="leads")
+    assert refused.exit_code == 1
+    assert "rollback_refused" in refused.stderr
+    assert "ML_MODEL_VERSION" in refused.stderr
+    (listed,) = json.loads(run("models", "list", "--json").stdout)
+    assert run("score", LEAD_SOURCE="leads", ML_MODEL_VERSION=listed["version"]).exit_code == 0
 
 
 def test_a_taken_port_is_said_in_one_line_before_anything_is_started(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from app.ai.domain import VERDICTS
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_manifest import manifest_fingerprint
 from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy, find_intervals, score_leads
@@ -91,7 +92,7 @@ def test_with_a_few_outcomes_the_same_service_begins_to_tell_leads_apart(options
     train_next(options, base_rate=0.12)
     decide(options, "number <= 60")
     report = train_next(options)
-    bundle = ModelRegistry(options.model_dir).load()
+    bundle = ModelRegistry(ModelCatalogue(options.model_dir)).load()
     assert bundle.ref.version == report.manifest.version
     everyone = fetch_rows(options, choose_columns(options)[0], lambda *_: None)[1]
     scored = score_leads(bundle, everyone.leads, everyone.as_of, POLICY)
@@ -122,7 +123,9 @@ def test_a_receipt_adds_up_and_an_evaluation_measures_a_model_of_few_outcomes(
         assert lines + sum(receipt.values()) == pytest.approx(entry["probability"], abs=1e-9)
     assert any(entry["reasons"] for entry in answer["predictions"])
     decide(options, "number > 60")
-    found = evaluate_model(options, ModelRegistry(options.model_dir).load(), POLICY, lambda *_: None)
+    found = evaluate_model(
+        options, ModelRegistry(ModelCatalogue(options.model_dir)).load(), POLICY, lambda *_: None
+    )
     assert found.metrics["roc_auc"] > 0.6
     coverage = found.interval_coverage
     assert coverage is not None
@@ -151,7 +154,7 @@ def test_outcomes_of_one_kind_give_the_base_rate_and_need_no_expectation(
 ) -> None:
     decide(options, f"number <= 18 AND number % 3 {kind}")
     report = train_next(options)
-    bundle = ModelRegistry(options.model_dir).load()
+    bundle = ModelRegistry(ModelCatalogue(options.model_dir)).load()
     everyone = fetch_rows(options, choose_columns(options)[0], lambda *_: None)[1]
     answers = score_leads(bundle, everyone.leads, everyone.as_of, POLICY).answers
     assert report.manifest.base_rate == pytest.approx(rate)
@@ -215,7 +218,7 @@ def test_the_default_source_answers_from_its_first_decided_lead(demo_url: str, t
         known = report.manifest.report["day_one"]
         assert (known["outcomes"] > 0) == (days > 90)
     assert known["outcomes"] < ENOUGH_ROWS
-    assert ModelRegistry(tmp_path).load().ref.version == "20260601_000002"
+    assert ModelRegistry(ModelCatalogue(tmp_path)).load().ref.version == "20260601_000002"
 
 
 def test_a_source_without_leads_is_a_clear_refusal(options: TrainingOptions) -> None:

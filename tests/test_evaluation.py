@@ -16,6 +16,7 @@ from rich.console import Console
 
 from app.ai.domain import VERDICTS
 from app.ai.model_bundle import ModelBundle
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy
 from app.cli import cli
@@ -80,7 +81,7 @@ def crm(create_database: Callable[..., str], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def bundle(crm: TrainingOptions) -> ModelBundle:
-    return ModelRegistry(crm.model_dir).load()
+    return ModelRegistry(ModelCatalogue(crm.model_dir)).load()
 
 
 @needs_real_leads
@@ -100,7 +101,7 @@ def test_an_evaluation_on_real_leads_is_that_of_the_answers_over_http(
     options = TrainingOptions(url=url, model_dir=tmp_path / "models", source="seen", label="converted",
                               exclude=TRAPS, model="logistic_regression")  # fmt: skip
     train(options)
-    bundle = ModelRegistry(options.model_dir).load()
+    bundle = ModelRegistry(ModelCatalogue(options.model_dir)).load()
     found = evaluate_quietly(replace(options, source="unseen"), bundle)
 
     probability, verdicts = [], []
@@ -152,7 +153,7 @@ def test_leads_without_a_time_of_their_own_are_warned_of_only_where_the_model_co
     timeless = replace(crm, source="timeless")
     assert evaluate_quietly(timeless, bundle).warnings == ()
     train(replace(timeless, model_dir=tmp_path, exclude=()))
-    (warning,) = evaluate_quietly(timeless, ModelRegistry(tmp_path).load()).warnings
+    (warning,) = evaluate_quietly(timeless, ModelRegistry(ModelCatalogue(tmp_path)).load()).warnings
     assert "trained on timeless" in warning
 
 
@@ -161,7 +162,7 @@ def test_leads_taken_as_they_were_when_the_model_was_trained_overlap_if_they_had
 ) -> None:
     begun = replace(crm, source="begun", model_dir=tmp_path, exclude=("created_at",), now=MID_FEBRUARY)
     train(begun)
-    (warning,) = evaluate_quietly(begun, ModelRegistry(tmp_path).load()).warnings
+    (warning,) = evaluate_quietly(begun, ModelRegistry(ModelCatalogue(tmp_path)).load()).warnings
     assert warning.startswith("1,080 of 2,000 leads are of the time model")
     assert "(up to 2025-02-15)" in warning
 

@@ -12,6 +12,7 @@ import pytest
 
 from app.ai.domain import VERDICTS, Column, LeadColumns
 from app.ai.model_bundle import ModelBundle
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy, score_leads
 from app.db.csv_import import import_csv
@@ -60,7 +61,7 @@ def train_and_set_aside(options: TrainingOptions) -> tuple[ModelBundle, Training
             )
     train(replace(options, source="seen"))
     others = replace(options, source="unseen")
-    return ModelRegistry(options.model_dir).load(), fetch_rows(
+    return ModelRegistry(ModelCatalogue(options.model_dir)).load(), fetch_rows(
         others, choose_columns(others)[0], lambda *_: None
     )[0]
 

@@ -5,7 +5,6 @@ Every payload would create a file when it runs; each harness proves with the ord
 
 import io
 import json
-import os
 import pickle
 import sys
 import zipfile
@@ -29,6 +28,19 @@ from app.ai.artifact_loading import (
     load_estimator,
 )
 from app.errors import ArtifactError
+from tests.hostile_files import (
+    CALLABLES,
+    HOSTILE_NODES,
+    PLACES,
+    Leaves,
+    hostile_files,
+    hostile_pickles,
+    object_array,
+    pickled,
+    plant,
+    rewritten,
+    with_object_arrays,
+)
 
 ROWS = np.random.default_rng(3).normal(size=(300, 4))
 LABELS = (ROWS[:, 0] > 0).astype(int)
@@ -47,34 +59,6 @@ ESTIMATORS = {
     "scaled logistic": make_pipeline(StandardScaler(), LogisticRegression(C=0.5)).fit(ROWS, LABELS),
     "scaled forest": make_pipeline(StandardScaler(), RandomForestClassifier(3)).fit(ROWS, LABELS),
 }
-
-_TARGETS = """
-        builtins:__import__ builtins:compile builtins:eval builtins:exec builtins:getattr builtins:open
-        code:interact codecs:open copyreg:_reconstructor ctypes:CDLL functools:partial functools:reduce
-        importlib:import_module io:FileIO joblib:load joblib.numpy_pickle:NDArrayWrapper
-        joblib.numpy_pickle:load joblib.numpy_pickle_compat:ZNDArrayWrapper marshal:loads
-        multiprocessing.util:spawnv_passfds numpy:load numpy:memmap numpy:ndarray.tofile numpy:save
-        numpy._core.multiarray:_reconstruct numpy.testing._private.utils:runstring operator:attrgetter
-        operator:methodcaller os:system pathlib:Path pathlib:Path.touch pickle:loads pkgutil:resolve_name
-        planted_module:Planted posix:system pty:spawn runpy:run_path shutil:rmtree
-        sklearn.datasets:load_files sklearn.linear_model:LogisticRegression
-        sklearn.linear_model._logistic:LogisticRegression.__init__
-        sklearn.tree._tree:_build_pruned_tree_py sklearn.utils._bunch:Bunch socket:socket
-        subprocess:Popen subprocess:check_output tests.planted_module:Planted timeit:timeit
-        types:FunctionType webbrowser:open
-"""
-CALLABLES = [target.split(":") for target in _TARGETS.split()]
-"""What a hostile file would like to call, as module and name."""
-
-
-class Leaves:
-    """Pickles as a call of `os.system` that creates a file."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
 
 
 @pytest.fixture
@@ -98,12 +82,6 @@ def refusal(data, fmt):
     with pytest.raises(ArtifactError) as caught:
         load_estimator(data, fmt)
     return caught.value.reason
-
-
-def pickled(value):
-    buffer = io.BytesIO()
-    joblib.dump(value, buffer)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("fmt", ["skops", "joblib"])
@@ -160,31 +138,6 @@ def _listen(event, args):
 sys.addaudithook(_listen)  # an audit hook cannot be removed: without a listener it does nothing
 
 
-def hostile_pickles(module, name, argument):
-    """Yields every way a pickle has of calling a global, as a joblib file of protocol 2 or later."""
-    old = f"c{module}\n{name}\n".encode()
-    new = (
-        b"\x8c"
-        + bytes([len(module)])
-        + module.encode()
-        + b"\x8c"
-        + bytes([len(name)])
-        + name.encode()
-        + b"\x93"
-    )
-    text = b"X" + len(argument).to_bytes(4, "little") + argument.encode()
-    estimator = b"csklearn.linear_model._logistic\nLogisticRegression\n)\x81"
-    yield "reduce", b"\x80\x02" + old + text + b"\x85R."
-    yield "stack global", b"\x80\x04" + new + text + b"\x85R."
-    yield "inst", b"\x80\x02(" + text + f"i{module}\n{name}\n.".encode()
-    yield "obj", b"\x80\x02(" + old + text + b"o."
-    yield "newobj", b"\x80\x02" + old + text + b"\x85\x81."
-    yield "newobj_ex", b"\x80\x04" + new + text + b"\x85}\x92."
-    yield "in an estimator", b"\x80\x02" + estimator + b"}X\x01\x00\x00\x00C" + old + text + b"\x85Rsb."
-    yield "in a list", b"\x80\x02]" + old + text + b"\x85Ra."
-    yield "memoised", b"\x80\x02" + old + b"q\x000h\x00" + text + b"\x85R."
-
-
 @pytest.mark.parametrize(("module", "name"), CALLABLES)
 def test_a_pickle_that_names_anything_outside_the_list_runs_nothing(module, name, mark, planted, audited):
     for way, data in hostile_pickles(module, name, f"touch {mark}"):
@@ -208,31 +161,13 @@ def test_the_hostile_pickles_do_run_under_an_ordinary_loader(way, mark):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize(
-    "place", ["alone", "parameter", "fitted attribute", "dict key", "object array", "step"]
-)
+@pytest.mark.parametrize("place", PLACES)
 def test_an_estimator_with_a_hostile_part_is_refused(place, protocol, mark, audited):
-    hostile = Leaves(mark)
-    estimator = LogisticRegression().fit(ROWS, LABELS)
-    if place == "parameter":
-        estimator.C = hostile
-    elif place == "fitted attribute":
-        estimator.coef_ = hostile
-    elif place == "dict key":
-        estimator.class_weight = {hostile: 1.0}
-    elif place == "object array":
-        estimator.classes_ = np.array([hostile, 1], dtype=object)
-    elif place == "step":
-        estimator = make_pipeline(StandardScaler(), estimator)
-        estimator.steps.append(("last", hostile))
-    else:
-        estimator = hostile
-    buffer = io.BytesIO()
-    joblib.dump(estimator, buffer, protocol=protocol)
-    assert refusal(buffer.getvalue(), "joblib") == "not_allowed"
+    data = pickled(plant(place, Leaves(mark)), protocol=protocol)
+    assert refusal(data, "joblib") == "not_allowed"
     assert not mark.exists()
     assert "os.system" not in {event[0] for event in audited}
-    joblib.load(io.BytesIO(buffer.getvalue()))
+    joblib.load(io.BytesIO(data))
     assert mark.exists()
 
 
@@ -263,9 +198,7 @@ def test_an_array_wrapper_cannot_be_turned_into_something_else(state, audited):
 
 @pytest.mark.parametrize("method", ["zlib", "gzip", "bz2", "lzma", "xz"])
 def test_a_compressed_file_is_refused_unread(method, mark, audited):
-    buffer = io.BytesIO()
-    joblib.dump(Leaves(mark), buffer, compress=(method, 3))
-    assert refusal(buffer.getvalue(), "joblib") == "compressed"
+    assert refusal(pickled(Leaves(mark), compress=(method, 3)), "joblib") == "compressed"
     assert audited == []
 
 
@@ -296,59 +229,6 @@ def test_no_mutated_joblib_file_reaches_beyond_the_list(audited, mark):
             continue
     assert {event[1] for event in audited if event[0] == "pickle.find_class"} <= JOBLIB_GLOBALS
     assert {event[0] for event in audited} == {"pickle.find_class"}
-
-
-def rewritten(data, change, compression=zipfile.ZIP_STORED):
-    """Returns a `.skops` file with its schema changed."""
-    source = zipfile.ZipFile(io.BytesIO(data))
-    target = io.BytesIO()
-    with zipfile.ZipFile(target, "w", compression=compression) as archive:
-        for member in source.namelist():
-            content = source.read(member)
-            if member == "schema.json":
-                content = json.dumps(change(json.loads(content)))
-            archive.writestr(member, content)
-    return target.getvalue()
-
-
-def node(loader, module, name, **content):
-    return {"__loader__": loader, "__module__": module, "__class__": name, "__id__": 424242, **content}
-
-
-TEXT = node("JsonNode", "builtins", "str", content='"touch x"', is_json=True)
-NOTHING = node("TupleNode", "builtins", "tuple", content=[])
-EMPTY = node(
-    "DictNode", "builtins", "dict", content={}, key_types=node("ListNode", "builtins", "list", content=[])
-)
-
-HOSTILE_NODES = {
-    "a planted class": node("ObjectNode", "planted_module", "Planted"),
-    "a planted type": node("TypeNode", "planted_module", "Planted"),
-    "a planted function": node("FunctionNode", "planted_module", "Planted"),
-    "a planted dict": node("DictNode", "planted_module", "Planted", content={}, key_types=EMPTY),
-    "a planted array scalar": node("NdArrayNode", "planted_module", "Planted", type="numpy", file="x"),
-    "os.system": node("FunctionNode", "os", "system"),
-    "a NumPy function skops trusts": node("FunctionNode", "numpy", "add"),
-    "a call of a class": node("ConstructorFromReduceNode", "planted_module", "Planted", content=NOTHING),
-    "a path": node("ConstructorFromReduceNode", "pathlib", "Path", content=NOTHING),
-    "a partial": node("PartialNode", "functools", "partial", content={
-        "func": node("FunctionNode", "posix", "system"), "args": NOTHING, "kwds": EMPTY, "namespace": EMPTY}),
-    "an operator": node("OperatorFuncNode", "operator", "methodcaller", attrs=NOTHING),
-    "a method": node("MethodNode", "sklearn.linear_model._logistic", "LogisticRegression", content={
-        "func": "fit", "obj": node("ObjectNode", "sklearn.linear_model._logistic", "LogisticRegression")}),
-    "another estimator skops trusts": node(
-        "ObjectNode", "sklearn.preprocessing._function_transformer", "FunctionTransformer"),
-    "a loss of another kind": node(
-        "LossNode", "planted_module", "Planted", content=EMPTY, __reduce__={"args": NOTHING}),
-    "a trusted class by another loader": node(
-        "TypeNode", "sklearn.linear_model._logistic", "LogisticRegression"),
-    "bytes": node("BytesNode", "builtins", "bytes", file="x"),
-    "a cached node": node("CachedNode", None, None),
-    "a random state": node("RandomStateNode", "numpy.random.mtrand", "RandomState", content=EMPTY),
-    "a loader without a class": {"__loader__": "FunctionNode", "__id__": 1},
-    "an old function node": node("FunctionNode", "builtins", "function", content={
-        "module_path": "planted_module", "function": "Planted"}),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2])
@@ -395,17 +275,23 @@ def test_a_compressed_skops_file_is_refused_unread():
 
 
 def test_an_object_array_pickled_inside_a_skops_file_runs_nothing(mark):
-    array = io.BytesIO()
-    np.save(array, np.array([Leaves(mark)], dtype=object), allow_pickle=True)
-    source = zipfile.ZipFile(io.BytesIO(dump_estimator(ESTIMATORS["logistic"], "skops")))
-    target = io.BytesIO()
-    with zipfile.ZipFile(target, "w") as archive:
-        for member in source.namelist():
-            archive.writestr(member, array.getvalue() if member.endswith(".npy") else source.read(member))
-    assert refusal(target.getvalue(), "skops") == "not_loadable"
+    honest = dump_estimator(ESTIMATORS["logistic"], "skops")
+    assert refusal(with_object_arrays(honest, Leaves(mark)), "skops") == "not_loadable"
     assert not mark.exists()
-    np.load(io.BytesIO(array.getvalue()), allow_pickle=True)
+    np.load(io.BytesIO(object_array(Leaves(mark))), allow_pickle=True)
     assert mark.exists()
+
+
+def test_the_corpus_of_hostile_files_is_refused_whole(mark, planted, audited):
+    names = []
+    for name, fmt, data in hostile_files(mark):
+        assert refusal(data, fmt) in {"not_allowed", "not_loadable", "compressed"}, name
+        names.append(name)
+    assert len(set(names)) == len(names) >= 500
+    assert {event[1] for event in audited if event[0] == "pickle.find_class"} <= JOBLIB_GLOBALS
+    assert {event[0] for event in audited} <= {"pickle.find_class"}
+    assert planted not in sys.modules
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("fmt", ["skops", "joblib"])

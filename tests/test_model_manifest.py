@@ -157,6 +157,15 @@ def test_what_is_not_a_manifest_at_all_is_refused(data):
     assert reason_of(data) == "manifest_invalid"
 
 
+@pytest.mark.parametrize("field", ["version", "source", "manifest_sha256"])
+def test_bytes_that_are_no_text_and_text_that_is_no_digest_are_refused_by_name(field):
+    data = encode_manifest(build_manifest())
+    assert reason_of(data.replace(f'"{field}"'.encode(), b'"\xff"')) == "manifest_invalid"
+    content = {**json.loads(data), field: "é"}
+    reasons = {"source": "manifest_changed"}
+    assert reason_of(json.dumps(content).encode()) == reasons.get(field, "manifest_invalid")
+
+
 @given(
     st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
 )

@@ -23,6 +23,7 @@ from app.ai.model_bundle import load_bundle, self_test
 from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_manifest import ModelManifest, encode_manifest, seal_manifest
 from app.ai.model_registry import ModelRegistry
+from app.ai.served_versions import ServedVersions
 from app.errors import ArtifactError, ModelNotReadyError
 from tests.model_files import (
     FEATURES,
@@ -38,6 +39,8 @@ from tests.model_files import (
     read,
     republish_as,
 )
+
+CATALOGUE_OPTIONS = {"pattern", "incompatible", "trusted_keys"}
 
 
 @pytest.fixture
@@ -62,7 +65,10 @@ def open_registry(models, clock, reports):
     opened = []
 
     def build(**options):
-        registry = ModelRegistry(models, monotonic=clock, **{"on_load": reports.append, **options})
+        catalogue = ModelCatalogue(
+            models, **{name: options.pop(name) for name in CATALOGUE_OPTIONS & options.keys()}
+        )
+        registry = ModelRegistry(catalogue, monotonic=clock, **{"on_load": reports.append, **options})
         opened.append(registry)
         return registry
 
@@ -363,7 +369,7 @@ def test_the_model_in_memory_serves_on_when_its_own_file_goes_bad(models, name, 
     good = registry.load()
     DAMAGE[name][0](artifact)
     assert registry.load() is good
-    # A process that starts now has nothing in memory: it falls back to the older model, and says why.
+    # A process that starts now, and remembers of no version that it served, falls back and says why.
     fresh = open_registry()
     assert fresh.load().ref.version == V1
     assert fresh.status().reason == DAMAGE[name][1]
@@ -686,14 +692,117 @@ async def test_a_closed_registry_serves_on_and_never_looks_again(models, open_re
 # Going back
 
 
-def test_removing_the_newest_artifact_goes_back_to_the_one_before(models, open_registry):
-    publish(models, V1)
-    artifact = publish(models, V2)
-    registry = open_registry()
-    registry.load()
+def remove(artifact):
     manifest_of(artifact).unlink()
     artifact.unlink()
+
+
+def test_removing_the_newest_artifact_does_not_go_back_to_the_one_before(models, open_registry, reports):
+    for version in ("20250101_120000", V1):
+        publish(models, version)
+    artifact = publish(models, V2)
+    registry = open_registry()
+    good = registry.load()
+    remove(artifact)
+    for _ in range(3):
+        assert registry.load() is good
+    assert registry.status().reason == "rollback_refused"
+    assert [(report.version, report.reason) for report in reports] == [(V2, None), (V1, "rollback_refused")]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (remove, "rollback_refused"),
+        (lambda artifact: manifest_of(artifact).unlink(), "rollback_refused"),
+        (lambda artifact: os.truncate(artifact, 10), "size_mismatch"),
+    ],
+    ids=["gone", "manifest gone", "truncated"],
+)
+def test_after_a_restart_a_model_that_is_gone_or_broken_does_not_let_an_older_one_serve(
+    models, tmp_path, open_registry, break_it, reason
+):
+    publish(models, V1)
+    artifact = publish(models, V2)
+    served = ServedVersions(tmp_path / "var")
+    open_registry(served=served).load()
+    break_it(artifact)
+    restarted = open_registry(served=ServedVersions(tmp_path / "var"))
+    with pytest.raises(ModelNotReadyError):
+        restarted.load()
+    assert restarted.status().reason == reason
+
+
+def test_a_pin_goes_back_and_without_it_only_the_newest_or_a_newer_one_serves(
+    models, tmp_path, open_registry
+):
+    served = ServedVersions(tmp_path)
+    publish(models, V1)
+    artifact = publish(models, V2)
+    assert open_registry(served=served).load().ref.version == V2
+    assert open_registry(served=served, pinned_version=V1).load().ref.version == V1
+    assert open_registry(served=served).load().ref.version == V2
+    remove(artifact)
+    with pytest.raises(ModelNotReadyError):
+        open_registry(served=served).load()
+    publish(models, V3)
+    assert open_registry(served=served).load().ref.version == V3
+    assert served.highest() == V3
+
+
+def test_an_older_model_still_stands_in_for_a_newer_one_that_never_served(models, tmp_path, open_registry):
+    publish(models, V1)
+    flip(100)(publish(models, V2))
+    served = ServedVersions(tmp_path)
+    registry = open_registry(served=served)
     assert registry.load().ref.version == V1
+    assert registry.status().reason == "digest_mismatch"
+    assert served.highest() == V1
+
+
+def test_a_model_of_another_type_may_replace_one_of_the_same_version(models, tmp_path, open_registry):
+    artifact = publish(models, V1, "random_forest")
+    served = ServedVersions(tmp_path)
+    open_registry(served=served).load()
+    publish(models, V1, "logistic_regression")
+    remove(artifact)
+    assert open_registry(served=served).load().manifest.model_type == "logistic_regression"
+
+
+def test_a_version_that_cannot_be_recorded_does_not_replace_what_serves(models, tmp_path, open_registry):
+    publish(models, V1)
+    served = ServedVersions(tmp_path)
+    registry = open_registry(served=served)
+    good = registry.load()
+    publish(models, V2)
+    # A file in the directory's place: what a full or read-only disk is to root as well.
+    records = tmp_path / "served_models"
+    records.rename(tmp_path / "aside")
+    records.touch()
+    assert registry.load() is good
+    assert registry.status().reason == "served_unknown"
+    with pytest.raises(ModelNotReadyError):
+        open_registry(served=served).load()
+    records.unlink()
+    (tmp_path / "aside").rename(records)
+    assert registry.load().ref.version == V2
+
+
+def test_recording_fails_where_there_is_no_room_for_the_record(tmp_path):
+    (tmp_path / "var").touch()
+    with pytest.raises(ArtifactError) as caught:
+        ServedVersions(tmp_path / "var").record(V1)
+    assert caught.value.reason == "served_unknown"
+
+
+def test_only_names_of_versions_count_as_served(tmp_path):
+    served = ServedVersions(tmp_path)
+    assert served.highest() == ""
+    served.record(V1)
+    served.record(V1)
+    (tmp_path / "served_models" / "zzz").touch()
+    (tmp_path / "served_models" / f"{V3}x").touch()
+    assert served.highest() == V1
 
 
 def test_removing_every_artifact_leaves_the_model_in_memory_serving(models, open_registry):
@@ -780,7 +889,54 @@ def test_a_report_says_what_was_loaded_and_how_long_it_took(models, open_registr
     assert report.duration_ms >= 0
 
 
+def test_a_look_that_fails_in_a_way_nobody_foresaw_leaves_the_model_serving(models, reports):
+    class Failing(ModelCatalogue):
+        failing = False
+
+        def find(self):
+            if self.failing:
+                raise OSError("the disk is gone")
+            return super().find()
+
+    publish(models, V1)
+    catalogue = Failing(models)
+    registry = ModelRegistry(catalogue)
+    good = registry.load()
+    catalogue.failing = True
+    assert registry.load() is good
+    assert registry.status().reason == "internal_error"
+    registry.close()
+
+
 # What is said about it
+
+
+def test_the_card_of_a_version_is_that_of_the_model_that_serves(models, open_registry):
+    for model_type in ("random_forest", "logistic_regression"):
+        artifact = publish(models, V1, model_type)
+        manifest_of(artifact).with_name(artifact.stem + ".card.html").write_text(model_type)
+    registry = open_registry(pattern="advanced_ml_*")
+    serving = registry.load().manifest.model_type
+    assert registry.read_card(V1, "html").decode() == serving
+    for _ in range(2):
+        assert [(model.state, model.has_card) for model in registry.available()] == [
+            ("active", True),
+            ("verified", True),
+        ]
+    next(models.glob(f"*{serving}*.card.html")).unlink()
+    assert registry.read_card(V1, "html").decode() != serving
+    for version, form in ((V1, "markdown"), (V2, "html")):
+        with pytest.raises(ArtifactError) as caught:
+            registry.read_card(version, form)
+        assert caught.value.reason == "missing"
+
+
+def test_the_gate_of_the_registry_itself_asks_for_a_manifest(models):
+    manifest_of(publish(models, V1)).unlink()
+    catalogue = ModelCatalogue(models)
+    with pytest.raises(ArtifactError) as caught:
+        catalogue.load(catalogue.find()[0])
+    assert caught.value.reason == "no_manifest"
 
 
 def test_every_artifact_is_listed_with_its_state_and_nothing_is_deserialised_for_it(models, open_registry):
@@ -849,6 +1005,21 @@ def test_a_file_that_a_foreign_group_may_write_is_not_trusted(models, open_regis
     with pytest.raises(ModelNotReadyError):
         open_registry().load()
     assert reports[-1].reason == "writable_by_others"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_file_of_a_stranger_is_not_trusted_unless_the_directory_is_theirs_too(models, reports):
+    artifact = publish(models, V1)
+    catalogue = ModelCatalogue(models)
+    for path, again in ((artifact, manifest_of(artifact)), (manifest_of(artifact), artifact)):
+        os.chown(path, 54321, 0)
+        os.chown(again, 0, 0)
+        with pytest.raises(ArtifactError) as caught:
+            catalogue.load(catalogue.find()[0])
+        assert caught.value.reason == "wrong_owner"
+    for path in (models, artifact, manifest_of(artifact)):
+        os.chown(path, 54321, 54321)
+    assert catalogue.load(catalogue.find()[0]).ref.version == V1
 
 
 def test_a_bundle_that_changes_in_memory_fails_its_self_test(models, open_registry):

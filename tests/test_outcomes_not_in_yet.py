@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from scipy.stats import lognorm
 
 from app.ai.domain import FloatArray
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy, score_leads
 from app.cli import cli
@@ -68,7 +69,7 @@ def create_delayed_leads(url: str) -> FloatArray:
 def calibration_error(options: TrainingOptions, interest: FloatArray) -> float:
     """Returns the error against the true chance to come within the horizon, over 15 bins of equal mass."""
     train(options)
-    bundle = ModelRegistry(options.model_dir).load()
+    bundle = ModelRegistry(ModelCatalogue(options.model_dir)).load()
     scored = score_leads(
         bundle, leads(interest=column("number", *interest.tolist())), NOW.timestamp(),
         ScoringPolicy(0.0, "margin"),

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sklearn.ensemble import ExtraTreesClassifier
 
 from app.ai.model_catalogue import ModelCatalogue
@@ -86,7 +87,7 @@ def test_the_same_training_has_the_same_fingerprint_under_another_version(tmp_pa
 _STEPS = ("open", "os.chmod", "os.rename", "os.remove")
 
 
-def _publish_and_die(directory, last_step):
+def _publish_and_die(directory, last_step, key):
     """Publishes V2 in a child process that ends before its n-th file operation; returns its exit status."""
     child = os.fork()
     if child == 0:
@@ -100,22 +101,24 @@ def _publish_and_die(directory, last_step):
 
         sys.addaudithook(count)
         try:
-            publish(directory, V2, seed=2)
+            publish(directory, V2, seed=2, signing_key=key)
         except BaseException:  # noqa: BLE001  the child must not go on as a second test run
             os._exit(1)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_publisher_killed_at_any_step_leaves_the_old_state_or_the_new_one(tmp_path):
+@pytest.mark.parametrize("key", [None, Ed25519PrivateKey.generate()], ids=["unsigned", "signed"])
+def test_a_publisher_killed_at_any_step_leaves_the_old_state_or_the_new_one(tmp_path, key):
+    trusted = [key.public_key().public_bytes_raw()] if key else []
     fitted("logistic_regression", 2)
     served, step = [], 0
     while True:
         step += 1
         models = tmp_path / f"models{step}"
-        publish(models, V1)
-        status = _publish_and_die(models, step)
-        registry = ModelRegistry(models)
+        publish(models, V1, signing_key=key)
+        status = _publish_and_die(models, step, key)
+        registry = ModelRegistry(ModelCatalogue(models, trusted_keys=trusted))
         served.append(registry.load().ref.version)
         assert {model.state for model in registry.available()} <= {"active", "verified", "unverified"}
         registry.close()

@@ -13,6 +13,7 @@ from scipy.special import expit, logit
 
 from app.ai.calibration import Calibrator, calibrate, calibration_statistics, fit_sigmoid, shift_log_odds
 from app.ai.domain import FloatArray, IntArray
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy, score_leads
 from app.ai.venn_abers import build_intervals, build_table, look_up
@@ -180,7 +181,7 @@ def measure(
     options: TrainingOptions, chance: Callable[[FloatArray], FloatArray], shift: float | None
 ) -> float:
     """Returns the log-loss on new leads of this chance, by the model as published or with another shift."""
-    bundle = ModelRegistry(options.model_dir).load()
+    bundle = ModelRegistry(ModelCatalogue(options.model_dir)).load()
     if shift is not None:
         bundle = replace(bundle, calibrator=replace(bundle.calibrator, shift=shift))
     random = np.random.default_rng(9)
@@ -198,7 +199,7 @@ def test_training_follows_a_base_rate_that_moves_and_the_next_leads_are_scored_b
     interest, time = random.normal(0, 1, 8000), np.linspace(0, 1, 8000)
     outcome = (random.random(8000) < expit(interest + 0.5 - 2 * time)).astype(np.int64)
     options = train_on(interest, outcome)
-    manifest = ModelRegistry(options.model_dir).load().manifest
+    manifest = ModelRegistry(ModelCatalogue(options.model_dir)).load().manifest
     recency = manifest.report["choice"]["recency"]
     assert recency["intercept"]
     assert recency["log_loss_with"] < recency["log_loss_without"]
@@ -215,7 +216,7 @@ def test_training_on_leads_whose_base_rate_stays_switches_nothing_on(
     random = np.random.default_rng(5)
     interest = random.normal(0, 1, 3000)
     options = train_on(interest, (random.random(3000) < expit(interest - 0.5)).astype(np.int64))
-    manifest = ModelRegistry(options.model_dir).load().manifest
+    manifest = ModelRegistry(ModelCatalogue(options.model_dir)).load().manifest
     recency = manifest.report["choice"]["recency"]
     assert (recency["half_life"], recency["intercept"]) == (None, False)
     assert recency["log_loss_with"] == recency["log_loss_without"]
@@ -229,6 +230,6 @@ def test_training_weighs_recent_leads_more_where_what_tells_them_apart_has_chang
     interest, time = random.normal(0, 1, 4000), np.linspace(0, 1, 4000)
     outcome = (random.random(4000) < expit(4 * (time - 0.35) * interest)).astype(np.int64)
     options = train_on(interest, outcome)
-    manifest = ModelRegistry(options.model_dir).load().manifest
+    manifest = ModelRegistry(ModelCatalogue(options.model_dir)).load().manifest
     assert manifest.report["choice"]["recency"]["half_life"] in HALF_LIVES
     assert manifest.metrics["roc_auc"] > 0.8

@@ -16,6 +16,7 @@ from app.ai.calibration import calibrate
 from app.ai.feature_safety import check_features
 from app.ai.features import build_features
 from app.ai.model_bundle import ModelBundle
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_manifest import manifest_fingerprint
 from app.ai.model_registry import ModelRegistry
 from app.db.engine import Database
@@ -38,7 +39,7 @@ def build_options(url: str, model_dir: Path, **changes: object) -> TrainingOptio
 
 
 def load_only(model_dir: Path) -> ModelBundle:
-    return ModelRegistry(model_dir, pattern="advanced_ml_*").load()
+    return ModelRegistry(ModelCatalogue(model_dir, pattern="advanced_ml_*")).load()
 
 
 def quick_options(url: str, model_dir: Path, **changes: object) -> TrainingOptions:

@@ -15,6 +15,7 @@ import httpx2 as httpx
 import pytest
 
 from app.ai.features import build_features
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.db.csv_import import import_csv
 from app.db.engine import Database
@@ -153,7 +154,7 @@ def test_real_leads_get_receipts_that_add_up_in_words_of_the_manifest_and_of_our
 async def test_rows_read_for_training_equal_rows_read_for_serving(
     options: TrainingOptions, report: TrainingReport
 ) -> None:
-    features = ModelRegistry(report.manifest_path.parent).load().feature_set
+    features = ModelRegistry(ModelCatalogue(report.manifest_path.parent)).load().feature_set
     chunk = next(iter(fetch_all_chunks(options.url, "x_education", features.input_columns, chunk_rows=2000)))
     database = Database(options.url, pool_size=1, deadline_seconds=30)
     try:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.training.candidates import CANDIDATES
 from app.training.report import TrainingReport
@@ -31,9 +32,9 @@ def test_the_intervals_cover_the_demos_held_out_leads_in_14_of_15_bins(report: T
 
 
 def test_the_shipped_model_is_made_again_with_the_same_predictions(report: TrainingReport) -> None:
-    shipped = ModelRegistry(MODELS, pinned_version="20260101_120000").load().manifest
+    shipped = ModelRegistry(ModelCatalogue(MODELS), pinned_version="20260101_120000").load().manifest
     folder = report.manifest_path.parent
-    made = ModelRegistry(folder).load().manifest
+    made = ModelRegistry(ModelCatalogue(folder)).load().manifest
     hint = "the shipped model is not what the code makes: run `make model` and commit models/"
     assert made.feature_fingerprint == shipped.feature_fingerprint, hint
     assert made.training == shipped.training, hint
@@ -64,7 +65,7 @@ def test_nothing_is_left_of_an_older_one_of_any_type(report: TrainingReport) -> 
 
 
 def test_the_shipped_model_is_small_and_worth_serving() -> None:
-    manifest = ModelRegistry(MODELS, pinned_version="20260101_120000").load().manifest
+    manifest = ModelRegistry(ModelCatalogue(MODELS), pinned_version="20260101_120000").load().manifest
     assert manifest.file_size < 3_000_000
     assert len(manifest.feature_set) == 20
     assert manifest.metrics["roc_auc"] > 0.8

@@ -1,8 +1,8 @@
 """The models directory on disk: what lies in it, and reading one file of it without being fooled.
 
 A file is opened relative to the directory, never through a link, and only if it is a regular file with one
-name that no stranger can write; it is read once, into memory. Never interprets what it read, never follows a
-path. Called by `model_catalogue`, for manifests, artifacts and model cards alike.
+name that no stranger owns or can write; it is read once, into memory. Never interprets what it read, never
+follows a path. Called by `model_catalogue`, for manifests, signatures, artifacts and model cards alike.
 """
 
 import errno
@@ -19,11 +19,14 @@ from pathlib import Path
 from app.ai.model_manifest import (
     MANIFEST_SUFFIX,
     MAX_MANIFEST_BYTES,
+    SIGNATURE_SUFFIX,
     CardForm,
     ModelManifest,
     build_card_name,
+    build_signature_name,
     parse_stem,
 )
+from app.ai.model_signature import MAX_SIGNATURE_BYTES
 from app.errors import ArtifactError
 
 MAX_CARD_BYTES = 2 * 1024 * 1024
@@ -39,9 +42,9 @@ FileIdentity = tuple[int, ...]
 class FoundArtifact:
     """One model in the directory, by its file names alone.
 
-    `manifest_name` and `artifact_name` are None where there is no such file. `identity` is that of both files
-    together: what was found out about the artifact holds for as long as it stays the same. `has_card` tells
-    whether a card for people lies beside the manifest.
+    `manifest_name` and `artifact_name` are None where there is no such file; one of them is there. `identity`
+    is that of all its files together: what was found out about the artifact holds for as long as it stays the
+    same. `has_signature` and `has_card` tell what else lies beside the manifest.
     """
 
     version: str
@@ -49,6 +52,7 @@ class FoundArtifact:
     manifest_name: str | None
     artifact_name: str | None
     identity: FileIdentity
+    has_signature: bool
     has_card: bool
 
 
@@ -72,14 +76,13 @@ def open_model_dir(path: Path) -> Iterator[int]:
 
 def read_model_dir(descriptor: int, pattern: str) -> list[FoundArtifact]:
     """Returns the models whose file names match the pattern, newest version first."""
+    suffixes = (MANIFEST_SUFFIX, SIGNATURE_SUFFIX, *_ARTIFACT_SUFFIXES)
     identities: dict[tuple[str, str], dict[str, FileIdentity]] = {}
     names: set[str] = set()
     with os.scandir(descriptor) as entries:
         for entry in entries:
             names.add(entry.name)
-            suffix = next(
-                (end for end in (MANIFEST_SUFFIX, *_ARTIFACT_SUFFIXES) if entry.name.endswith(end)), ""
-            )
+            suffix = next((end for end in suffixes if entry.name.endswith(end)), "")
             parsed = parse_stem(entry.name.removesuffix(suffix)) if suffix else None
             if parsed and fnmatchcase(entry.name, pattern):
                 try:
@@ -87,7 +90,8 @@ def read_model_dir(descriptor: int, pattern: str) -> list[FoundArtifact]:
                 except FileNotFoundError:
                     continue
                 identities.setdefault((parsed[1], parsed[0]), {})[entry.name] = identity
-    return [_describe(*key, files, names) for key, files in sorted(identities.items(), reverse=True)]
+    found = (_describe(*key, files, names) for key, files in sorted(identities.items(), reverse=True))
+    return [artifact for artifact in found if artifact.manifest_name or artifact.artifact_name]
 
 
 def _describe(
@@ -95,10 +99,11 @@ def _describe(
 ) -> FoundArtifact:
     names = sorted(files)
     manifest = next((name for name in names if name.endswith(MANIFEST_SUFFIX)), None)
-    artifact = next((name for name in names if not name.endswith(MANIFEST_SUFFIX)), None)
+    artifact = next((name for name in names if name.endswith(_ARTIFACT_SUFFIXES)), None)
     identity = tuple(number for name in names for number in files[name])
+    has_signature = manifest is not None and build_signature_name(manifest) in beside
     has_card = manifest is not None and build_card_name(manifest, "html") in beside
-    return FoundArtifact(version, model_type, manifest, artifact, identity, has_card)
+    return FoundArtifact(version, model_type, manifest, artifact, identity, has_signature, has_card)
 
 
 def read_manifest_file(descriptor: int, name: str) -> bytes:
@@ -108,6 +113,20 @@ def read_manifest_file(descriptor: int, name: str) -> bytes:
         ArtifactError: see `_read_file`.
     """
     return _read_file(descriptor, name, MAX_MANIFEST_BYTES)
+
+
+def read_signature_file(descriptor: int, manifest_name: str) -> bytes:
+    """Returns the bytes of the signature that belongs to a manifest file.
+
+    Raises:
+        ArtifactError: `signature_missing`, or see `_read_file`.
+    """
+    try:
+        return _read_file(descriptor, build_signature_name(manifest_name), MAX_SIGNATURE_BYTES)
+    except ArtifactError as exc:
+        if exc.reason == "missing":
+            raise ArtifactError("signature_missing", "The manifest is not signed.") from exc
+        raise
 
 
 def read_card_file(descriptor: int, manifest_name: str, form: CardForm) -> bytes:
@@ -138,7 +157,7 @@ def _read_file(directory: int, name: str, limit: int) -> bytes:
 
     Raises:
         ArtifactError: `unsafe_name`, `missing`, `not_regular` (a link, directory, FIFO or device),
-            `hard_linked`, `writable_by_others`, `size_mismatch` or `not_readable`.
+            `hard_linked`, `wrong_owner`, `writable_by_others`, `size_mismatch` or `not_readable`.
     """
     if "/" in name or name in {"", ".", ".."}:
         raise ArtifactError("unsafe_name", "The file name leads out of the models directory.")
@@ -151,7 +170,7 @@ def _read_file(directory: int, name: str, limit: int) -> bytes:
             raise ArtifactError("not_regular", "The file is a symbolic link.") from exc
         raise ArtifactError("not_readable", "The file cannot be opened.") from exc
     try:
-        _refuse_unsafe(os.fstat(descriptor), limit)
+        _refuse_unsafe(os.fstat(descriptor), os.fstat(directory).st_uid, limit)
         return _read_at_most(descriptor, limit + 1)
     finally:
         os.close(descriptor)
@@ -168,13 +187,16 @@ def _read_at_most(descriptor: int, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def _refuse_unsafe(status: os.stat_result, limit: int) -> None:
+def _refuse_unsafe(status: os.stat_result, directory_owner: int, limit: int) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactError("not_regular", "The file is not a regular file.")
     if status.st_nlink == 0:
         raise ArtifactError("missing", "The file was replaced while it was being opened.")
     if status.st_nlink > 1:
         raise ArtifactError("hard_linked", "The file has a second name that could change it.")
+    # Whoever owns the directory could replace the file anyway; any other stranger must not own it.
+    if status.st_uid not in {0, os.geteuid(), directory_owner}:
+        raise ArtifactError("wrong_owner", "The file belongs to somebody who does not own the directory.")
     _refuse_writable_by_others(status)
     if status.st_size > limit:
         raise ArtifactError("size_mismatch", "The file is larger than it may be.")

@@ -1,12 +1,12 @@
 """The models directory as a catalogue: what lies there, and what is known of each artifact.
 
-One chain leads from a file to a model: manifest, its own digest, whether it can serve here, the artifact's
-size and SHA-256, and only then deserialising. A refusal is remembered until the files change, so a bad
-artifact is read once and not on every look. Never chooses which model serves. Used by `model_registry`, and
-by the commands that list and verify models.
+One chain leads from a file to a model: manifest, its signature, its own digest, whether it can serve here,
+the artifact's size and SHA-256, and only then deserialising. A refusal is remembered until the files change,
+so a bad artifact is read once and not on every look. Never chooses which model serves. Used by
+`model_registry`, and by the commands that list, verify and sign models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,15 +18,19 @@ from app.ai.artifact_files import (
     read_card_file,
     read_manifest_file,
     read_model_dir,
+    read_signature_file,
     read_verified_artifact,
 )
 from app.ai.artifact_loading import verify_library_versions
 from app.ai.model_bundle import ModelBundle, load_bundle
 from app.ai.model_manifest import CardForm, ModelManifest, read_manifest
+from app.ai.model_signature import verify_manifest
 from app.errors import ArtifactError
 
 ModelState = Literal["active", "verified", "refused", "incompatible", "unverified"]
+SignatureState = Literal["valid", "invalid", "missing", "unchecked"]
 Incompatible = Callable[[ModelManifest], str | None]
+LoadBundle = Callable[[ModelManifest, bytes], ModelBundle]
 _Result = TypeVar("_Result")
 
 _PASSING_REASONS = frozenset({"incompatible", "missing"})
@@ -40,8 +44,9 @@ class AvailableModel:
 
     `state`: `active` it serves; `verified` it could; `refused` it cannot be trusted or loaded; `incompatible`
     it is sound but cannot serve this lead source; `unverified` there is nothing to verify it against.
-    `reason` is the word of `ArtifactError`, or for an incompatible model a sentence. `has_card` tells whether
-    there is a model card to read.
+    `reason` is the word of `ArtifactError`, or for an incompatible model a sentence. `signature`: `valid` of
+    a trusted key, which `signed_by` names by its ID; `invalid`; `missing`; `unchecked` no key is trusted, or
+    it was refused before. `has_card` tells whether there is a model card to read.
     """
 
     file: str
@@ -49,24 +54,37 @@ class AvailableModel:
     model_type: str
     state: ModelState
     reason: str | None
+    signature: SignatureState
+    signed_by: str | None
     has_card: bool
 
 
 class ModelCatalogue:
     """The artifacts of one directory whose file names match a pattern.
 
-    `incompatible` tells why a sound model cannot serve here, None if it can. All methods read the disk and
-    block; they may be called from several threads.
+    `incompatible` tells why a sound model cannot serve here, None if it can. `trusted_keys` are Ed25519
+    public keys, 32 bytes each; with any, a manifest that none of them signed is refused. `load` makes a model
+    of a manifest and verified bytes. All methods read the disk and block; they may be called from several
+    threads.
     """
 
     def __init__(
-        self, model_dir: Path, pattern: str = "advanced_ml_*", incompatible: Incompatible = lambda _: None
+        self,
+        model_dir: Path,
+        pattern: str = "advanced_ml_*",
+        *,
+        incompatible: Incompatible = lambda _: None,
+        trusted_keys: Sequence[bytes] = (),
+        load: LoadBundle = load_bundle,
     ) -> None:
         self._model_dir = model_dir
         self._pattern = pattern
         self._incompatible = incompatible
+        self._trusted_keys = trusted_keys
+        self._load_bundle = load
         self._refusals: dict[FileIdentity, tuple[str, str]] = {}
         self._verified: dict[FileIdentity, ModelManifest] = {}
+        self._signers: dict[FileIdentity, str] = {}
 
     def find(self) -> list[FoundArtifact]:
         """Returns what lies in the directory, newest version first.
@@ -86,6 +104,17 @@ class ModelCatalogue:
             ArtifactError: why not; `incompatible` has the sentence as its text.
         """
         return self._remembering(artifact, self._load)
+
+    def read_sound_manifest(self, artifact: FoundArtifact) -> bytes:
+        """Returns the bytes of a manifest whose artifact has the size and SHA-256 it states.
+
+        Raises:
+            ArtifactError: why not.
+        """
+        with open_model_dir(self._model_dir) as descriptor:
+            data = self._read_signed(descriptor, artifact)
+            read_verified_artifact(descriptor, _decode_manifest(data, artifact))
+        return data
 
     def read_card(self, version: str, form: CardForm, active: FileIdentity | None = None) -> bytes:
         """Reads the model card of a version; where two models share it, that of the one that serves.
@@ -133,8 +162,23 @@ class ModelCatalogue:
             except ArtifactError as exc:
                 sound = exc.reason == "incompatible"
                 state, reason = ("incompatible", str(exc)) if sound else ("refused", exc.reason)
-        file = artifact.artifact_name or artifact.manifest_name or ""
-        return AvailableModel(file, artifact.version, artifact.model_type, state, reason, artifact.has_card)
+        return AvailableModel(
+            file=artifact.artifact_name or artifact.manifest_name or "",
+            version=artifact.version,
+            model_type=artifact.model_type,
+            state=state,
+            reason=reason,
+            signature=self._tell_signature(artifact, reason),
+            signed_by=self._signers.get(artifact.identity),
+            has_card=artifact.has_card,
+        )
+
+    def _tell_signature(self, artifact: FoundArtifact, reason: str | None) -> SignatureState:
+        if not artifact.has_signature:
+            return "missing"
+        if artifact.identity in self._signers:
+            return "valid"
+        return "invalid" if reason == "signature_invalid" else "unchecked"
 
     def _remembering(self, artifact: FoundArtifact, act: Callable[[FoundArtifact], _Result]) -> _Result:
         if known := self._refusals.get(artifact.identity):
@@ -149,21 +193,34 @@ class ModelCatalogue:
 
     def _load(self, artifact: FoundArtifact) -> ModelBundle:
         with open_model_dir(self._model_dir) as descriptor:
-            manifest = _read_manifest_of(descriptor, artifact)
+            manifest = self._read_manifest(descriptor, artifact)
             self._refuse_incompatible(manifest)
             data = read_verified_artifact(descriptor, manifest)
-        return load_bundle(manifest, data)
+        return self._load_bundle(manifest, data)
 
     def _verify(self, artifact: FoundArtifact) -> ModelManifest:
         manifest = self._verified.get(artifact.identity)
         if manifest is None:
             with open_model_dir(self._model_dir) as descriptor:
-                manifest = _read_manifest_of(descriptor, artifact)
+                manifest = self._read_manifest(descriptor, artifact)
                 verify_library_versions(manifest.library_versions, manifest.format)
                 read_verified_artifact(descriptor, manifest)
             self._verified[artifact.identity] = manifest
         self._refuse_incompatible(manifest)
         return manifest
+
+    def _read_manifest(self, descriptor: int, artifact: FoundArtifact) -> ModelManifest:
+        return _decode_manifest(self._read_signed(descriptor, artifact), artifact)
+
+    def _read_signed(self, descriptor: int, artifact: FoundArtifact) -> bytes:
+        """Reads a manifest and, where keys are trusted, checks who signed it; decodes nothing of it."""
+        if artifact.manifest_name is None:
+            raise ArtifactError("no_manifest", "The artifact has no manifest.")
+        data = read_manifest_file(descriptor, artifact.manifest_name)
+        if self._trusted_keys:
+            signature = read_signature_file(descriptor, artifact.manifest_name)
+            self._signers[artifact.identity] = verify_manifest(data, signature, self._trusted_keys)
+        return data
 
     def _refuse_incompatible(self, manifest: ModelManifest) -> None:
         why = self._incompatible(manifest)
@@ -172,15 +229,14 @@ class ModelCatalogue:
 
     def _forget_all_but(self, identities: set[FileIdentity]) -> None:
         # Copies, because another thread may be adding; what it adds meanwhile is found out once more.
-        refusals, verified = self._refusals.copy(), self._verified.copy()
+        refusals, verified, signers = self._refusals.copy(), self._verified.copy(), self._signers.copy()
         self._refusals = {key: value for key, value in refusals.items() if key in identities}
         self._verified = {key: value for key, value in verified.items() if key in identities}
+        self._signers = {key: value for key, value in signers.items() if key in identities}
 
 
-def _read_manifest_of(descriptor: int, artifact: FoundArtifact) -> ModelManifest:
-    if artifact.manifest_name is None:
-        raise ArtifactError("no_manifest", "The artifact has no manifest.")
-    manifest = read_manifest(read_manifest_file(descriptor, artifact.manifest_name))
+def _decode_manifest(data: bytes, artifact: FoundArtifact) -> ModelManifest:
+    manifest = read_manifest(data)
     if (manifest.version, manifest.model_type) != (artifact.version, artifact.model_type):
         raise ArtifactError("manifest_misnamed", "The manifest describes another model than its name says.")
     return manifest

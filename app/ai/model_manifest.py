@@ -2,7 +2,7 @@
 
 A manifest carries a digest over its own canonical content, so a manifest that was damaged or edited by hand
 is refused before anything is deserialised. The digest guards against accidents, not attackers: whoever can
-write a manifest can also recompute it, until manifests are signed. What holds against an attacker is the
+write a manifest can also recompute it. Against an attacker stand its signature (`model_signature`) and the
 exact allow-list the artifact is deserialised under.
 
 Pure: never reads a file, never imports what it describes. `training.publish` writes manifests, `model_bundle`
@@ -21,6 +21,7 @@ from app.errors import ArtifactError
 
 ArtifactFormat = Literal["skops", "joblib"]
 MANIFEST_SUFFIX = ".manifest.json"
+SIGNATURE_SUFFIX = ".manifest.sig"
 CardForm = Literal["html", "markdown"]
 CARD_SUFFIXES: dict[CardForm, str] = {"html": ".card.html", "markdown": ".card.md"}
 MAX_MANIFEST_BYTES = 8 * 1024 * 1024
@@ -136,6 +137,11 @@ def build_file_name(model_type: str, version: str, fmt: ArtifactFormat) -> str:
 def build_manifest_name(model_type: str, version: str) -> str:
     """Returns the name of the manifest file."""
     return f"advanced_ml_{model_type}_{version}{MANIFEST_SUFFIX}"
+
+
+def build_signature_name(manifest_name: str) -> str:
+    """Returns the name of the signature file that belongs to a manifest file."""
+    return manifest_name.removesuffix(MANIFEST_SUFFIX) + SIGNATURE_SUFFIX
 
 
 def build_card_name(manifest_name: str, form: CardForm) -> str:

@@ -1,9 +1,10 @@
 """The registry: which model serves, loaded once however many requests wait for it.
 
-The newest version wins, unless one is pinned; a bad one is reported and the next older one is tried; what
-serves is replaced by one assignment, never by nothing. Looking at the disk happens on a thread of its own: a
-request waits for it only while there is no model at all. Never decides what a model answers. Made by `wiring`
-after the worker process has started, used by the predictor and the operations endpoints.
+The newest version wins, unless one is pinned; a bad one is reported and the next older one is tried, but
+never one older than has served before: going back takes a pin. What serves is replaced by one assignment,
+never by nothing. Looking at the disk happens on a thread of its own: a request waits for it only while
+there is no model at all. Never decides what a model answers. Made by `wiring` after the worker process has
+started, used by the predictor and the operations endpoints.
 """
 
 import asyncio
@@ -14,21 +15,29 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal
 
 import structlog
 
 from app.ai.artifact_files import FileIdentity, FoundArtifact
 from app.ai.model_bundle import ModelBundle
-from app.ai.model_catalogue import AvailableModel, Incompatible, ModelCatalogue
+from app.ai.model_catalogue import AvailableModel, ModelCatalogue
 from app.ai.model_manifest import CardForm
+from app.ai.served_versions import ServedVersions
 from app.errors import ArtifactError, ModelNotReadyError
 
 CacheStatus = Literal["hit", "miss", "expired", "error"]
 
 _MAX_BACKOFF = 6
 """Looks with nothing to serve are at most this many times `retry_seconds` apart."""
+
+REMEDIES = {
+    "rollback_refused": "name the older version in ML_MODEL_VERSION to go back to it, or publish a newer one",
+    "signature_missing": "sign it with `leadscore models sign`",
+    "signature_invalid": "sign it with a key whose public half is in ML_TRUSTED_KEYS",
+    "served_unknown": "let the service read and write served_models under VAR_DIR",
+}
+"""What an operator does about the refusals that are about trust, not about the artifact itself."""
 
 _log = structlog.get_logger("app.model_registry")
 
@@ -71,24 +80,25 @@ class _Loaded:
 class ModelRegistry:
     """Holds the active model of this process.
 
-    Seconds are those of `monotonic`. `incompatible` (see `ModelCatalogue`) and `on_load`, which is told of
-    every load and of every refusal that is news, are called on the registry's own thread.
+    `served` remembers across processes which versions have served; without it only this process's own is
+    known. Seconds are those of `monotonic`. `on_load` is told of every load and of every refusal that is
+    news, on the registry's own thread.
     """
 
     def __init__(
         self,
-        model_dir: Path,
+        catalogue: ModelCatalogue,
         *,
-        pattern: str = "advanced_ml_*",
+        served: ServedVersions | None = None,
         pinned_version: str | None = None,
         ttl_seconds: float = 3600.0,
         retry_seconds: float = 5.0,
         monotonic: Callable[[], float] = time.monotonic,
         utc_now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        incompatible: Incompatible = lambda _: None,
         on_load: Callable[[LoadReport], None] = lambda _: None,
     ) -> None:
-        self._catalogue = ModelCatalogue(model_dir, pattern, incompatible)
+        self._catalogue = catalogue
+        self._served = served
         self._pinned = pinned_version
         self._ttl = ttl_seconds
         self._retry = retry_seconds
@@ -204,8 +214,10 @@ class ModelRegistry:
             if refusal is None:
                 break
             reason = reason or refusal
-            # The file of what serves went bad: better the copy in memory than an older model.
-            if loaded and artifact.version == loaded.bundle.ref.version:
+            # The file of what serves went bad: better the copy in memory than an older model. And where one
+            # is too old, those that follow are older still.
+            serves = loaded is not None and artifact.version == loaded.bundle.ref.version
+            if serves or refusal == "rollback_refused":
                 break
         return reason
 
@@ -213,16 +225,27 @@ class ModelRegistry:
         started = self._monotonic()
         bundle, reason = None, None
         try:
+            self._refuse_rollback(artifact.version)
             bundle = self._catalogue.load(artifact)
+            if self._served is not None:
+                self._served.record(artifact.version)
             self._loaded = _Loaded(bundle, artifact.identity, self._utc_now(), self._monotonic())
         except ArtifactError as exc:
-            reason = exc.reason
+            bundle, reason = None, exc.reason
         except Exception:  # noqa: BLE001  a defect met in one artifact must not keep the next one from serving
             reason = "internal_error"
             _log.exception("model_load_failed", version=artifact.version)
         elapsed_ms = 1000 * (self._monotonic() - started)
         self._report(artifact, LoadReport(artifact.version, artifact.model_type, bundle, reason, elapsed_ms))
         return reason
+
+    def _refuse_rollback(self, version: str) -> None:
+        if self._pinned is not None:
+            return
+        serving = self._loaded.bundle.ref.version if self._loaded else ""
+        highest = self._served.highest() if self._served is not None else ""
+        if version < max(serving, highest):
+            raise ArtifactError("rollback_refused", "A newer version than this one has served here.")
 
     def _report(self, artifact: FoundArtifact, report: LoadReport) -> None:
         if report.reason is None:
@@ -231,7 +254,8 @@ class ModelRegistry:
             return
         else:
             self._reported[artifact.manifest_name] = (artifact.identity, report.reason)
-            _log.warning("model_refused", version=report.version, reason=report.reason)
+            remedy = {"remedy": REMEDIES[report.reason]} if report.reason in REMEDIES else {}
+            _log.warning("model_refused", version=report.version, reason=report.reason, **remedy)
         try:
             self._on_load(report)
         except Exception:  # noqa: BLE001  a listener that fails must not cost the service its model

@@ -251,6 +251,10 @@ class AvailableModel(_Message):
     state: Literal["active", "verified", "refused", "incompatible", "unverified"]
     reason: str | None
     """Why it does not serve, if there is a reason."""
+    signature: Literal["valid", "invalid", "missing", "unchecked"]
+    """Of the manifest; `unchecked` while no key is trusted, or where it was refused before."""
+    signed_by: str | None
+    """ID of the trusted key that signed it."""
     card: Annotated[str, Field(examples=["/ai/advanced-ml/models/20260101_120000/card"])] | None
     """Where its model card is served; null when there is none."""
 

@@ -5,6 +5,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from app.ai.model_manifest import ArtifactFormat
 
 ModelType = Literal["auto", "random_forest", "logistic_regression", "hist_gradient_boosting"]
@@ -20,13 +22,14 @@ class TrainingOptions:
     `horizon_days` after its as-of time, and neither positive nor negative before these have passed. With
     `label` that 0/1 column is the outcome.
 
-    `as_of` is the moment up to which anything is known (default: `now`); `features` defaults to the declared
-    set for the default source without a label and to derived features otherwise. `exclude` never feeds the
-    model; `allow_leaky` names columns the leakage guard lets pass. `order_by` names the column, a time or any
-    number, that says in which order leads came to be (default: `as_of` or `created_at`, where the source has
-    one); it never feeds the model either. `since` leaves out leads of an earlier time. `model` is the type to
-    fit, or `auto` for the one that evidence favours. `base_rate` is the share of leads expected to reach the
-    outcome, for as long as outcomes are few. `version` (`YYYYMMDD_HHMMSS`) defaults to `now`.
+    `as_of` is the moment up to which anything is known (default: `now`); `features` defaults to the
+    declared set for the default source without a label and to derived features otherwise. `exclude` never
+    feeds the model; `allow_leaky` names columns the leakage guard lets pass. `order_by` names the column, a
+    time or any number, that says in which order leads came to be (default: `as_of` or `created_at`, where
+    the source has one); it never feeds the model either. `since` leaves out leads of an earlier time.
+    `model` is the type to fit, or `auto` for the one that evidence favours. `base_rate` is the share of
+    leads expected to reach the outcome, for as long as outcomes are few. With `signing_key` what is
+    published is signed. `version` (`YYYYMMDD_HHMMSS`) defaults to `now`.
     """
 
     url: str
@@ -45,6 +48,7 @@ class TrainingOptions:
     base_rate: float | None = None
     seed: int = 0
     fmt: ArtifactFormat = "skops"
+    signing_key: Ed25519PrivateKey | None = None
     version: str | None = None
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
 

@@ -1,8 +1,9 @@
 """Publishing: a fitted estimator and its description become an artifact and a manifest on disk.
 
 What is published has been proved first: the bytes were deserialised under the registry's own allow-list and
-answer the golden inputs as the estimator in memory does. A reader sees the old state or the new one, never a
-mix: temporary name, fsync, rename, manifest last. Never chooses which model serves. Called by training.
+answer the golden inputs as the estimator in memory does. A reader sees the old state or the new one, never
+a mix: temporary name, fsync, rename; the artifact first, then the signature, the manifest last. Never
+chooses which model serves. Called by training.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import os
 from pathlib import Path
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from app.ai.artifact_loading import dump_estimator, library_versions
 from app.ai.inference import build_scorer
@@ -21,16 +23,22 @@ from app.ai.model_manifest import (
     build_file_name,
     build_manifest_name,
     build_model_id,
+    build_signature_name,
     encode_manifest,
     seal_manifest,
 )
+from app.ai.model_signature import sign_manifest
 from app.errors import ArtifactError
 
 
 def publish_model(
-    model_dir: Path, estimator: object, description: ModelDescription, fmt: ArtifactFormat = "skops"
+    model_dir: Path,
+    estimator: object,
+    description: ModelDescription,
+    fmt: ArtifactFormat = "skops",
+    signing_key: Ed25519PrivateKey | None = None,
 ) -> Path:
-    """Writes artifact and manifest, and returns the path of the manifest.
+    """Writes artifact and manifest, signed if there is a key, and returns the path of the manifest.
 
     `description.golden_inputs` must be rows that feature safety does not reject; their outputs are computed
     here. The directory is made when it is missing.
@@ -49,7 +57,11 @@ def publish_model(
             "already_published", f"Version {manifest.version} of this model type already exists."
         )
     write_durably(model_dir / manifest.file_name, data)
-    write_durably(manifest_path, encode_manifest(manifest))
+    encoded = encode_manifest(manifest)
+    if signing_key:
+        signature_path = model_dir / build_signature_name(manifest_path.name)
+        write_durably(signature_path, sign_manifest(encoded, signing_key))
+    write_durably(manifest_path, encoded)
     return manifest_path
 
 

@@ -70,7 +70,7 @@ def _publish(
     started: float,
 ) -> TrainingReport:
     """Publishes a model and its card, for which `look` goes once more to the leads that were set aside."""
-    manifest_path = publish_model(options.model_dir, estimator, description, options.fmt)
+    manifest_path = publish_model(options.model_dir, estimator, description, options.fmt, options.signing_key)
     manifest = read_manifest(manifest_path.read_bytes())
     card_path = write_model_card(manifest, look(manifest), manifest_path)
     return TrainingReport(manifest, manifest_path, card_path, time.monotonic() - started)
