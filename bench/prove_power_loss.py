@@ -12,7 +12,6 @@ import logging
 import math
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +23,12 @@ from app.ai.telemetry_log import TelemetryLog
 from bench.crash_states import Disk, RecordingFiles
 from bench.figures import Figure
 from bench.proof import ProofRun, run_proof
+from bench.scratch import open_scratch
 
 SHORT_STATES, LONG_STATES, PLANTED_STATES = 2_000, 100_000, 1_000
 STATES_A_WORK = 500
 SEGMENT_BYTES = 4096
 STEPS = 50
-_MEMORY = Path("/dev/shm")  # noqa: S108 - faster where there is one; nothing in it is meant to last
 
 
 @dataclass
@@ -122,12 +121,11 @@ def measure(
     """Draws the states, a few hundred works' worth in the long run, and counts what is wrong."""
     wanted = states or (LONG_STATES if run.long else SHORT_STATES)
     rng, found = random.Random(run.seed), Found()  # noqa: S311 - repeatable
-    base = _MEMORY if _MEMORY.is_dir() else None
     while found.states < wanted:
-        with tempfile.TemporaryDirectory(dir=base) as directory:
-            work = kind(Path(directory) / "work" / "telemetry", rng, make_files())
+        with open_scratch() as directory:
+            work = kind(directory / "work" / "telemetry", rng, make_files())
             work.run()
-            _crash_everywhere(work, Path(directory), rng, min(wanted - found.states, STATES_A_WORK), found)
+            _crash_everywhere(work, directory, rng, min(wanted - found.states, STATES_A_WORK), found)
     return [
         Figure("crash states tried", found.states, wanted, at_least=True, unit=""),
         Figure("acknowledged events lost", found.lost, 0, unit=""),

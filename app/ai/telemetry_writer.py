@@ -127,10 +127,6 @@ class TelemetryWriter:
         self._jobs.put(call)
         return await outcome
 
-    def run_later(self, work: Callable[[TelemetryLog], None]) -> None:
-        """Has something done to the log and returns at once."""
-        self._jobs.put(functools.partial(work, self._telemetry_log))
-
     async def check(self) -> None:
         """Tries whether the log can be written, and remembers it.
 
