@@ -87,7 +87,7 @@ def uncached(crm_url: str, folder: Path) -> Iterator[httpx2.Client]:
 
 @pytest.fixture(scope="module")
 def broken(crm_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
-    """A client of a service without models or a telemetry log, with a route that fails."""
+    """A client of a service without models, telemetry log or database, with a route that fails."""
 
     async def fail() -> None:
         raise ValueError(CANARY)
@@ -98,7 +98,7 @@ def broken(crm_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[h
     path = tmp_path_factory.mktemp("broken")
     (path / "var").mkdir()
     (path / "var" / "telemetry").write_text("a file where a directory should be")
-    settings = build_settings(path, crm_url)
+    settings = build_settings(path, re.sub(r"/[^/?]+\?", "/nowhere?", crm_url))
     with serve(settings, add_failing_route) as base, httpx2.Client(base_url=base) as http:
         yield http
 
@@ -741,6 +741,20 @@ def test_no_answer_leaves_without_its_audit_record(broken: httpx2.Client) -> Non
     assert "deprecation" in broken.post(LEGACY, json=[]).headers
     assert response.headers["access-control-allow-origin"] == ORIGIN
     assert broken.get(HEALTH).json()["telemetry"]["status"] == "unavailable"
+
+
+def test_without_a_log_an_answer_leaves_when_its_record_is_in_the_database(
+    crm_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "var").mkdir()
+    (tmp_path / "var" / "telemetry").write_text("a file where a directory should be")
+    with serve(build_settings(tmp_path, crm_url)) as base:
+        assert httpx2.get(base + HEALTH).json()["telemetry"]["status"] == "direct"
+        response = httpx2.post(base + SCORE, json=[], headers={"X-Request-ID": "without-a-log"})
+        problem_of(response, 422, "EMPTY_BATCH")
+        with psycopg.connect(crm_url) as connection:
+            rows = connection.execute("SELECT action FROM ai_events WHERE request_id = 'without-a-log'")
+            assert rows.fetchall() == [("ml.prediction.error",)]
 
 
 def answers_of_every_kind(client: httpx2.Client, headers: dict[str, str]) -> list[httpx2.Response]:

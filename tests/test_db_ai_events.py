@@ -65,9 +65,14 @@ async def test_a_group_is_written_whole_or_not_at_all(sink: PostgresEventSink, d
     assert stored(database_url) == []
 
 
-async def test_no_events_need_no_database(server_url: str) -> None:
+async def test_writing_nothing_tells_whether_the_table_could_be_written(
+    sink: PostgresEventSink, database_url: str, server_url: str
+) -> None:
+    await sink.write_events([])
+    assert stored(database_url) == []
     nowhere = Database(server_url.replace("/postgres?", "/nowhere?"), pool_size=1, deadline_seconds=1)
-    await PostgresEventSink(nowhere).write_events([])
+    with pytest.raises(DatabaseUnavailableError):
+        await PostgresEventSink(nowhere).write_events([])
 
 
 @pytest.mark.parametrize(

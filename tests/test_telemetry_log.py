@@ -4,6 +4,8 @@ import errno
 import os
 import random
 import stat
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -201,6 +203,38 @@ def test_a_segment_made_ahead_goes_when_the_log_is_closed(log: TelemetryLog, dir
     assert len(list_segments(directory)) == 1
 
 
+def test_one_thread_writes_while_another_one_ships(directory: Path) -> None:
+    class Unsynchronised(Files):
+        def fdatasync(self, descriptor: int) -> None:
+            pass
+
+    log = TelemetryLog(directory, segment_bytes=SEGMENT, files=Unsynchronised())
+    events, shipped, written = make_events(0, 3000), list[StoredEvent](), threading.Event()
+
+    def ship() -> None:
+        while True:
+            last = written.is_set()
+            shipped.extend(ship_all(log))
+            log.prepare_next()
+            if last:
+                return
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        shipper = threading.Thread(target=ship)
+        shipper.start()
+        write_one_by_one(log, events)
+    finally:
+        written.set()
+        shipper.join()
+        sys.setswitchinterval(interval)
+    assert shipped == events
+    assert len(list_segments(directory)) <= 2
+    log.close()
+    assert list(directory.iterdir()) == []
+
+
 # --- several processes -----------------------------------------------------------------------------------
 
 
@@ -226,25 +260,35 @@ def test_an_orphan_that_never_held_an_event_goes_at_once(log: TelemetryLog, dire
     assert list(directory.iterdir()) == []
 
 
+@pytest.mark.parametrize(("times", "kept"), [(1, True), (4, True), (1000, False)])
 def test_a_segment_somebody_took_while_it_was_being_made_is_not_written_to(
-    directory: Path,
+    directory: Path, times: int, kept: bool
 ) -> None:
-    class Hasty(FailingFiles):
-        taken = 0
-
+    class Taken(Files):
         def create(self, path: Path) -> int:
+            nonlocal times
             descriptor = super().create(path)
-            if not self.taken:
-                self.taken += 1
+            if times:
+                times -= 1
                 path.unlink()
             return descriptor
 
-    hasty = TelemetryLog(directory, segment_bytes=SEGMENT, files=Hasty())
-    with pytest.raises(TelemetryUnavailableError):
-        hasty.write(make_events(0, 1))
-    hasty.write(make_events(1, 1))
-    assert read_all(hasty) == make_events(1, 1)
-    hasty.close()
+    log = TelemetryLog(directory, segment_bytes=SEGMENT, files=Taken())
+    if kept:
+        log.write(make_events(0, 1))
+    else:
+        with pytest.raises(TelemetryUnavailableError):
+            log.write(make_events(0, 1))
+    assert read_all(log) == make_events(0, 1) * kept
+    log.close()
+
+
+def test_a_file_somebody_deleted_does_not_hold_up_the_log(log: TelemetryLog, directory: Path) -> None:
+    write_one_by_one(log, make_events(0, 20))
+    for path in list_segments(directory):
+        path.unlink()
+    assert ship_all(log) == make_events(0, 20)
+    assert read_all(log) == []
 
 
 # --- a disk that is full, or fails -----------------------------------------------------------------------

@@ -176,10 +176,11 @@ async def test_a_cancelled_request_leaves_exactly_one_event(tmp_path: Path) -> N
     assert table.request_ids() == [f"req-{n}" for n in range(10)]
 
 
-async def test_a_disk_that_hangs_gives_an_error_in_time_and_no_event_for_it(tmp_path: Path) -> None:
+async def test_disk_and_database_gone_give_an_error_in_time_and_no_event_for_it(tmp_path: Path) -> None:
     log, table = GatedLog(tmp_path), Table()
     async with opened(log, table, deadline_seconds=0.05) as telemetry:
         log.gate.clear()
+        table.away = True
         first = asyncio.create_task(telemetry.record(EVENT, "already on its way to the disk"))
         await until(log.reached.is_set)
         with pytest.raises(TelemetryUnavailableError):
@@ -187,6 +188,7 @@ async def test_a_disk_that_hangs_gives_an_error_in_time_and_no_event_for_it(tmp_
         with pytest.raises(TelemetryUnavailableError):
             await first
         assert telemetry.state() == "unavailable"
+        table.away = False
         log.gate.set()
         await until(lambda: telemetry.state() == "ok")
     assert table.request_ids() == ["already on its way to the disk"]
@@ -196,14 +198,100 @@ async def test_a_log_that_cannot_be_written_refuses_and_recovers(tmp_path: Path)
     in_the_way = tmp_path / "telemetry"
     in_the_way.write_text("a file where the directory belongs")
     table = Table()
+    table.away = True
     async with opened(TelemetryLog(in_the_way), table) as telemetry:
         assert telemetry.state() == "unavailable"
         with pytest.raises(TelemetryUnavailableError):
             await telemetry.record(EVENT, "refused")
         in_the_way.unlink()
-        await until(lambda: telemetry.state() == "ok")
+        await until(lambda: telemetry.state() in ("ok", "shipping_delayed"))
         await telemetry.record(EVENT, "taken")
+        table.away = False
     assert table.request_ids() == ["taken"]
+
+
+async def test_while_the_log_cannot_be_written_events_go_to_the_database_at_once(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "telemetry"
+    in_the_way.write_text("a file where the directory belongs")
+    table = Table()
+    async with opened(TelemetryLog(in_the_way), table) as telemetry:
+        assert telemetry.state() == "direct"
+        await telemetry.record(EVENT, "direct")
+        assert table.request_ids() == ["direct"]
+        table.away = True
+        with pytest.raises(TelemetryUnavailableError):
+            await telemetry.record(EVENT, "refused")
+        assert telemetry.state() == "unavailable"
+        table.away = False
+        await until(lambda: telemetry.state() == "direct")  # without an event to try it on
+        in_the_way.unlink()
+        await until(lambda: telemetry.state() == "ok")
+        await telemetry.record(EVENT, "logged")
+    assert table.request_ids() == ["direct", "logged"]
+
+
+async def test_an_event_the_log_fails_under_is_in_the_database_before_the_answer(tmp_path: Path) -> None:
+    class Failing(TelemetryLog):
+        def write(self, events: Sequence[StoredEvent]) -> None:
+            raise TelemetryUnavailableError
+
+    table = Table()
+    async with opened(Failing(tmp_path), table) as telemetry:
+        assert telemetry.state() == "ok"
+        await telemetry.record(EVENT, "first")
+        assert table.request_ids() == ["first"]
+
+
+class GatedTable(Table):
+    """A table that takes events only while its gate is open, and counts the INSERTs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.inserts = 0
+
+    async def write_events(self, events: Sequence[StoredEvent]) -> None:
+        if events:
+            self.inserts += 1
+            await self.gate.wait()
+        await super().write_events(events)
+
+
+def make_unusable(directory: Path) -> TelemetryLog:
+    (directory / "in-the-way").write_text("a file where the directory belongs")
+    return TelemetryLog(directory / "in-the-way")
+
+
+async def test_events_that_go_to_the_database_at_the_same_time_share_an_insert(tmp_path: Path) -> None:
+    table = GatedTable()
+    async with opened(make_unusable(tmp_path), table) as telemetry:
+        recordings = [asyncio.create_task(telemetry.record(EVENT, f"{n:03}")) for n in range(80)]
+        await until(lambda: table.inserts == 1)
+        table.gate.set()
+        await asyncio.gather(*recordings)
+    assert table.request_ids() == [f"{n:03}" for n in range(80)]
+    assert table.inserts == 2  # at most 50 in one
+
+
+async def test_a_frozen_database_behind_a_failed_disk_gives_an_error_in_time(tmp_path: Path) -> None:
+    table = GatedTable()
+    async with opened(make_unusable(tmp_path), table, deadline_seconds=0.05) as telemetry:
+        with pytest.raises(TelemetryUnavailableError):
+            await telemetry.record(EVENT, "late")
+        table.gate.set()
+    assert table.request_ids() == ["late"]
+
+
+async def test_a_request_cancelled_on_its_way_to_the_database_leaves_its_event(tmp_path: Path) -> None:
+    table = GatedTable()
+    async with opened(make_unusable(tmp_path), table) as telemetry:
+        recordings = [asyncio.create_task(telemetry.record(EVENT, f"req-{n}")) for n in range(3)]
+        await until(lambda: table.inserts == 1)
+        for recording in recordings:
+            recording.cancel()
+        await asyncio.gather(*recordings, return_exceptions=True)
+        asyncio.get_running_loop().call_later(0.05, table.gate.set)  # while the telemetry is being closed
+    assert table.request_ids() == ["req-0", "req-1", "req-2"]
 
 
 async def test_an_event_outside_its_schema_is_refused_and_stops_nothing(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Telemetry: events are durable on this machine before an answer leaves, and reach the database exactly once.
 
 Events go to the telemetry log, and a task ships the log in groups: the event ID is the primary key there, and
-an event leaves the log only after the database committed, so delivery may repeat and its effect cannot. It
-never lets a request wait for the database. `middleware.audit` records prediction events; `wiring` opens and
-closes it inside the lifespan, after any fork.
+an event leaves the log only after the database committed, so delivery may repeat and its effect cannot. No
+request waits for the database, unless the log cannot be written: then events go to the database at once.
+`middleware.audit` records prediction events; `wiring` opens and closes it inside the lifespan, after a fork.
 """
 
 import asyncio
@@ -18,12 +18,13 @@ from uuid_utils import uuid7
 
 from app.ai.domain import EventSink, StoredEvent
 from app.ai.events import Event, encode_event
+from app.ai.telemetry_direct import DirectWriter
 from app.ai.telemetry_log import TelemetryLog
 from app.ai.telemetry_writer import TelemetryWriter
 from app.errors import TelemetryUnavailableError
 from app.metrics import TELEMETRY_BACKLOG, TELEMETRY_FAILURES
 
-TelemetryState = Literal["ok", "shipping_delayed", "unavailable", "off"]
+TelemetryState = Literal["ok", "shipping_delayed", "direct", "unavailable", "off"]
 
 _LONGEST_PAUSE_SECONDS = 2.0
 
@@ -34,7 +35,7 @@ class Telemetry(Protocol):
     """Where events are recorded."""
 
     async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
-        """Returns once the event is durable on this machine.
+        """Returns once the event is durable: on this machine, or else in the database.
 
         `alone` says that no other request is under way, so that the event loop may wait for the disk. A
         caller that is cancelled while it waits leaves exactly one event behind.
@@ -80,7 +81,8 @@ class MlTelemetry:
 
     `now` gives the time of an event, `new_id` its UUIDv7. `group_size` bounds one commit and one shipment.
     `ship_interval_seconds` is the pause between looks for events to ship; it doubles up to two seconds while
-    the database is away. `record_deadline_seconds` bounds the wait for the disk.
+    the database is away. `record_deadline_seconds` bounds the wait for the disk, and that for the database
+    where the disk fails.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class MlTelemetry:
         record_deadline_seconds: float = 2.0,
     ) -> None:
         self._writer = TelemetryWriter(log, group_size)
+        self._direct = DirectWriter(sink, group_size)
         self._sink = sink
         self._now = now
         self._new_id = new_id
@@ -127,13 +130,19 @@ class MlTelemetry:
                 await self._ship_all()
         except Exception as exc:  # noqa: BLE001 - whatever is not shipped now is shipped by the next run
             _log.warning("telemetry_left_in_log", error=type(exc).__name__)
+        await self._direct.close(deadline_seconds)
         await self._writer.close(deadline_seconds)
 
     async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
         """See `Telemetry.record`."""
         if not self._open:
             raise TelemetryUnavailableError
-        await self._writer.write(self._store(event, request_id), self._record_deadline_seconds, alone=alone)
+        stored = self._store(event, request_id)
+        if self._writer.usable:
+            with suppress(TelemetryUnavailableError):
+                await self._writer.write(stored, self._record_deadline_seconds, alone=alone)
+                return
+        await self._direct.write(stored, self._record_deadline_seconds)
 
     def submit(self, event: Event, request_id: str | None = None) -> None:
         """See `Telemetry.submit`; an event that cannot be written is counted and lost."""
@@ -149,7 +158,7 @@ class MlTelemetry:
     def state(self) -> TelemetryState:
         """See `Telemetry.state`."""
         if not self._writer.usable:
-            return "unavailable"
+            return "direct" if self._direct.usable else "unavailable"
         return "ok" if self._shipping else "shipping_delayed"
 
     def _store(self, event: Event, request_id: str | None) -> StoredEvent:
@@ -174,6 +183,8 @@ class MlTelemetry:
                 self._note_shipping()
                 pause = self._ship_interval_seconds
             await self._look_at_log()
+            if not self._writer.usable:  # tried again soon, whatever the database does
+                pause = self._ship_interval_seconds
 
     async def _ship_all(self) -> None:
         while await self._ship_group():
@@ -187,9 +198,12 @@ class MlTelemetry:
         return bool(batch.events)
 
     async def _look_at_log(self) -> None:
-        with suppress(TelemetryUnavailableError):
-            if not self._writer.usable:
+        if not self._writer.usable:
+            with suppress(TelemetryUnavailableError):
                 await self._writer.check()
+        if not self._writer.usable:
+            await self._direct.check()
+        with suppress(TelemetryUnavailableError):
             await self._writer.run(TelemetryLog.prepare_next)
             self._backlog = await self._writer.run(TelemetryLog.count)
             TELEMETRY_BACKLOG.set(self._backlog)

@@ -24,6 +24,7 @@ from app.ai.telemetry_segment import Files, Segment, count_bytes
 from app.errors import TelemetryUnavailableError
 
 _NAMES = "events-*.log"
+_ATTEMPTS = 5
 
 _encode = msgspec.json.Encoder().encode
 _log = structlog.get_logger("app.telemetry_log")
@@ -156,8 +157,11 @@ class TelemetryLog:
         self._files.sync_directory(self._directory.parent)
         if len(list(self._directory.glob(_NAMES))) >= self._max_segments:
             raise OSError(errno.EDQUOT, "the telemetry log is full")
-        path = self._directory / f"events-{self._new_name()}.log"
-        return Segment.create(self._files, path, self._segment_bytes)
+        for _ in range(_ATTEMPTS):
+            path = self._directory / f"events-{self._new_name()}.log"
+            with suppress(BlockingIOError):  # somebody took it for an orphan before it was locked
+                return Segment.create(self._files, path, self._segment_bytes)
+        raise OSError(errno.EAGAIN, "no segment could be locked")
 
     def _read(self, limit: int, failures: list[OSError]) -> Batch:
         batch = Batch([], [])

@@ -185,10 +185,11 @@ class Segment:
 
     def remove(self) -> None:
         """Deletes the file, or renames it should a person have to look at it."""
-        if self._damaged:
-            self._files.rename(self._path, self._path.with_name(f"damaged-{self._path.name}"))
-        else:
-            self._files.unlink(self._path)
+        with suppress(FileNotFoundError):  # somebody else has removed it
+            if self._damaged:
+                self._files.rename(self._path, self._path.with_name(f"damaged-{self._path.name}"))
+            else:
+                self._files.unlink(self._path)
         self.close()
 
     def close(self) -> None:

@@ -127,10 +127,6 @@ class TelemetryWriter:
         self._jobs.put(call)
         return await outcome
 
-    def run_later(self, work: Callable[[TelemetryLog], None]) -> None:
-        """Has something done to the log and returns at once."""
-        self._jobs.put(functools.partial(work, self._telemetry_log))
-
     async def check(self) -> None:
         """Tries whether the log can be written, and remembers it.
 
@@ -161,11 +157,11 @@ class TelemetryWriter:
     def _work_until_closed(self) -> None:
         while not self._closing:
             group, call = self._take_jobs()
-            with self._log_free:
-                if group:
+            if group:
+                with self._log_free:
                     self._commit(group)
-                if call is not None:
-                    call()
+            if call is not None:  # reads or makes room, which does not disturb whoever writes meanwhile
+                call()
 
     def _take_jobs(self) -> tuple[Sequence[_Entry], Callable[[], None] | None]:
         group: list[_Entry] = []

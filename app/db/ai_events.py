@@ -30,11 +30,11 @@ class PostgresEventSink:
     async def write_events(self, events: Sequence[StoredEvent]) -> None:
         """Writes all of them or none; an event already there is left as it is.
 
+        Writing none tells whether the table could be written.
+
         Raises:
             DatabaseUnavailableError: no answer within the deadline, or the table is not there yet.
         """
-        if not events:
-            return
         columns = [
             [event.id for event in events],
             [event.action for event in events],

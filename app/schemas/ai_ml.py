@@ -200,9 +200,9 @@ class DatabaseHealth(_Message):
 
 
 class TelemetryHealth(_Message):
-    """Whether events can be recorded, and how many wait for the database."""
+    """Whether events can be recorded (`direct`: in the database only), and how many wait for the database."""
 
-    status: Literal["ok", "shipping_delayed", "unavailable", "off"]
+    status: Literal["ok", "shipping_delayed", "direct", "unavailable", "off"]
     backlog: Count
 
 
