@@ -95,8 +95,11 @@ def look_up(table: VennAbersTable, raw: FloatArray) -> tuple[FloatArray, FloatAr
     A NaN is taken for the lowest score there is, as `calibration.calibrate` does.
     """
     scores = np.fmax(np.ascontiguousarray(raw, dtype=np.float64), -np.inf)
-    reached, passed = (table.scores.searchsorted(scores, side) for side in ("right", "left"))
-    return table.p0[reached], table.p1[passed]
+    below = np.searchsorted(table.scores, scores)
+    if not len(table.scores):
+        return table.p0[below], table.p1[below]
+    met = table.scores[np.minimum(below, len(table.scores) - 1)] == scores
+    return table.p0[below + met], table.p1[below]
 
 
 def build_intervals(
