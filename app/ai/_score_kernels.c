@@ -1,4 +1,5 @@
-/* The loops of scoring, over the flat arrays that score_kernels.py lays out.
+/* The loops of scoring, over the flat arrays that feature_plan.py, feature_safety.py and score_kernels.py lay
+ * out: features are built, made safe, and scored.
  *
  * Plain C99 without Python's headers: a shared library that ctypes opens, so that other threads run during a
  * call. The caller has checked every index and every shape; nothing here looks again.
@@ -7,8 +8,11 @@
  * without contraction into fused operations (-ffp-contract=off) the sums are equal to the last bit. */
 
 #include <float.h>
+#include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum {
     LANES = 16,      /* walks that go on side by side: their steps do not wait for each other */
@@ -24,7 +28,44 @@ struct node {
     int32_t nan_child;
 };
 
-const int32_t node_bytes = sizeof(struct node);
+/* What is usable of a column of numbers. */
+struct cell_column {
+    double lower, upper;
+    int64_t is_flag;
+};
+
+enum operation { VALUE, LOG1P, IS_PRESENT, AGE_DAYS, DAYS_UNTIL, DAYS_BETWEEN, RATIO, LOOK_UP };
+
+/* `first` and `second` are rows of numbers; for LOG1P the second is a row of logarithms; for LOOK_UP the first
+ * is a row of codes and the second where in `levels` its table begins. */
+struct feature {
+    double zero_over_zero;
+    int32_t operation, first, second;
+};
+
+struct level {
+    double value;
+    int64_t state;
+};
+
+enum state { PRESENT, MISSING, INVALID, UNSEEN };
+
+/* What becomes of a value outside its range, and of a gap in each of the states. */
+struct rule {
+    double lower, upper, far_below, far_above, clip_below, clip_above, impute, fill[4];
+    int64_t units;
+    bool reject_gap[4], impute_outside, reject_outside, indicator, speaks;
+};
+
+/* What is said of a lead whose features were made safe. */
+struct checked {
+    double coverage, weighted_coverage;
+    int64_t rejected_feature, out_of_range;
+    bool rejected;
+};
+
+const int32_t record_bytes[] = {sizeof(struct node),  sizeof(struct cell_column), sizeof(struct feature),
+                                sizeof(struct level), sizeof(struct rule),        sizeof(struct checked)};
 
 static inline double round_to_single(double value) {
     /* A huge value stays a value instead of becoming an infinity. */
@@ -128,5 +169,93 @@ void sum_terms(const double *means, const double *scales, int64_t n_scalings, co
             total += value * weights[feature];
         }
         sums[row] = total;
+    }
+}
+
+/* Returns a number if it is usable, else NaN; `state` says which. */
+static inline double read_cell(const struct cell_column *column, double number, uint8_t *state) {
+    uint64_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    bool usable = number >= column->lower && number <= column->upper;
+    if (column->is_flag) usable = usable && (number == 0 || number == 1);
+    *state = bits == 0x7FF8000000000001 ? MISSING : usable ? PRESENT : INVALID;
+    return usable ? number : NAN;
+}
+
+/* Builds values and states (n_leads, n_features) from numbers, their logarithms and codes of texts, one row for
+ * each column of `n_leads`. The as-of times stand `moment_step` apart, 0 or 1. */
+void build_features(const struct cell_column *columns, const struct feature *features,
+                    const struct level *levels, const double *numbers, const double *logs,
+                    const int32_t *codes, const double *moments, int64_t n_features, int64_t moment_step,
+                    int64_t n_leads, double *values, uint8_t *states) {
+    const double day = 86400;
+    for (int64_t lead = 0; lead < n_leads; lead++) {
+        double moment = moments[lead * moment_step];
+        for (int64_t at = 0; at < n_features; at++) {
+            const struct feature *feature = features + at;
+            double first = 0, second = 0, value = NAN;
+            uint8_t state, other = PRESENT;
+            if (feature->operation == LOOK_UP) {
+                const struct level *level = levels + feature->second + codes[feature->first * n_leads + lead];
+                value = level->value;
+                state = (uint8_t)level->state;
+            } else {
+                first = read_cell(columns + feature->first, numbers[feature->first * n_leads + lead], &state);
+            }
+            if (feature->operation == DAYS_BETWEEN || feature->operation == RATIO) {
+                second = read_cell(columns + feature->second, numbers[feature->second * n_leads + lead], &other);
+                if (other > state) state = other;
+            }
+            switch (feature->operation) {
+                case VALUE: value = first; break;
+                case LOG1P: if (first >= 0) value = logs[feature->second * n_leads + lead]; break;
+                case IS_PRESENT: value = state == PRESENT; state = PRESENT; break;
+                case AGE_DAYS: value = (moment - first) / day; if (value < 0) value = 0; break;
+                case DAYS_UNTIL: value = (first - moment) / day; break;
+                case DAYS_BETWEEN: value = (second - first) / day; break;
+                case RATIO: value = first == 0 && second == 0 ? feature->zero_over_zero : first / second; break;
+            }
+            if (!(fabs(value) <= FLT_MAX)) {
+                value = NAN;
+                if (state == PRESENT) state = INVALID;
+            }
+            values[lead * n_features + at] = value + 0.0; /* -0.0 becomes 0.0 */
+            states[lead * n_features + at] = state;
+        }
+    }
+}
+
+/* Makes values (n_leads, n_features) in their states safe by a rule for each feature, and says of each lead
+ * what share of it is there: of `n_groups` and, weighted, of `units_in_all`. */
+void check_features(const struct rule *rules, int64_t n_features, int64_t n_groups, int64_t units_in_all,
+                    const double *values, const uint8_t *states, int64_t n_leads, double *safe,
+                    struct checked *checked) {
+    for (int64_t lead = 0; lead < n_leads; lead++) {
+        int64_t groups = 0, units = 0, far_values = 0, rejected_by = -1;
+        for (int64_t at = 0; at < n_features; at++) {
+            const struct rule *rule = rules + at;
+            double value = values[lead * n_features + at], made = value;
+            uint8_t state = states[lead * n_features + at] & 3;
+            bool gap = value != value, unseen = state == UNSEEN;
+            bool outside = value < rule->lower || value > rule->upper;
+            bool far = !unseen && (value < rule->far_below || value > rule->far_above);
+            bool there = (state == PRESENT && !(rule->indicator && value == 0)) || (unseen && !gap);
+            if (made < rule->clip_below) made = rule->clip_below;
+            if (made > rule->clip_above) made = rule->clip_above;
+            if (outside && rule->impute_outside) made = rule->impute;
+            if (gap) made = rule->fill[state];
+            if (rejected_by < 0 && (gap ? rule->reject_gap[state] : outside && rule->reject_outside)) {
+                rejected_by = at;
+            }
+            groups += there && rule->speaks;
+            if (there && !far && !unseen) units += rule->units;
+            far_values += far;
+            safe[lead * n_features + at] = made + 0.0;
+        }
+        checked[lead].coverage = (double)groups / (double)n_groups;
+        checked[lead].weighted_coverage = (double)units / (double)units_in_all;
+        checked[lead].rejected_feature = rejected_by;
+        checked[lead].out_of_range = far_values;
+        checked[lead].rejected = rejected_by >= 0;
     }
 }

@@ -2,19 +2,22 @@
 
 Training learns each feature's statistics; serving fills gaps and bounds values by them, counts what is really
 there, rejects the leads the feature specs say cannot be made safe, and measures drift against the training
-sample. Pure and vectorised over leads; a lead's result depends on that lead alone, to the last bit. Never
-imputes with anything but training statistics. Called by the predictor, training and the drift window.
+sample. Pure; a lead's result depends on that lead alone, to the last bit. Rules are applied by the compiled
+loops of `_score_kernels.c`, or by NumPy to the same bits. Never imputes with anything but training
+statistics. Called by the predictor, training and the drift window.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from app.ai.domain import VERDICTS, BoolArray, CodeArray, FloatArray, IntArray, JsonObject
 from app.ai.feature_transforms import PRESENT, UNSEEN
 from app.ai.features import FeatureMatrix, FeatureSet
+from app.ai.score_kernels import CHECKED, RULE, ScoreKernels, installed_kernels
 
 DriftState = Literal["stable", "moderate", "drifting"]
 
@@ -22,8 +25,10 @@ MODERATE_PSI, DRIFTING_PSI = 0.1, 0.25
 """Customary thresholds of the population stability index (Lewis, An Introduction to Credit Scoring, 1992;
 Siddiqi, Credit Risk Scorecards, 2006): below 0.1 no change worth acting on, from 0.25 a major one."""
 
+_CHECKED = tuple(CHECKED.fields or ())
 _TAIL = 0.001
-_OK, _CAUTION, _ABSTAIN = (VERDICTS.index(verdict) for verdict in ("ok", "caution", "abstain"))
+_OK, _CAUTION, _ABSTAIN = (np.uint8(VERDICTS.index(verdict)) for verdict in ("ok", "caution", "abstain"))
+_SMALLEST = 5e-324  # no coverage but 0 is less
 _ONE_IN_A_THOUSAND = 3.0902
 _WEIGHT_UNITS = 2.0**40
 
@@ -76,26 +81,16 @@ class FeatureStatistics:
 
 
 class SafetyRules(NamedTuple):
-    """Strategies and statistics of `k` features as arrays (k,); `fill`, `reject_gap` by state and feature.
+    """Strategies and statistics of `k` features.
 
-    `speakers` are the first features of the groups, `units` what each feature is worth in whole numbers,
-    `units_in_all` their sum, 1 at least.
+    `table` (k,) are `RULE`: the training range and what is far outside it, the bounds of values, what is put
+    in the place of one outside and, by state, of a gap, and which of them reject a lead; what the feature is
+    worth in whole numbers, `units`, and whether it `speaks` for one of the `groups`. `units_in_all` are their
+    sum, 1 at least.
     """
 
-    lower: FloatArray
-    upper: FloatArray
-    far_below: FloatArray
-    far_above: FloatArray
-    clip_below: FloatArray
-    clip_above: FloatArray
-    impute: FloatArray
-    impute_outside: BoolArray
-    reject_outside: BoolArray
-    fill: FloatArray
-    reject_gap: BoolArray
-    indicator: BoolArray
-    speakers: IntArray
-    units: IntArray
+    table: NDArray[np.void]
+    groups: int
     units_in_all: int
 
     @classmethod
@@ -119,23 +114,20 @@ class SafetyRules(NamedTuple):
         worth = np.isin(np.arange(len(specs)), speakers) if not weights else np.asarray(weights)
         # Whole numbers add up the same in any order, so a lead's share cannot depend on its batch.
         units = np.rint(worth * _WEIGHT_UNITS).astype(np.int64)
-        return cls(
-            lower=lower,
-            upper=upper,
-            far_below=lower - (upper - lower),
-            far_above=upper + (upper - lower),
-            clip_below=np.where(clip, lower, -np.inf),
-            clip_above=np.where(clip, upper, np.inf),
-            impute=impute,
-            impute_outside=outside == "impute",
-            reject_outside=outside == "reject",
-            fill=np.where(gaps == "keep", np.nan, np.where(gaps == "zero", 0.0, impute)),
-            reject_gap=gaps == "reject",
-            indicator=np.array([spec.transform == "is_present" for spec in specs]),
-            speakers=speakers,
-            units=units,
-            units_in_all=max(int(units.sum()), 1),
+        table = np.zeros(len(specs), RULE)
+        table["lower"], table["upper"], table["impute"] = lower, upper, impute
+        table["far_below"], table["far_above"] = lower - (upper - lower), upper + (upper - lower)
+        table["clip_below"], table["clip_above"] = (
+            np.where(clip, lower, -np.inf),
+            np.where(clip, upper, np.inf),
         )
+        table["impute_outside"], table["reject_outside"] = outside == "impute", outside == "reject"
+        table["fill"] = np.where(gaps == "keep", np.nan, np.where(gaps == "zero", 0.0, impute)).T
+        table["reject_gap"] = (gaps == "reject").T
+        table["indicator"] = [spec.transform == "is_present" for spec in specs]
+        table["units"] = units
+        table["speaks"][speakers] = True
+        return cls(table, len(speakers), max(int(units.sum()), 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,35 +192,46 @@ def check_features(
     return apply_rules(matrix, SafetyRules.of(feature_set, statistics, weights))
 
 
-def apply_rules(matrix: FeatureMatrix, rules: SafetyRules) -> CheckedFeatures:
-    """Applies each feature's strategies to `n` leads.
+def apply_rules(
+    matrix: FeatureMatrix,
+    rules: SafetyRules,
+    find_kernels: Callable[[], ScoreKernels | None] = installed_kernels,
+) -> CheckedFeatures:
+    """Applies each feature's strategies to `n` leads; without kernels NumPy does, with the same result.
 
     A number beyond the training range is bounded, replaced, kept or rejected first; then every gap is filled.
     "Far outside" is farther from the range than the range is wide.
     """
-    numbers = matrix.values
-    outside = (numbers < rules.lower) | (numbers > rules.upper)
-    unseen = matrix.states == UNSEEN
-    far = ((numbers < rules.far_below) | (numbers > rules.far_above)) & ~unseen
-    reasons = outside & rules.reject_outside
-    values = np.minimum(np.maximum(numbers, rules.clip_below), rules.clip_above)
-    np.copyto(values, rules.impute, where=outside & rules.impute_outside)
-    gaps = np.isnan(numbers)
+    kernels = find_kernels()
+    if kernels is None:
+        return _apply_rules(matrix, rules)
+    values, checked = kernels.check_features(*rules, matrix.values, matrix.states)
+    return CheckedFeatures(values, **{name: checked[name] for name in _CHECKED})
+
+
+def _apply_rules(matrix: FeatureMatrix, rules: SafetyRules) -> CheckedFeatures:
+    """Does what `check_features` of the C source does, and is what that is tested against."""
+    numbers, table = matrix.values, rules.table
+    outside = (numbers < table["lower"]) | (numbers > table["upper"])
+    unseen, gaps = matrix.states == UNSEEN, np.isnan(numbers)
+    far = ((numbers < table["far_below"]) | (numbers > table["far_above"])) & ~unseen
+    values = np.minimum(np.maximum(numbers, table["clip_below"]), table["clip_above"])
+    np.copyto(values, table["impute"], where=outside & table["impute_outside"])
+    reasons = outside & table["reject_outside"]
     rows, features = np.nonzero(gaps)
-    if rows.size:
-        states = matrix.states[rows, features]
-        values[rows, features] = rules.fill[states, features]
-        reasons[rows, features] = rules.reject_gap[states, features]
+    states = matrix.states[rows, features]
+    values[rows, features] = table["fill"][features, states]
+    reasons[rows, features] = table["reject_gap"][features, states]
     rejected: BoolArray = np.any(reasons, axis=1)
     # An indicator of absence does not rest on data, a rare text with a number does.
-    there = (matrix.states == PRESENT) & ~(rules.indicator & (numbers == 0)) | unseen & ~gaps
+    there = (matrix.states == PRESENT) & ~(table["indicator"] & (numbers == 0)) | unseen & ~gaps
     return CheckedFeatures(
-        values=values,
-        coverage=there[:, rules.speakers].sum(axis=1) / len(rules.speakers),
-        weighted_coverage=((there & ~far & ~unseen) @ rules.units) / rules.units_in_all,
-        rejected=rejected,
+        values=values + 0.0,  # which zero a maximum returns is not defined
+        coverage=there[:, table["speaks"]].sum(axis=1) / rules.groups,
+        weighted_coverage=((there & ~far & ~unseen) @ table["units"]) / rules.units_in_all,
         rejected_feature=np.where(rejected, reasons.argmax(axis=1), -1),
         out_of_range=far.sum(axis=1),
+        rejected=rejected,
     )
 
 
@@ -242,9 +245,9 @@ def build_verdicts(
     `min_coverage`, or a value lies far outside the training range.
     """
     enough = min_coverage / 4 if abstain_below is None else min(abstain_below, min_coverage)
-    abstain = (coverage == 0) | (coverage < enough)
-    caution = (coverage < min_coverage) | (out_of_range > 0)
-    return np.where(abstain, _ABSTAIN, np.where(caution, _CAUTION, _OK)).astype(np.uint8)
+    verdicts = np.where((coverage < min_coverage) | (out_of_range > 0), _CAUTION, _OK)
+    verdicts[coverage < max(enough, _SMALLEST)] = _ABSTAIN
+    return verdicts
 
 
 def drift_statistics(statistics: Sequence[FeatureStatistics], values: FloatArray) -> DriftStatistics:

@@ -3,32 +3,23 @@
 A feature is a declared spec: a transform out of the small vocabulary of `feature_transforms`, the columns it
 reads, its parameters, and what is to be done where it has no usable value. The specs are stored in the
 manifest, so training and serving build the same numbers from the same lines. Pure: no I/O, no clock (`as_of`
-is a parameter), and the only loop is over transforms. Never fills a gap: that is `feature_safety`. Called by
-the predictor, by training, and by whoever asks a model which columns it reads.
+is a parameter). Never fills a gap: that is `feature_safety`. Called by the predictor, by training, and by
+whoever asks a model which columns it reads.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from app.ai.domain import CodeArray, ColumnKind, FloatArray, InputColumn, IntArray, JsonObject, LeadColumns
-from app.ai.feature_transforms import (
-    INVALID,
-    LARGEST,
-    PRESENT,
-    TRANSFORMS,
-    AsOf,
-    CellState,
-    Params,
-    Places,
-    Reading,
-    check_params,
-    read_cells,
-)
+from app.ai.column_blocks import stack_columns
+from app.ai.domain import CodeArray, ColumnKind, FloatArray, InputColumn, JsonObject, LeadColumns
+from app.ai.feature_plan import FeaturePlan
+from app.ai.feature_transforms import TRANSFORMS, CellState, check_params
+from app.ai.score_kernels import ScoreKernels, installed_kernels
 
 __all__ = ["CellState", "FeatureMatrix", "FeatureSet", "FeatureSpec", "Gap", "Outside", "build_features"]
 
@@ -105,18 +96,6 @@ class FeatureSpec:
         return cls(**{**data, "inputs": tuple(_input_column(column) for column in data["inputs"])})
 
 
-class FeatureBlock(NamedTuple):
-    """The `f` features of a set that share a transform, and so are built at once.
-
-    `features` (f,) are their places in the set, `places` what they read (see `feature_transforms.Places`).
-    """
-
-    transform: str
-    features: IntArray
-    places: Places
-    params: Params
-
-
 @dataclass(frozen=True, slots=True)
 class FeatureSet:
     """The ordered features of a model.
@@ -124,8 +103,7 @@ class FeatureSet:
     `input_columns` are the columns they read, distinct and in order of first use. `groups` are the indices of
     features that read the same columns, and so come and go together, in order of first use; a group's first
     feature speaks for it. `group_names` are their names: a lone feature's own, or else the columns read.
-    `reading` is how the columns are read, `blocks` are the features by transform. `fingerprint` is the
-    SHA-256 of the canonical JSON of the specs.
+    `plan` is how they are built. `fingerprint` is the SHA-256 of the canonical JSON of the specs.
 
     Raises:
         ValueError: there is no feature, two share a name, or a column is read as two kinds.
@@ -136,8 +114,7 @@ class FeatureSet:
     input_columns: tuple[InputColumn, ...] = field(init=False, repr=False, compare=False)
     groups: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
     group_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    reading: Reading = field(init=False, repr=False, compare=False)
-    blocks: tuple[FeatureBlock, ...] = field(init=False, repr=False, compare=False)
+    plan: FeaturePlan = field(init=False, repr=False, compare=False)
     fingerprint: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -152,8 +129,8 @@ class FeatureSet:
         object.__setattr__(self, "input_columns", columns)
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "group_names", tuple(_group_name(self.specs, group) for group in groups))
-        object.__setattr__(self, "reading", Reading.of(columns))
-        object.__setattr__(self, "blocks", _group_by_transform(self.specs, self.reading.columns))
+        recipes = [(spec.transform, spec.inputs, spec.params) for spec in self.specs]
+        object.__setattr__(self, "plan", FeaturePlan.of(recipes))
         object.__setattr__(self, "fingerprint", _fingerprint(self.to_json()))
 
     def to_json(self) -> list[JsonObject]:
@@ -170,29 +147,26 @@ class FeatureSet:
         return cls(tuple(FeatureSpec.from_json(entry) for entry in data))
 
 
-def build_features(leads: LeadColumns, feature_set: FeatureSet, as_of: AsOf) -> FeatureMatrix:
+def build_features(
+    leads: LeadColumns,
+    feature_set: FeatureSet,
+    as_of: float | FloatArray,
+    find_kernels: Callable[[], ScoreKernels | None] = installed_kernels,
+) -> FeatureMatrix:
     """Builds the features of `n` leads; a lead's row depends on that lead alone, to the last bit.
 
-    `as_of` is in seconds since 1970-01-01 UTC: one moment, or one for each lead (n,).
+    `as_of` is in seconds since 1970-01-01 UTC: one moment, or one for each lead (n,). Without kernels it is
+    NumPy that builds, with the same result.
 
     Raises:
         ValueError: a column is absent or of another kind, or an as-of time is not finite.
     """
-    if not np.isfinite(as_of).all():
-        raise ValueError("an as-of time is not finite")
-    shape = (len(feature_set.specs), leads.n)
-    values, states = np.empty(shape), np.empty(shape, np.uint8)
-    with np.errstate(all="ignore"):
-        cells = read_cells(leads, feature_set.reading)
-        for block in feature_set.blocks:
-            build = TRANSFORMS[block.transform].build
-            values[block.features], states[block.features] = build(cells, block.places, block.params, as_of)
-        unusable = ~(np.abs(values) <= LARGEST)
-        if unusable.any():
-            states[unusable & (states == PRESENT)] = INVALID
-            values[unusable] = np.nan
-    values += 0.0  # -0.0 becomes 0.0: equal numbers that differ in a bit would be told apart by a digest.
-    return FeatureMatrix(np.ascontiguousarray(values.T), np.ascontiguousarray(states.T))
+    moments = np.ascontiguousarray(as_of, dtype=np.float64)
+    if not np.isfinite(moments).all() or moments.shape not in {(1,), (leads.n,)}:
+        raise ValueError("an as-of time is not finite, or there are not as many as leads")
+    plan = feature_set.plan
+    blocks = stack_columns(leads, plan.inputs)
+    return FeatureMatrix(*plan.build(blocks, moments, find_kernels()))
 
 
 def _group_by_inputs(specs: Sequence[FeatureSpec]) -> tuple[tuple[int, ...], ...]:
@@ -200,24 +174,6 @@ def _group_by_inputs(specs: Sequence[FeatureSpec]) -> tuple[tuple[int, ...], ...
     for index, spec in enumerate(specs):
         groups.setdefault(spec.inputs, []).append(index)
     return tuple(map(tuple, groups.values()))
-
-
-def _group_by_transform(
-    specs: Sequence[FeatureSpec], columns: Sequence[InputColumn]
-) -> tuple[FeatureBlock, ...]:
-    features: dict[str, list[int]] = {}
-    for index, spec in enumerate(specs):
-        features.setdefault(spec.transform, []).append(index)
-    row_of = {column: row for row, column in enumerate(columns)}
-    return tuple(
-        FeatureBlock(
-            transform,
-            np.array(block),
-            tuple(np.array([[row_of[column] for column in specs[index].inputs] for index in block]).T),
-            [specs[index].params for index in block],
-        )
-        for transform, block in features.items()
-    )
 
 
 def _group_name(specs: Sequence[FeatureSpec], group: tuple[int, ...]) -> str:

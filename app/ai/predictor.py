@@ -340,10 +340,7 @@ def score_leads(
         checked.weighted_coverage, checked.out_of_range, policy.min_coverage, bundle.abstain_below
     )
     lap("safety")
-    safe = np.flatnonzero(~checked.rejected)
-    raw = np.zeros(leads.n)
-    if safe.size:
-        raw[safe] = bundle.scorer(checked.values[safe])
+    raw = bundle.scorer(checked.values)
     lap("scoring")
     base_rate = np.clip(bundle.manifest.base_rate, bundle.calibrator.lower, bundle.calibrator.upper)
     probability = np.where(verdict == _ABSTAIN, base_rate, calibrate(raw, bundle.calibrator))

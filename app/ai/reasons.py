@@ -14,7 +14,7 @@ import numpy as np
 
 from app.ai.domain import FloatArray, LeadColumns
 from app.ai.feature_safety import FeatureStatistics
-from app.ai.feature_transforms import CellState, Reading, read_cells
+from app.ai.feature_transforms import CellState, code_texts, named_texts, number_texts
 from app.ai.features import FeatureMatrix, FeatureSet, FeatureSpec
 
 MAX_REASONS = 5
@@ -72,13 +72,10 @@ def _say(group: GroupWords, row: int, points: int) -> str:
 
 def _classify_texts(leads: LeadColumns, specs: Sequence[FeatureSpec]) -> list[str]:
     """Names the levels the model has a number for, in the manifest's words, and no other text."""
-    levels = {level for spec in specs for level in spec.params.get("levels", spec.params.get("values", ()))}
-    cells = read_cells(leads, Reading.of(specs[0].inputs))
-    named = [text if text in levels else _ANOTHER for text in cells.texts[0]]
-    return [
-        named[index] if state == CellState.PRESENT else _UNKNOWN
-        for index, state in zip(cells.indices[0].tolist(), cells.states[0].tolist(), strict=True)
-    ]
+    levels = list(dict.fromkeys(text for spec in specs for text in named_texts(spec.params)))
+    words = [_UNKNOWN, _ANOTHER, *levels]  # by code
+    texts = leads.columns[specs[0].inputs[0].name].values.tolist()
+    return [words[code] for code in code_texts(texts, number_texts(levels))]
 
 
 def _classify_numbers(

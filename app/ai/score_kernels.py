@@ -1,20 +1,22 @@
 """The compiled loops of scoring: `_score_kernels.c`, built when the package is installed, opened by ctypes.
 
 Trees are laid out once, when a model is loaded, as one array of small nodes; a call then walks 16 rows at a
-time down each tree, without a branch and without the interpreter's lock. Equal to scikit-learn to the last
-bit, see `_score_kernels.c`. Pure but for opening the library. Called by `inference`.
+time down each tree, without a branch and without the interpreter's lock. Features are built and made safe by
+one call each, whatever their number. Equal to scikit-learn and to NumPy to the last bit, see
+`_score_kernels.c`. Pure but for opening the library. Called by `inference`, `feature_plan`, `feature_safety`.
 """
 
 import ctypes
 import logging
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app.ai.domain import FloatArray
+from app.ai.domain import CodeArray, FloatArray
 from app.ai.fitted_trees import Tree
 
 RowSum = Callable[[FloatArray], FloatArray]
@@ -25,7 +27,54 @@ NODE = np.dtype(
 )
 """`struct node` of the C source: leaves hold their value in `threshold` and are their own children."""
 
+CELL_COLUMN = np.dtype([("lower", np.float64), ("upper", np.float64), ("is_flag", np.int64)])
+FEATURE = np.dtype(
+    [("zero_over_zero", np.float64), *((name, np.int32) for name in ("operation", "first", "second"))],
+    align=True,
+)
+LEVEL = np.dtype([("value", np.float64), ("state", np.int64)])
+"""`struct cell_column`, `struct feature` and `struct level`, see `feature_plan.FeaturePlan`."""
+
+RULE = np.dtype(
+    [
+        *((name, np.float64) for name in ("lower", "upper", "far_below", "far_above")),
+        *((name, np.float64) for name in ("clip_below", "clip_above", "impute")),
+        ("fill", np.float64, 4),
+        ("units", np.int64),
+        ("reject_gap", np.bool_, 4),
+        *((name, np.bool_) for name in ("impute_outside", "reject_outside", "indicator", "speaks")),
+    ]
+)
+"""`struct rule`, see `feature_safety.SafetyRules`."""
+
+CHECKED = np.dtype(
+    [
+        ("coverage", np.float64),
+        ("weighted_coverage", np.float64),
+        ("rejected_feature", np.int64),
+        ("out_of_range", np.int64),
+        ("rejected", np.bool_),
+    ],
+    align=True,
+)
+"""`struct checked`, see `feature_safety.CheckedFeatures`."""
+
+
+class Operation(IntEnum):
+    """`enum operation`: how a feature is built from numbers, or that it is looked up for a text."""
+
+    VALUE = 0
+    LOG1P = 1
+    IS_PRESENT = 2
+    AGE_DAYS = 3
+    DAYS_UNTIL = 4
+    DAYS_BETWEEN = 5
+    RATIO = 6
+    LOOK_UP = 7
+
+
 _LOG = logging.getLogger(__name__)
+_RECORDS = (NODE, CELL_COLUMN, FEATURE, LEVEL, RULE, CHECKED)
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -39,15 +88,22 @@ class ScoreKernels:
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path)
         try:
-            if _I32.in_dll(library, "node_bytes").value != NODE.itemsize:
+            if list((_I32 * len(_RECORDS)).in_dll(library, "record_bytes")) != [
+                record.itemsize for record in _RECORDS
+            ]:
                 raise OSError("built from another version of its source")
             self._sum_trees, self._sum_terms = library.sum_trees, library.sum_terms
+            self._build_features, self._check_features = library.build_features, library.check_features
         except (ValueError, AttributeError) as exc:
             raise OSError("not the library of the scoring loops") from exc
         self._sum_trees.argtypes = [_POINTER] * 3 + [_I64, _POINTER, _I64, _I64, _I32, _POINTER]
         self._sum_trees.restype = _I32
         self._sum_terms.argtypes = [_POINTER] * 2 + [_I64, _POINTER, _POINTER, _I64, _I64, _POINTER]
         self._sum_terms.restype = None
+        self._build_features.argtypes = [_POINTER] * 7 + [_I64] * 3 + [_POINTER] * 2
+        self._build_features.restype = None
+        self._check_features.argtypes = [_POINTER, *[_I64] * 3, *[_POINTER] * 2, _I64, *[_POINTER] * 2]
+        self._check_features.restype = None
 
     def build_tree_sum(
         self, trees: Sequence[Tree], n_features: int, *, start: float = 0.0, single_precision: bool = False
@@ -102,6 +158,44 @@ class ScoreKernels:
 
         return sum_rows
 
+    def build_features(
+        self,
+        plan: Sequence[NDArray[np.void]],
+        numbers: FloatArray,
+        logs: FloatArray,
+        codes: NDArray[np.int32],
+        moments: FloatArray,
+    ) -> tuple[FloatArray, CodeArray]:
+        """Returns values and states (n, k) of `n` leads, see `feature_plan.FeaturePlan.build`.
+
+        `plan` are the columns (a,), features (k,) and levels of a plan, `numbers` (a, n), `logs` (l, n) and
+        `codes` (b, n) what it reads, `moments` (1,) or (n,). All are C-contiguous, and the plan and the codes
+        name no row and no level beyond them.
+        """
+        (columns, features, levels), n = plan, numbers.shape[1]
+        values, states = np.empty((n, len(features))), np.empty((n, len(features)), np.uint8)
+        pointers = [array.ctypes.data for array in (columns, features, levels, numbers, logs, codes, moments)]
+        moment_step = int(len(moments) > 1)
+        self._build_features(*pointers, len(features), moment_step, n, values.ctypes.data, states.ctypes.data)
+        return values, states
+
+    def check_features(
+        self, rules: NDArray[np.void], groups: int, units_in_all: int, values: FloatArray, states: CodeArray
+    ) -> tuple[FloatArray, NDArray[np.void]]:
+        """Returns safe values (n, k) and what is to be said of each lead (n,), as `CHECKED`.
+
+        `rules` (k,) are `RULE`, see `feature_safety.SafetyRules`; values and states (n, k) are as built.
+        """
+        rows, states = _check_rows(values, len(rules)), np.ascontiguousarray(states, dtype=np.uint8)
+        if states.shape != rows.shape:
+            raise ValueError("there are not as many states as values")
+        safe, checked = np.empty(rows.shape), np.empty(len(rows), CHECKED)
+        self._check_features(
+            *(rules.ctypes.data, len(rules), groups, units_in_all),
+            *(rows.ctypes.data, states.ctypes.data, len(rows), safe.ctypes.data, checked.ctypes.data),
+        )
+        return safe, checked
+
 
 @cache
 def installed_kernels() -> ScoreKernels | None:
@@ -119,8 +213,9 @@ def load_kernels(path: str | None) -> ScoreKernels | None:
         except OSError as exc:
             reason = str(exc)
     _LOG.warning(
-        "models are scored by scikit-learn, with the same results but several times slower, without the "
-        "compiled loops (%s); have a C compiler on the path and install the package again",
+        "models are scored by scikit-learn and features built by NumPy, with the same results but several "
+        "times slower, without the compiled loops (%s); have a C compiler on the path and install the "
+        "package again",
         reason,
     )
     return None

@@ -1,0 +1,85 @@
+"""Columns as the database sends them: all numbers in one block, all texts in another, NULL as a mark.
+
+A feature set is built from blocks, so a batch that comes as blocks in its order goes through untouched; the
+columns of anybody else are stacked. Pure. Called by the decoders of `app.db.lead_cells`, and by
+`feature_plan`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from app.ai.domain import Column, ColumnKind, FloatArray, InputColumn, LeadColumns
+
+NULL_NUMBER = np.uint64(0x7FF8_0000_0000_0001)
+"""The bits that stand for no number: a quiet NaN with a payload. Neither Python's NaN nor PostgreSQL's has
+one, so a stored NaN stays apart from NULL."""
+NULL_TEXT = "\udcff"
+"""Stands for no text: half a surrogate pair, which no text that can be written as UTF-8 has."""
+
+
+class ColumnBlocks(Mapping[str, Column]):
+    """The `a` columns of numbers, then the `b` of text, of `n` leads; a `Column` is made when asked for.
+
+    `numbers` are float64 (a, n), C-contiguous, `texts` lists of `str` (b, n); both have marks for NULL.
+    """
+
+    __slots__ = ("inputs", "numbers", "texts")
+
+    def __init__(
+        self, inputs: tuple[InputColumn, ...], numbers: FloatArray, texts: Sequence[Sequence[str]]
+    ) -> None:
+        self.inputs = inputs
+        self.numbers = numbers
+        self.texts = texts
+
+    def __getitem__(self, name: str) -> Column:
+        for row, (found, kind) in enumerate(self.inputs):
+            if found == name:
+                return self._column(row, kind)
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (column.name for column in self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def _column(self, row: int, kind: ColumnKind) -> Column:
+        if kind == "text":
+            return text_column(self.texts[row - len(self.numbers)])
+        numbers = self.numbers[row]
+        return Column(kind, numbers, numbers.view(np.uint64) != NULL_NUMBER)
+
+
+def text_column(texts: Sequence[str]) -> Column:
+    """Returns texts (n,), with marks for NULL, as a column."""
+    values = np.array(texts, dtype=object)
+    present = np.asarray(values != NULL_TEXT, dtype=np.bool_)
+    values[~present] = ""
+    return Column("text", values, present)
+
+
+def stack_columns(leads: LeadColumns, inputs: tuple[InputColumn, ...]) -> ColumnBlocks:
+    """Returns these columns, those of numbers first, as blocks.
+
+    Raises:
+        ValueError: a column is absent or of another kind.
+    """
+    if isinstance(leads.columns, ColumnBlocks) and leads.columns.inputs == inputs:
+        return leads.columns
+    columns = [_find_column(leads, wanted) for wanted in inputs]
+    numbers = [column for column in columns if column.kind != "text"]
+    block = np.array([column.values for column in numbers], dtype=np.float64).reshape(len(numbers), leads.n)
+    absent = ~np.array([column.present for column in numbers], dtype=np.bool_).reshape(block.shape)
+    block.view(np.uint64)[absent] = NULL_NUMBER
+    return ColumnBlocks(inputs, block, [column.values.tolist() for column in columns[len(numbers) :]])
+
+
+def _find_column(leads: LeadColumns, wanted: InputColumn) -> Column:
+    column = leads.columns.get(wanted.name)
+    if column is None:
+        raise ValueError(f"column {wanted.name!r} is absent")
+    if column.kind != wanted.kind:
+        raise ValueError(f"column {wanted.name!r} is not a {wanted.kind}")
+    return column

@@ -1,0 +1,176 @@
+"""The loops that build features and make them safe give NumPy's bits, whatever the model and the leads."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.ai.column_blocks import NULL_NUMBER, NULL_TEXT, ColumnBlocks, stack_columns
+from app.ai.domain import InputColumn, LeadColumns
+from app.ai.feature_safety import SafetyRules, apply_rules, build_statistics
+from app.ai.feature_transforms import RANGES, TRANSFORMS
+from app.ai.features import FeatureMatrix, FeatureSet, build_features
+from app.ai.score_kernels import CHECKED, installed_kernels
+from tests.builders import (
+    AS_OF,
+    DAY,
+    EVERY_TRANSFORM,
+    ODD_FLOATS,
+    matrix,
+    number_features,
+    plausible_leads,
+    spec,
+)
+
+needs_kernels = pytest.mark.skipif(installed_kernels() is None, reason="installed without a C compiler")
+
+COLUMNS = {
+    "number": ("gpa", "minutes", "visits"),
+    "boolean": ("opted_in", "called"),
+    "timestamp": ("created", "intake"),
+    "text": ("source", "city"),
+}
+EDGES = [edge for bounds in RANGES.values() for edge in bounds]
+NUMBERS = st.one_of(
+    st.none(),
+    st.sampled_from(ODD_FLOATS),
+    st.sampled_from(
+        [*EDGES, *(float(np.nextafter(edge, side)) for edge in EDGES for side in (-np.inf, np.inf))]
+    ),
+    st.sampled_from([AS_OF, AS_OF - DAY, AS_OF + DAY / 3, 0.0, 1.0, 2.0, 3.25]),
+    st.floats(),
+)
+WORDS = ["web", "fair", "Web ", "ﬁn", "fin", "", "  ", "pigeon"]
+PARAMETERS = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -2.5]), st.floats(-3e38, 3e38))
+MOMENTS = st.one_of(st.just(AS_OF), st.floats(-1e12, 1e12), st.sampled_from([0.0, -0.0, 1e300, -1.7e308]))
+
+
+@st.composite
+def feature_sets(draw) -> FeatureSet:
+    """Any features over a few columns, with any strategies."""
+    specs = []
+    for place in range(draw(st.integers(1, 8))):
+        name = draw(st.sampled_from(sorted(TRANSFORMS)))
+        inputs = []
+        for kinds in TRANSFORMS[name].kinds:
+            kind = draw(st.sampled_from(kinds))
+            inputs.append((draw(st.sampled_from(COLUMNS[kind])), kind))
+        params = {key: draw(PARAMETERS) for key in sorted(TRANSFORMS[name].optional) if draw(st.booleans())}
+        if name == "level":
+            texts = draw(st.lists(st.sampled_from(["web", "fair", "fin", ""]), min_size=1, unique=True))
+            params["levels"] = {text: draw(PARAMETERS) for text in texts}
+        if name == "one_of":
+            params["values"] = draw(
+                st.lists(st.sampled_from(["web", "Fair", "city", " "]), min_size=1, unique=True)
+            )
+        kept = st.sampled_from(["impute", "zero", "reject", "keep"])
+        gaps = {gap: draw(kept) for gap in ("missing", "invalid", "unseen")}
+        gaps |= {gap: "impute" for gap in ("missing", "unseen") if gap in params}
+        outside = draw(st.sampled_from(["clip", "keep", "reject", "impute"]))
+        specs.append(spec(name, *inputs, name=f"f{place}", params=params, out_of_range=outside, **gaps))
+    return FeatureSet(tuple(specs))
+
+
+def block_of(feature_set: FeatureSet, rows: list[list[float | str | None]]) -> LeadColumns:
+    """Leads as the database sends them; a row has a number or text for each column in the plan's order."""
+    inputs = feature_set.plan.inputs
+    cells = [[row[at] for row in rows] for at in range(len(inputs))]
+    a = sum(column.kind != "text" for column in inputs)
+    numbers = np.empty((a, len(rows)))
+    for place, values in enumerate(cells[:a]):
+        numbers[place] = [np.nan if value is None else value for value in values]
+        numbers.view(np.uint64)[place, [value is None for value in values]] = NULL_NUMBER
+    texts = [[NULL_TEXT if value is None else value for value in values] for values in cells[a:]]
+    return LeadColumns(len(rows), ColumnBlocks(inputs, numbers, texts))
+
+
+def leads_for(feature_set: FeatureSet, most: int = 6) -> st.SearchStrategy[list]:
+    texts = st.one_of(st.none(), st.sampled_from(WORDS), st.text(max_size=4))
+    row = st.tuples(*(texts if column.kind == "text" else NUMBERS for column in feature_set.plan.inputs))
+    return st.lists(row, max_size=most)
+
+
+def without() -> None:
+    """Where no kernels are found."""
+
+
+def same_matrix(left: FeatureMatrix, right: FeatureMatrix) -> bool:
+    return left.values.tobytes() == right.values.tobytes() and left.states.tobytes() == right.states.tobytes()
+
+
+@needs_kernels
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_features_of_any_leads_are_built_and_made_safe_to_the_same_bits(data) -> None:
+    features = data.draw(feature_sets())
+    trained = block_of(features, data.draw(leads_for(features)))
+    statistics = build_statistics(build_features(trained, features, AS_OF, without)) if trained.n else None
+    leads = block_of(features, data.draw(leads_for(features)))
+    as_of = data.draw(st.one_of(MOMENTS, st.lists(MOMENTS, min_size=leads.n, max_size=leads.n).map(np.array)))
+    built = build_features(leads, features, as_of)
+    assert same_matrix(built, build_features(leads, features, as_of, without))
+    if statistics is not None:
+        k = len(features.specs)
+        weights = data.draw(st.one_of(st.none(), st.lists(st.floats(0, 2), min_size=k, max_size=k)))
+        same_safety(built, SafetyRules.of(features, statistics, weights))
+
+
+def same_safety(built: FeatureMatrix, rules: SafetyRules) -> None:
+    compiled, reference = apply_rules(built, rules), apply_rules(built, rules, without)
+    assert compiled.values.tobytes() == reference.values.tobytes()
+    for name in CHECKED.fields:
+        np.testing.assert_array_equal(getattr(compiled, name), getattr(reference, name), err_msg=name)
+
+
+@needs_kernels
+def test_many_leads_with_every_transform_are_built_and_made_safe_to_the_same_bits() -> None:
+    leads = plausible_leads(3000, seed=8)
+    each = AS_OF + np.arange(3000.0)
+    built = build_features(leads, EVERY_TRANSFORM, each)
+    assert same_matrix(built, build_features(leads, EVERY_TRANSFORM, each, without))
+    same_safety(built, SafetyRules.of(EVERY_TRANSFORM, build_statistics(built)))
+
+
+@needs_kernels
+@given(st.lists(st.floats(min_value=0, max_value=1e30), min_size=1, max_size=70))
+def test_a_logarithm_has_the_same_bits_alone_and_among_others(numbers: list[float]) -> None:
+    features = FeatureSet((spec("log1p", ("x", "number")),))
+    many = build_features(block_of(features, [[number] for number in numbers]), features, AS_OF).values
+    for row, number in enumerate(numbers):
+        alone = build_features(block_of(features, [[number]]), features, AS_OF, without).values
+        assert alone.tobytes() == many[row].tobytes()
+
+
+@needs_kernels
+def test_states_and_rows_that_do_not_fit_the_rules_never_reach_the_loops() -> None:
+    features = number_features("a", "b")
+    rules = SafetyRules.of(features, build_statistics(matrix([[0.0, 1.0]])))
+    for values, states in (((3, 1), (3, 1)), ((3, 2), (2, 2)), ((2,), (2,))):
+        with pytest.raises(ValueError, match=r"rows of 2|as many states"):
+            apply_rules(FeatureMatrix(np.zeros(values), np.zeros(states, np.uint8)), rules)
+
+
+def test_as_of_times_are_one_or_one_for_each_lead() -> None:
+    leads = plausible_leads(3, seed=9)
+    for as_of in (np.zeros(2), np.zeros((3, 1)), np.nan, np.array([0.0, 0.0, np.inf])):
+        with pytest.raises(ValueError, match="as-of"):
+            build_features(leads, EVERY_TRANSFORM, as_of)
+
+
+def test_blocks_hold_the_columns_they_were_stacked_from() -> None:
+    leads = plausible_leads(50, seed=10)
+    inputs = EVERY_TRANSFORM.plan.inputs
+    blocks = stack_columns(leads, inputs)
+    assert list(blocks) == [column.name for column in inputs]
+    assert len(blocks) == len(inputs)
+    for name, kind in inputs:
+        expected, found = leads.columns[name], blocks[name]
+        assert found.kind == kind
+        np.testing.assert_array_equal(found.values, expected.values)
+        if kind != "text":  # a blank text and none are the same to a feature
+            np.testing.assert_array_equal(found.present, expected.present)
+    assert stack_columns(LeadColumns(50, blocks), inputs) is blocks
+    with pytest.raises(KeyError):
+        blocks["nothing"]
+    with pytest.raises(ValueError, match="'city' is absent"):
+        stack_columns(leads, (InputColumn("city", "text"),))
