@@ -90,6 +90,6 @@ def test_answers_that_name_a_version_link_to_its_card() -> None:
     document = {
         "paths": {SCORE: {"post": {"responses": {"200": {}}}}, card: {"get": {"operationId": "get_card"}}}
     }
-    link = complete_document(document, 7)["paths"][SCORE]["post"]["responses"]["200"]["links"]["card"]
+    link = complete_document(document, 7, ())["paths"][SCORE]["post"]["responses"]["200"]["links"]["card"]
     assert link["operationId"] == "get_card"
     assert link["parameters"] == {"version": "$response.body#/model_version"}
