@@ -24,6 +24,7 @@
     │   ├── CircuitOpenError           CIRCUIT_OPEN
     │   ├── OverloadedError            OVERLOADED
     │   ├── KeysUnavailableError       KEYS_UNAVAILABLE
+    │   ├── DrainingError              DRAINING
     │   └── TelemetryUnavailableError  TELEMETRY_UNAVAILABLE
     └── CommandError                   a command for people cannot go on: one clear line
         ├── SettingsError              an environment variable is wrong
@@ -226,6 +227,13 @@ class KeysUnavailableError(UnavailableError):
 
     code, title = "KEYS_UNAVAILABLE", "Keys unavailable"
     default_detail = "The keys that credentials are verified with are not known yet; try again shortly."
+
+
+class DrainingError(UnavailableError):
+    """The service is ending; it still answers, but wants no new traffic."""
+
+    code, title = "DRAINING", "Draining"
+    default_detail = "The service is about to end; send requests elsewhere."
 
 
 class TelemetryUnavailableError(UnavailableError):
