@@ -12,8 +12,9 @@ import time
 from typing import Any, Literal
 
 from uuid_utils import uuid7
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from app.ai.events import UNMATCHED_ROUTE, RequestRecord
@@ -38,6 +39,7 @@ class ProblemProtocol(HttpToolsProtocol):
         self._drain: Drain = app_state["drain"]
         self._since = 0.0
         self._watch: asyncio.TimerHandle | None = None
+        self._answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop; the first request is due from now on."""
@@ -49,6 +51,7 @@ class ProblemProtocol(HttpToolsProtocol):
         """Called by the loop."""
         if self._watch is not None:
             self._watch.cancel()
+        self._give_up()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -83,9 +86,20 @@ class ProblemProtocol(HttpToolsProtocol):
             delay = self._since + self._deadline - self.loop.time()
             if delay <= 0:
                 CLIENT_TIMEOUTS.labels(waiting_for).inc()
+                self._give_up()
                 self.transport.abort()
                 return
         self._watch = self.loop.call_later(delay, self._look_at_client)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _give_up(self) -> None:
+        # Of a pipeline, uvicorn tells only the last request that the client is gone, not the one being answered.
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def _waits_for(self) -> Literal["request", "reader"] | None:
         if self.transport.get_write_buffer_size():
@@ -109,5 +123,6 @@ class ProblemProtocol(HttpToolsProtocol):
         ]
         observe_request(UNMATCHED_ROUTE, answer.status_code, error.code, 0.0)
         head = b"".join(b"%s: %s\r\n" % pair for pair in headers)
+        self._give_up()
         self.transport.write(STATUS_LINE[answer.status_code] + head + b"\r\n" + bytes(answer.body))
         self.transport.close()
