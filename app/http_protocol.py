@@ -96,7 +96,7 @@ class ProblemProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _give_up(self) -> None:
-        # Of a pipeline, uvicorn tells only the last request that the client is gone, not the one being answered.
+        # uvicorn tells the last request of a pipeline that the client is gone, not the one being answered.
         if self._answering is not None:
             self._answering.disconnected = True
             self._answering.message_event.set()
