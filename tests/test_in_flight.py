@@ -18,9 +18,15 @@ class _Busy:
         self.begun: asyncio.Queue[None] = asyncio.Queue()
         self.may_end = asyncio.Event()
 
-    async def __call__(self, _scope: Any, _receive: Any, _send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, _send: Any) -> None:
+        if scope is POST:
+            await receive()
         self.begun.put_nowait(None)
         await self.may_end.wait()
+
+
+async def _arrive() -> Any:
+    return {"type": "http.request", "body": b"[]", "more_body": False}
 
 
 async def _never() -> Any:
@@ -36,32 +42,51 @@ async def test_one_more_than_the_limit_is_refused_and_the_place_is_given_back() 
     limit = InFlightLimit(busy, limit=2)
     async with asyncio.TaskGroup() as group:
         for _ in range(2):
-            group.create_task(limit(POST, _never, _ignore))
+            group.create_task(limit(POST, _arrive, _ignore))
         await busy.begun.get()
         await busy.begun.get()
         with pytest.raises(OverloadedError) as refused:
-            await limit(POST, _never, _ignore)
+            await limit(POST, _arrive, _ignore)
         assert refused.value.retry_after == 1
         group.create_task(limit(GET, _never, _ignore))
         await busy.begun.get()
         busy.may_end.set()
-    await limit(POST, _never, _ignore)
+    await limit(POST, _arrive, _ignore)
 
 
 async def test_a_request_that_fails_or_is_given_up_gives_its_place_back() -> None:
-    async def fail(_scope: Any, _receive: Any, _send: Any) -> None:
+    async def fail(_scope: Any, receive: Any, _send: Any) -> None:
+        await receive()
         raise ConnectionError
 
     limit = InFlightLimit(fail, limit=1)
     for _ in range(3):
         with pytest.raises(ConnectionError):
-            await limit(POST, _never, _ignore)
+            await limit(POST, _arrive, _ignore)
     busy = _Busy()
     limit = InFlightLimit(busy, limit=1)
-    given_up = asyncio.create_task(limit(POST, _never, _ignore))
+    given_up = asyncio.create_task(limit(POST, _arrive, _ignore))
     await busy.begun.get()
     given_up.cancel()
     with pytest.raises(asyncio.CancelledError):
         await given_up
     busy.may_end.set()
-    await limit(POST, _never, _ignore)
+    await limit(POST, _arrive, _ignore)
+
+
+async def test_a_request_takes_its_place_when_it_has_arrived_and_not_while_its_body_trickles_in() -> None:
+    busy, rest = _Busy(), asyncio.Event()
+    limit = InFlightLimit(busy, limit=1)
+
+    async def trickle() -> Any:
+        await rest.wait()
+        return await _arrive()
+
+    slow = asyncio.create_task(limit(POST, trickle, _ignore))
+    quick = asyncio.create_task(limit(POST, _arrive, _ignore))
+    await busy.begun.get()
+    rest.set()
+    with pytest.raises(OverloadedError):
+        await slow
+    busy.may_end.set()
+    await quick
