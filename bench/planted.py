@@ -3,12 +3,17 @@
 python -m bench.planted NAME
 """
 
+import asyncio
+import dataclasses
 import sys
 from collections.abc import Callable
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import app.http_protocol
+import app.wiring
+from app.ai.model_bundle import ModelBundle
+from app.ai.model_registry import ModelRegistry
 from app.serve import serve
 from app.settings import load_settings
 
@@ -18,7 +23,27 @@ def stock_protocol() -> None:
     app.http_protocol.ProblemProtocol = HttpToolsProtocol  # type: ignore[assignment,misc]
 
 
-PLANTS: dict[str, Callable[[], None]] = {"stock-protocol": stock_protocol}
+def swap_in_place() -> None:
+    """A registry that keeps one bundle and changes it part by part: requests see halves of two models."""
+
+    class SwapsInPlace(ModelRegistry):
+        async def active(self) -> ModelBundle:
+            bundle = await super().active()
+            kept: ModelBundle = self.__dict__.setdefault("kept", dataclasses.replace(bundle))
+            if kept.ref != bundle.ref and "swap" not in self.__dict__:
+                self.__dict__["swap"] = asyncio.create_task(self._swap(kept, bundle))
+            return kept
+
+        async def _swap(self, kept: ModelBundle, bundle: ModelBundle) -> None:
+            for part in dataclasses.fields(bundle):
+                object.__setattr__(kept, part.name, getattr(bundle, part.name))
+                await asyncio.sleep(0.005)
+            del self.__dict__["swap"]
+
+    app.wiring.ModelRegistry = SwapsInPlace  # type: ignore[misc]
+
+
+PLANTS: dict[str, Callable[[], None]] = {"stock-protocol": stock_protocol, "swap-in-place": swap_in_place}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import uvloop
 from numpy.random import Generator, default_rng
 
 from bench.data import open_stage, sample_lead_ids
@@ -29,7 +30,7 @@ PROMISE = "slow clients are cut off within the deadline and a second, and cost t
 LEADS = 10_000
 GOOD_CLIENTS = 4
 GOOD_SECONDS = 8.0
-TRICKLE_SECONDS = 0.25
+TRICKLE_SHARE = 1 / 12  # of the deadline, between two bytes
 GRACE_SECONDS = 1.0
 STALLED = 20
 SETTLING_SECONDS = 0.3
@@ -40,12 +41,12 @@ _HEAD = f"POST {PATH} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\
 
 def measure(run: ProofRun) -> Sequence[Figure]:
     """Measures with a few hundred slow clients, or 10,000 in the long run."""
-    return asyncio.run(_measure(run, 10_000 if run.long else 300, deadline=10.0 if run.long else 3.0))
+    return uvloop.run(_measure(run, 10_000 if run.long else 300, deadline=10.0 if run.long else 3.0))
 
 
 def stock_protocol(run: ProofRun) -> Sequence[Figure]:
     """The same with uvicorn's own protocol, which waits for ever."""
-    return asyncio.run(_measure(run, 20, deadline=1.0, plant="stock-protocol"))
+    return uvloop.run(_measure(run, 20, deadline=1.0, plant="stock-protocol"))
 
 
 async def _measure(
@@ -63,8 +64,8 @@ async def _measure(
         alone, beside = Sample(), Sample()
         await run_load(server.port, requests, alone, connections=GOOD_CLIENTS, seconds=seconds, at_least=100)
         longest = deadline + GRACE_SECONDS
-        stalled = await _stall(server.port, longest)
-        crowd = asyncio.create_task(_crowd(server.port, slow, default_rng(run.seed), longest))
+        stalled = await _stall(server.port, deadline)
+        crowd = asyncio.create_task(_crowd(server.port, slow, default_rng(run.seed), deadline))
         await run_load(server.port, requests, beside, connections=GOOD_CLIENTS, seconds=longest, at_least=100)
         lives = [*await crowd, *stalled]
     return (
@@ -81,21 +82,21 @@ def _ratio(beside: Sample, alone: Sample) -> float:
     return beside.percentile(0.99) / alone.percentile(0.99)
 
 
-async def _crowd(port: int, count: int, draw: Generator, longest: float) -> list[float | None]:
+async def _crowd(port: int, count: int, draw: Generator, deadline: float) -> list[float | None]:
     """Returns how long each slow client was let stay, in seconds; None for those that were not cut off."""
     kinds = (b"", b"POST /a", _HEAD + b"Content-Length: 2000\r\n\r\n[")
     async with asyncio.TaskGroup() as group:
         tasks = []
         for number in range(count):
             client = await _Slow.connect(port)
-            stay = client.stay(kinds[number % len(kinds)], b"x", draw.uniform(0, TRICKLE_SECONDS), longest)
+            stay = client.stay(kinds[number % len(kinds)], b"x", draw.uniform(0, 1), deadline)
             tasks.append(group.create_task(stay))
             if number % 10 == 9:
-                await asyncio.sleep(0.02)  # they come in a stream, not all at one instant
+                await asyncio.sleep(deadline / 2 * 10 / count)  # in a stream, and all there before one leaves
     return [task.result() for task in tasks]
 
 
-async def _stall(port: int, longest: float) -> list[float | None]:
+async def _stall(port: int, deadline: float) -> list[float | None]:
     """Does what `_crowd` does with clients that do not read their answers."""
     models = json.loads(await ask(port, b"GET /ai/advanced-ml/models HTTP/1.1\r\nHost: bench\r\n\r\n"))
     page = f"GET {models['available'][0]['card']} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
@@ -107,9 +108,7 @@ async def _stall(port: int, longest: float) -> list[float | None]:
     while answered > before:
         await asyncio.sleep(SETTLING_SECONDS)
         answered, before = await _count_pages(port), answered
-    return await asyncio.gather(
-        *(client.stay(b"", b"\r\n", 0, longest - SETTLING_SECONDS) for client in clients)
-    )
+    return await asyncio.gather(*(client.stay(b"", b"\r\n", 0, deadline) for client in clients))
 
 
 async def _count_pages(port: int) -> float:
@@ -123,7 +122,7 @@ class _Slow(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.transport: Any = None
-        self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._gone: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
     @classmethod
     async def connect(cls, port: int, *, reads: bool = True) -> Self:
@@ -143,23 +142,22 @@ class _Slow(asyncio.Protocol):
 
     def connection_lost(self, _exc: Exception | None) -> None:
         if not self._gone.done():
-            self._gone.set_result(None)
+            self._gone.set_result(time.perf_counter())
 
-    async def stay(self, first: bytes, trickle: bytes, offset: float, longest: float) -> float | None:
+    async def stay(self, first: bytes, trickle: bytes, offset: float, deadline: float) -> float | None:
         """Sends a little now and then; returns how long it took until the server ended it, or None.
 
         A client that does not read learns of its end from its next write.
         """
-        began = time.perf_counter()
+        began, pause = time.perf_counter(), deadline * TRICKLE_SHARE
         self.transport.write(first)
-        await asyncio.wait({self._gone}, timeout=offset)
-        while not self._gone.done() and time.perf_counter() - began < longest:
+        await asyncio.wait({self._gone}, timeout=offset * pause)
+        while not self._gone.done() and time.perf_counter() - began < deadline + GRACE_SECONDS:
             if first or trickle.isspace():
                 self.transport.write(trickle)
-            await asyncio.wait({self._gone}, timeout=TRICKLE_SECONDS)
-        stay = time.perf_counter() - began
+            await asyncio.wait({self._gone}, timeout=pause)
         self.transport.abort()
-        return stay if self._gone.done() else None
+        return self._gone.result() - began if self._gone.done() else None
 
 
 if __name__ == "__main__":

@@ -93,6 +93,18 @@ def _start(
                 process.kill()
 
 
+def worker_pids(pid: int) -> list[int]:
+    """Returns the process IDs of a service's workers; with one worker there is no process but the service."""
+    return [child for child in _children(pid) if b"spawn_main" in _command(child)]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def _children(pid: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
