@@ -106,6 +106,8 @@ class Settings(BaseSettings):
     """How long a prediction may be answered from the cache; 0 turns the cache off."""
     ml_prediction_cache_size: int = Field(100_000, ge=1, le=10_000_000)
     """Most predictions a worker remembers."""
+    ml_degraded_answers: bool = True
+    """While the database is away, answer leads whose last prediction is remembered, marked `degraded`."""
     ml_prewarm_leads: int = Field(0, ge=0, le=1_000_000)
     """The newest leads are kept scored ahead of being asked, this many of them; 0: none."""
     ml_min_feature_coverage: float = Field(0.6, ge=0, le=1)

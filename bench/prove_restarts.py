@@ -24,7 +24,7 @@ from bench.figures import Figure
 from bench.load import build_request
 from bench.proof import ProofRun, run_proof
 from bench.servers import Server, start_service, worker_pids
-from bench.small_models import publish_small_model
+from bench.small_models import publish_small_model, remove_small_model
 
 PROMISE = "hot swaps and restarts drop no request, and no answer mixes two models"
 LEADS = 10_000
@@ -89,8 +89,7 @@ async def _measure(
 async def _swap(models: Path, load: "_Load", swaps: int) -> None:
     for number in range(2, swaps + 2):
         publish_small_model(models, number)
-        for stale in models.glob(f"*_{number - KEPT_MODELS:06}.*"):
-            stale.unlink()
+        remove_small_model(models, number - KEPT_MODELS)
         await asyncio.sleep(SWAP_SECONDS)
         await load.wait_for(number)
 

@@ -54,6 +54,12 @@ def publish_small_model(model_dir: Path, number: int) -> None:
     publish_model(model_dir, _fit(parity), description)
 
 
+def remove_small_model(model_dir: Path, number: int) -> None:
+    """Removes that version, if it is there."""
+    for file in model_dir.glob(f"*_{number:06}.*"):
+        file.unlink()
+
+
 @cache
 def _fit(parity: int) -> LogisticRegression:
     labels = _ROWS[:, parity] > np.median(_ROWS[:, parity])
