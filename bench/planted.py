@@ -6,16 +6,22 @@ python -m bench.planted NAME
 import asyncio
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
+import psycopg
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import app.http_protocol
 import app.wiring
 from app.ai.model_bundle import ModelBundle
 from app.ai.model_registry import ModelRegistry
+from app.db.engine import Connection, Database, _Loan
+from app.errors import DatabaseUnavailableError
 from app.serve import serve
 from app.settings import load_settings
+
+T = TypeVar("T")
 
 
 def stock_protocol() -> None:
@@ -43,7 +49,25 @@ def swap_in_place() -> None:
     app.wiring.ModelRegistry = SwapsInPlace  # type: ignore[misc]
 
 
-PLANTS: dict[str, Callable[[], None]] = {"stock-protocol": stock_protocol, "swap-in-place": swap_in_place}
+def driver_timeout() -> None:
+    """`asyncio.timeout` round the driver's call, which then asks a frozen server to cancel."""
+
+    class TimedDatabase(Database):
+        async def run(self, call: Callable[[Connection], Awaitable[T]]) -> T:
+            try:
+                async with asyncio.timeout(self._deadline):
+                    return await self._lend(call, _Loan())
+            except (TimeoutError, psycopg.OperationalError, OSError) as exc:
+                raise DatabaseUnavailableError from exc
+
+    app.wiring.Database = TimedDatabase  # type: ignore[misc]
+
+
+PLANTS: dict[str, Callable[[], None]] = {
+    "stock-protocol": stock_protocol,
+    "swap-in-place": swap_in_place,
+    "driver-timeout": driver_timeout,
+}
 
 
 if __name__ == "__main__":

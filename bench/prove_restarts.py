@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench.data import Stage, open_stage, sample_lead_ids
 from bench.figures import Figure
-from bench.load import build_request
+from bench.load import build_request, read_answer
 from bench.proof import ProofRun, run_proof
 from bench.servers import Server, start_service, worker_pids
 from bench.small_models import publish_small_model, remove_small_model
@@ -101,12 +101,12 @@ async def _restart(server: Server, restarts: int, *, killed: bool) -> int:
         before = worker_pids(server.pid)
         gone = before[:1] if killed else before
         os.kill(gone[0] if killed else server.pid, signal.SIGKILL if killed else signal.SIGHUP)
-        began = time.monotonic()
+        asked = time.monotonic()
         while len(now := worker_pids(server.pid)) != len(before) or set(now) & set(gone):
-            if time.monotonic() - began > PATIENCE_SECONDS:
-                return replaced
+            if time.monotonic() - asked > PATIENCE_SECONDS:
+                break  # a new worker was not ready in time, and the old one was kept: ask again
             await asyncio.sleep(0.05)
-        replaced += len(gone)
+        replaced += len(set(before) - set(now))
     return replaced
 
 
@@ -153,7 +153,7 @@ class _Load:
         while streak < 20:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
             writer.write(request)
-            _, _, body = await _read_answer(reader)
+            _, _, body = await read_answer(reader)
             writer.close()
             streak = streak + 1 if _number(json.loads(body)) == number else 0
             await asyncio.sleep(LOOK_SECONDS / 10)
@@ -174,7 +174,7 @@ class _Load:
             try:
                 reader, writer = connection or await asyncio.open_connection("127.0.0.1", self.port)
                 writer.write(request)
-                status, closes, body = await _read_answer(reader)
+                status, closes, body = await read_answer(reader)
             except (OSError, asyncio.IncompleteReadError):
                 self.failed += 1
                 connection = None
@@ -207,13 +207,6 @@ class _Load:
 
 def _number(answer: dict[str, str]) -> int:
     return int(answer["model_version"].rpartition("_")[2])
-
-
-async def _read_answer(reader: asyncio.StreamReader) -> tuple[int, bool, bytes]:
-    """Returns status, whether the connection ends with this answer, and the body."""
-    head = (await reader.readuntil(b"\r\n\r\n")).lower()
-    length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
-    return int(head[9:12]), b"\r\nconnection: close\r\n" in head, await reader.readexactly(length)
 
 
 if __name__ == "__main__":
