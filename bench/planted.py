@@ -10,9 +10,11 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import psycopg
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import app.http_protocol
+import app.main
 import app.wiring
 from app.ai.model_bundle import ModelBundle
 from app.ai.model_registry import ModelRegistry
@@ -63,10 +65,24 @@ def driver_timeout() -> None:
     app.wiring.Database = TimedDatabase  # type: ignore[misc]
 
 
+def no_limit() -> None:
+    """Every request is let in, however many wait."""
+
+    class LetIn:
+        def __init__(self, app: ASGIApp, **_: object) -> None:
+            self._app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await self._app(scope, receive, send)
+
+    app.main.InFlightLimit = LetIn  # type: ignore[misc,assignment]
+
+
 PLANTS: dict[str, Callable[[], None]] = {
     "stock-protocol": stock_protocol,
     "swap-in-place": swap_in_place,
     "driver-timeout": driver_timeout,
+    "no-limit": no_limit,
 }
 
 
