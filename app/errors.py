@@ -36,6 +36,7 @@ Details are written here or where the error is raised, in our own words: never a
 database sent, a path, or SQL.
 """
 
+import secrets
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -216,10 +217,16 @@ class CircuitOpenError(UnavailableError):
 
 
 class OverloadedError(UnavailableError):
-    """More requests are in flight than can be answered in time."""
+    """More requests are in flight than can be answered in time.
+
+    `retry_after` is drawn, so that whoever is refused now does not come back all at one instant.
+    """
 
     code, title = "OVERLOADED", "Overloaded"
     default_detail = "The service has more requests than it can answer in time; try again shortly."
+
+    def __init__(self) -> None:
+        super().__init__(retry_after=1 + secrets.randbelow(3))
 
 
 class KeysUnavailableError(UnavailableError):

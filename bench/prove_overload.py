@@ -50,7 +50,12 @@ async def _measure(run: ProofRun, seconds: float, plant: str | None = None) -> S
         open_stage(Path("var/bench"), LEADS) as stage,
         tempfile.TemporaryDirectory() as directory,
         start_service(
-            "overload", stage, Path(directory), plant=plant, ML_PREDICTION_CACHE_TTL_SECONDS="0"
+            "overload",
+            stage,
+            Path(directory),
+            plant=plant,
+            ML_PREDICTION_CACHE_TTL_SECONDS="0",
+            DATABASE_DEADLINE_SECONDS=str(IN_TIME_SECONDS),
         ) as server,
     ):
         ids = sample_lead_ids(stage.url, 20 * BATCH, run.seed % 100 / 100)

@@ -7,7 +7,6 @@ health or metrics while the service is busy needs an answer most. And only a req
 one whose body trickles in must not take the place of another.
 """
 
-import secrets
 import time
 from collections.abc import Callable
 
@@ -21,8 +20,6 @@ ALWAYS = 8
 LONGEST_WAIT_SECONDS = 0.02
 """A turn that comes later than this means that there is more work than time."""
 
-LONGEST_RETRY_SECONDS = 3
-
 
 class InFlightLimit:
     """Plain ASGI middleware: `ALWAYS` POST requests at once in this worker, and up to `limit` if it keeps up.
@@ -30,8 +27,7 @@ class InFlightLimit:
     The server leaves the moment a request arrived, in seconds of `monotonic`, in `state["arrived_at"]`.
 
     Raises:
-        OverloadedError: from the call itself, or from `receive` with the end of the body; `retry_after` is
-            drawn, so that whoever is refused now does not come back all at one instant.
+        OverloadedError: from the call itself, or from `receive` with the end of the body.
     """
 
     def __init__(self, app: ASGIApp, *, limit: int, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -47,7 +43,7 @@ class InFlightLimit:
             return
         arrived_at = scope.get("state", {}).get("arrived_at")
         if self._in_flight >= ALWAYS and arrived_at is not None and self._is_late(arrived_at):
-            raise _refusal()
+            raise OverloadedError
         arrived = False
 
         async def receive_counting() -> Message:
@@ -55,7 +51,7 @@ class InFlightLimit:
             message = await receive()
             if not arrived and not message.get("more_body", False):
                 if self._in_flight >= self._limit:
-                    raise _refusal()
+                    raise OverloadedError
                 self._in_flight += 1
                 arrived = True
             return message
@@ -67,7 +63,3 @@ class InFlightLimit:
 
     def _is_late(self, arrived_at: float) -> bool:
         return self._monotonic() - arrived_at > LONGEST_WAIT_SECONDS
-
-
-def _refusal() -> OverloadedError:
-    return OverloadedError(retry_after=1 + secrets.randbelow(LONGEST_RETRY_SECONDS))
