@@ -6,10 +6,12 @@ python -m bench.planted NAME
 import asyncio
 import dataclasses
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import psycopg
+from psycopg.abc import Buffer
+from psycopg.pq.abc import PGresult
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -18,7 +20,8 @@ import app.main
 import app.wiring
 from app.ai.model_bundle import ModelBundle
 from app.ai.model_registry import ModelRegistry
-from app.db.engine import Connection, Database, _Loan
+from app.db.engine import Database, _Loan
+from app.db.session import Session
 from app.errors import DatabaseUnavailableError
 from app.serve import serve
 from app.settings import load_settings
@@ -55,7 +58,14 @@ def driver_timeout() -> None:
     """`asyncio.timeout` round the driver's call, which then asks a frozen server to cancel."""
 
     class TimedDatabase(Database):
-        async def run(self, call: Callable[[Connection], Awaitable[T]]) -> T:
+        async def query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
+            async def ask(session: Session) -> PGresult:
+                await session.driver().execute("SELECT 1")
+                return await session.query(statement, parameters)
+
+            return await self._run(ask)
+
+        async def _run(self, call: Callable[[Session], Awaitable[T]]) -> T:
             try:
                 async with asyncio.timeout(self._deadline):
                     return await self._lend(call, _Loan())
