@@ -34,7 +34,7 @@ DEMO_SEED = 1
 STRAGGLER_SECONDS = 5
 """How long requests that are still in flight after the drain may take."""
 
-WORKER_SECONDS = 30
+WORKER_SECONDS = 60
 """How long a worker may take to start, or to say that it is alive, before it is replaced."""
 
 _log = structlog.get_logger("app.serve")

@@ -33,7 +33,7 @@ PAUSE_SECONDS = 0.02
 SWAP_SECONDS = 0.4
 KEPT_MODELS = 4
 LOOK_SECONDS = 0.2
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 90.0
 
 
 def measure(run: ProofRun) -> Sequence[Figure]:
