@@ -10,7 +10,7 @@ import pytest
 
 from tests.service import Service, publish_crm_model
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 180.0
 
 
 @pytest.fixture
