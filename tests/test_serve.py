@@ -63,5 +63,4 @@ def test_sighup_replaces_the_workers_one_by_one(database_url: str, tmp_path: Pat
             return len(service.worker_pids()) == 2 and not before & service.worker_pids()
 
         wait_until(answers_and_is_replaced)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in before)
         assert service.stop() == 0
