@@ -2,7 +2,7 @@
 
 A client has one deadline to send a request, and as long again to take its answer; a connection that waits
 for its next request has uvicorn's shorter keep-alive timeout. One timer a connection keeps watch, so that a
-request costs three looks at the clock. Bytes that uvicorn cannot parse never become a request, so they reach
+request costs two looks at the clock. Bytes that uvicorn cannot parse never become a request, so they reach
 no middleware: no event is recorded (they are counted instead) and no origin is known that CORS headers could
 name. Handed to uvicorn by `serve`; its deadline and the `Drain` come out of the lifespan's state.
 """
@@ -60,9 +60,8 @@ class ProblemProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """Called by the parser; notes when, and while draining has every answer end its connection."""
+        """Called by the parser; while draining, every answer ends its connection."""
         super().on_headers_complete()
-        self.scope["state"]["arrived_at"] = time.monotonic()
         if self._drain.active and self.cycle is not None:
             self.cycle.keep_alive = False
 

@@ -13,7 +13,7 @@ import pytest
 
 from app.db.embedded import open_embedded
 from app.db.engine import Connection, Database
-from app.errors import DatabaseUnavailableError, OverloadedError
+from app.errors import DatabaseUnavailableError
 
 DEADLINE, GRACE = 0.4, 0.05
 
@@ -339,22 +339,3 @@ def _full_listener() -> Iterator[int]:
         finally:
             for filler in fillers:
                 filler.close()
-
-
-async def test_whoever_would_wait_too_long_for_a_connection_is_refused_at_once(
-    server_url: str, connect: Connect
-) -> None:
-    database = connect(server_url, pool_size=1, deadline_seconds=1.0)
-
-    async def ask_for_a_while(connection: Connection) -> None:
-        await connection.execute("SELECT pg_sleep(0.1)")
-
-    for _ in range(20):
-        await database.run(ask_for_a_while)
-    outcomes = await asyncio.gather(
-        *(database.run(ask_for_a_while) for _ in range(8)), return_exceptions=True
-    )
-    refused = [outcome for outcome in outcomes if isinstance(outcome, OverloadedError)]
-    assert outcomes[:2] == [None, None]
-    assert len(refused) >= 3
-    assert await database.run(ask) == 1

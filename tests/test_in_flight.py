@@ -1,12 +1,15 @@
 """The limit on requests in flight."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from app.errors import OverloadedError
 from app.middleware.in_flight import ALWAYS, LONGEST_WAIT_SECONDS, InFlightLimit
+from tests.fakes import FakeClock
+from tests.test_telemetry_events import make_predictions, make_record
 
 POST, GET = {"type": "http", "method": "POST"}, {"type": "http", "method": "GET"}
 
@@ -92,18 +95,24 @@ async def test_a_request_takes_its_place_when_it_has_arrived_and_not_while_its_b
     await quick
 
 
-async def test_a_few_are_always_let_in_and_more_only_while_the_worker_keeps_up() -> None:
-    busy = _Busy()
-    limit = InFlightLimit(busy, limit=100, monotonic=lambda: 10.0)
-    late = {**POST, "state": {"arrived_at": 10.0 - 2 * LONGEST_WAIT_SECONDS}}
-    prompt = {**POST, "state": {"arrived_at": 10.0 - LONGEST_WAIT_SECONDS / 2}}
+@pytest.mark.parametrize(("well_answered", "let_in"), [(True, ALWAYS), (False, ALWAYS + 1)])
+async def test_a_few_are_always_let_in_and_more_only_if_answers_of_late_left_them_time(
+    well_answered: bool, let_in: int
+) -> None:
+    busy, clock = _Busy(), FakeClock()
+    limit = InFlightLimit(busy, limit=ALWAYS + 1, monotonic=clock)
+    age = None if well_answered else 1.0
+    record = make_record(replace(make_predictions(["lead_1"], [0.5]), degraded_age_seconds=age))
+    slow = asyncio.create_task(limit({**POST, "state": {"record": record}}, _arrive, _ignore))
+    await busy.begun.get()
+    clock.now += 20 * LONGEST_WAIT_SECONDS
+    busy.may_end.set()
+    await slow
+    busy.may_end.clear()
     async with asyncio.TaskGroup() as group:
-        for _ in range(ALWAYS):
-            group.create_task(limit(late, _arrive, _ignore))
+        for _ in range(let_in):
+            group.create_task(limit(POST, _arrive, _ignore))
             await busy.begun.get()
         with pytest.raises(OverloadedError):
-            await limit(late, _arrive, _ignore)
-        group.create_task(limit(prompt, _arrive, _ignore))
-        await busy.begun.get()
+            await limit(POST, _arrive, _ignore)
         busy.may_end.set()
-    await limit(late, _arrive, _ignore)

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -19,18 +18,11 @@ from psycopg.abc import Buffer
 from psycopg.pq.abc import PGresult
 
 from app.db.session import Connection, Session
-from app.errors import DatabaseUnavailableError, OverloadedError
+from app.errors import DatabaseUnavailableError
 
 __all__ = ["Connection", "Database"]
 
 T = TypeVar("T")
-
-LONGEST_WAIT_SHARE = 0.2
-"""Of the deadline: who would wait longer than this for a connection is refused at once. A call that is let in
-late is given up half done, and whoever comes after it is later still."""
-
-_NEWEST_SHARE = 0.1
-"""Of the mean, when it takes in how long the newest call took."""
 
 _PREPARE_SESSION = """
     SELECT set_config('statement_timeout', %(milliseconds)s, false),
@@ -50,8 +42,6 @@ class Database:
         """`deadline_seconds` bounds a whole call: waiting for a connection, connecting, its statements."""
         self._url = url
         self._deadline = deadline_seconds
-        self._size = pool_size
-        self._mean_call_seconds = 0.0
         self._slots = asyncio.Semaphore(pool_size)
         self._knock = asyncio.Lock()
         self._reachable = True
@@ -67,7 +57,6 @@ class Database:
         executed.
 
         Raises:
-            OverloadedError: too many wait for a connection already, at the pace of the last calls.
             DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
             psycopg.Error: the statement is at fault.
         """
@@ -77,7 +66,6 @@ class Database:
         """Returns the rows of a prepared statement with parameters `$1`, `$2`, ..., all values binary.
 
         Raises:
-            OverloadedError: too many wait for a connection already, at the pace of the last calls.
             DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
             psycopg.Error: the statement is at fault.
         """
@@ -96,9 +84,6 @@ class Database:
             self._take_back(session)
 
     async def _run(self, call: Callable[[Session], Awaitable[T]]) -> T:
-        waiting = len(self._loans) + len(self._asked) - self._size
-        if waiting * self._mean_call_seconds / self._size > LONGEST_WAIT_SHARE * self._deadline:
-            raise OverloadedError
         loan = _Loan()
         task = asyncio.create_task(self._lend(call, loan))
         self._loans[task] = loan
@@ -134,13 +119,8 @@ class Database:
         async with self._slots:
             session = self._take_idle() or await self._connect(loan)
             loan.descriptor = session.descriptor()
-            began = time.monotonic()
             try:
-                result = await call(session)
-                # Only of what succeeds: a server that does not answer is not one that is busy.
-                took = time.monotonic() - began
-                self._mean_call_seconds += _NEWEST_SHARE * (took - self._mean_call_seconds)
-                return result
+                return await call(session)
             finally:
                 self._take_back(session)
 

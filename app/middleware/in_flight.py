@@ -1,10 +1,11 @@
 """Refuses scoring requests that could not be answered in time, so that nobody waits in vain.
 
-A few requests at once are always let in. More are let in only while the worker keeps up: the time a request
-has waited for its turn is the time everything waits, this refusal included. It is the processor's queue that
-is measured: requests that wait for a database that is away hold up nobody. Only POST counts: whoever asks for
-health or metrics while the service is busy needs an answer most. And only a request that has arrived counts:
-one whose body trickles in must not take the place of another.
+How long a request would wait is how many are under way, times the time each of them has added to an answer of
+late. That covers every queue there is: for the processor, for the scoring thread, for a database connection.
+Only good answers count: a database that does not answer makes nobody busy, and remembered leads are answered
+while it is away. Only POST counts: whoever asks for health or metrics while the service is busy needs an
+answer most. And only a request that has arrived counts: one whose body trickles in must not take the place of
+another.
 """
 
 import time
@@ -12,19 +13,22 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.ai.events import RequestRecord
 from app.errors import OverloadedError
 
 ALWAYS = 8
 """Enough requests at once to keep a worker and its database connections busy."""
 
-LONGEST_WAIT_SECONDS = 0.02
-"""A turn that comes later than this means that there is more work than time."""
+LONGEST_WAIT_SECONDS = 0.2
+"""Who would wait longer than this is better off asking again later, or somewhere else."""
+
+_NEWEST_SHARE = 0.1
 
 
 class InFlightLimit:
-    """Plain ASGI middleware: `ALWAYS` POST requests at once in this worker, and up to `limit` if it keeps up.
+    """Plain ASGI middleware: `ALWAYS` POST requests at once in this worker, more if they need not wait long.
 
-    The server leaves the moment a request arrived, in seconds of `monotonic`, in `state["arrived_at"]`.
+    There are never more than `limit`. `monotonic` gives seconds.
 
     Raises:
         OverloadedError: from the call itself, or from `receive` with the end of the body.
@@ -35,31 +39,39 @@ class InFlightLimit:
         self._limit = limit
         self._monotonic = monotonic
         self._in_flight = 0
+        self._seconds_each = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        arrived_at = scope.get("state", {}).get("arrived_at")
-        if self._in_flight >= ALWAYS and arrived_at is not None and self._is_late(arrived_at):
-            raise OverloadedError
-        arrived = False
+        self._check()
+        place, began = 0, 0.0
 
         async def receive_counting() -> Message:
-            nonlocal arrived
+            nonlocal place, began
             message = await receive()
-            if not arrived and not message.get("more_body", False):
-                if self._in_flight >= self._limit:
-                    raise OverloadedError
+            if not place and not message.get("more_body", False):
+                self._check()
                 self._in_flight += 1
-                arrived = True
+                place, began = self._in_flight, self._monotonic()
             return message
 
         try:
             await self._app(scope, receive_counting, send)
+            if place and _is_well_answered(scope):
+                each = (self._monotonic() - began) / place
+                self._seconds_each += _NEWEST_SHARE * (each - self._seconds_each)
         finally:
-            self._in_flight -= arrived
+            self._in_flight -= place > 0
 
-    def _is_late(self, arrived_at: float) -> bool:
-        return self._monotonic() - arrived_at > LONGEST_WAIT_SECONDS
+    def _check(self) -> None:
+        waits = self._in_flight * self._seconds_each > LONGEST_WAIT_SECONDS
+        if self._in_flight >= self._limit or (waits and self._in_flight >= ALWAYS):
+            raise OverloadedError
+
+
+def _is_well_answered(scope: Scope) -> bool:
+    record: RequestRecord | None = scope.get("state", {}).get("record")
+    return record is not None and record.predictions is not None and not record.predictions.degraded
