@@ -24,6 +24,7 @@
     │   ├── CircuitOpenError           CIRCUIT_OPEN
     │   ├── OverloadedError            OVERLOADED
     │   ├── KeysUnavailableError       KEYS_UNAVAILABLE
+    │   ├── DrainingError              DRAINING
     │   └── TelemetryUnavailableError  TELEMETRY_UNAVAILABLE
     └── CommandError                   a command for people cannot go on: one clear line
         ├── SettingsError              an environment variable is wrong
@@ -35,6 +36,7 @@ Details are written here or where the error is raised, in our own words: never a
 database sent, a path, or SQL.
 """
 
+import secrets
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -215,10 +217,16 @@ class CircuitOpenError(UnavailableError):
 
 
 class OverloadedError(UnavailableError):
-    """More requests are in flight than can be answered in time."""
+    """More requests are in flight than can be answered in time.
+
+    `retry_after` is drawn, so that whoever is refused now does not come back all at one instant.
+    """
 
     code, title = "OVERLOADED", "Overloaded"
     default_detail = "The service has more requests than it can answer in time; try again shortly."
+
+    def __init__(self) -> None:
+        super().__init__(retry_after=1 + secrets.randbelow(3))
 
 
 class KeysUnavailableError(UnavailableError):
@@ -226,6 +234,13 @@ class KeysUnavailableError(UnavailableError):
 
     code, title = "KEYS_UNAVAILABLE", "Keys unavailable"
     default_detail = "The keys that credentials are verified with are not known yet; try again shortly."
+
+
+class DrainingError(UnavailableError):
+    """The service is ending; it still answers, but wants no new traffic."""
+
+    code, title = "DRAINING", "Draining"
+    default_detail = "The service is about to end; send requests elsewhere."
 
 
 class TelemetryUnavailableError(UnavailableError):

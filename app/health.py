@@ -22,12 +22,21 @@ from app.ai.model_bundle import ModelBundle
 from app.ai.model_catalogue import AvailableModel
 from app.ai.model_registry import ModelRegistry
 from app.ai.prediction_cache import CacheFreshness
-from app.errors import DatabaseUnavailableError, ModelNotReadyError, TelemetryUnavailableError
+from app.drain import Drain
+from app.errors import (
+    DatabaseUnavailableError,
+    DrainingError,
+    ModelNotReadyError,
+    TelemetryUnavailableError,
+    UnavailableError,
+)
 from app.metrics import render_metrics
 from app.schemas.ai_ml import HealthResponse, Liveness, ModelsResponse, Readiness
 from app.schemas.openapi import describe_answers
 
 JsonObject = dict[str, Any]
+
+_NOT_READY = (DrainingError, ModelNotReadyError, TelemetryUnavailableError)
 
 
 class DatabaseProbe:
@@ -76,6 +85,7 @@ class Operations:
     database: DatabaseProbe
     drift: DriftWindow
     cache_freshness: Callable[[], CacheFreshness]
+    drain: Drain
     breaker: CircuitBreaker | None
     clock: Callable[[], float]
     started: float
@@ -84,9 +94,12 @@ class Operations:
         """Tells whether this worker may receive traffic; with no model, asks the registry to look again.
 
         Raises:
+            DrainingError: the worker is about to end.
             ModelNotReadyError: no verified model that scored its golden inputs.
             TelemetryUnavailableError: the telemetry log cannot be written.
         """
+        if self.drain.active:
+            raise DrainingError
         await self.registry.active()
         if self.telemetry.state() == "unavailable":
             raise TelemetryUnavailableError
@@ -96,7 +109,7 @@ class Operations:
         try:
             await self.check_ready()
             healthy = True
-        except (ModelNotReadyError, TelemetryUnavailableError):
+        except UnavailableError:
             healthy = False
         model = self.registry.status()
         bundle = model.bundle
@@ -161,7 +174,7 @@ CurrentOperations = Annotated[Operations, Depends(_get_operations)]
 def build_public_router() -> APIRouter:
     """Returns the routes that nobody is ever asked for a credential on; there are no others."""
     router = APIRouter(tags=["Operations"])
-    ready = describe_answers("Ready.", Readiness, (ModelNotReadyError, TelemetryUnavailableError))
+    ready = describe_answers("Ready.", Readiness, _NOT_READY)
     _add(router, "/livez", get_livez, "Does the process run", responses=describe_answers("Alive.", Liveness))
     _add(router, "/readyz", get_readyz, "May it receive traffic", responses=ready)
     return router

@@ -1,22 +1,115 @@
-"""uvicorn's HTTP protocol, except that what it cannot parse is refused in the shape of every other error.
+"""uvicorn's HTTP protocol, with a deadline for the client, and refusals in the shape of every other error.
 
-Such bytes never become a request, so they reach no middleware: no event is recorded (they are counted
-instead) and no origin is known that CORS headers could name. Handed to uvicorn by `serve`.
+A client has one deadline to send a request, and as long again to take its answer; a connection that waits
+for its next request has uvicorn's shorter keep-alive timeout. One timer a connection keeps watch, so that a
+request costs two looks at the clock. Bytes that uvicorn cannot parse never become a request, so they reach
+no middleware: no event is recorded (they are counted instead) and no origin is known that CORS headers could
+name. Handed to uvicorn by `serve`; its deadline and the `Drain` come out of the lifespan's state.
 """
 
+import asyncio
 import time
+from typing import Any, Literal
 
 from uuid_utils import uuid7
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 from app.ai.events import UNMATCHED_ROUTE, RequestRecord
+from app.drain import Drain
 from app.error_handlers import Problems
 from app.errors import MalformedRequestError
-from app.metrics import observe_request
+from app.metrics import CLIENT_TIMEOUTS, observe_request
 
 
 class ProblemProtocol(HttpToolsProtocol):
-    """Answers unparsable bytes with 400 MALFORMED_REQUEST and closes the connection."""
+    """One connection. Answers unparsable bytes with 400 MALFORMED_REQUEST; cuts off whoever is too slow."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._deadline: float = app_state["client_deadline_seconds"]
+        self._drain: Drain = app_state["drain"]
+        self._since = 0.0
+        self._watch: asyncio.TimerHandle | None = None
+        self._answering: RequestResponseCycle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the loop; the first request is due from now on."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._since = self.loop.time()
+        self._watch = self.loop.call_later(self._deadline, self._look_at_client)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the loop."""
+        if self._watch is not None:
+            self._watch.cancel()
+        self._give_up()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """Called by the parser with the first byte of a request: the rest is due."""
+        self._since = self.loop.time()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser; while draining, every answer ends its connection."""
+        super().on_headers_complete()
+        if self._drain.active and self.cycle is not None:
+            self.cycle.keep_alive = False
+
+    def on_response_complete(self) -> None:
+        """Called when the whole answer is handed over: the client is to take what is left of it."""
+        self._since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """Called by the transport when the client does not keep up."""
+        self._since = self.loop.time()
+        super().pause_writing()
+
+    def shutdown(self) -> None:
+        """Called by the server that ends; an idle connection has until the end of the drain to be used."""
+        self.loop.call_later(self._drain.remaining_seconds(), super().shutdown)
+
+    def _look_at_client(self) -> None:
+        # Whatever begins to be waited for after this look is due a whole deadline from now at the earliest.
+        waiting_for, delay = self._waits_for(), self._deadline
+        if waiting_for is not None:
+            delay = self._since + self._deadline - self.loop.time()
+            if delay <= 0:
+                CLIENT_TIMEOUTS.labels(waiting_for).inc()
+                self._give_up()
+                self.transport.abort()
+                return
+        self._watch = self.loop.call_later(delay, self._look_at_client)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _give_up(self) -> None:
+        # uvicorn tells the last request of a pipeline that the client is gone, not the one being answered.
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+
+    def _waits_for(self) -> Literal["request", "reader"] | None:
+        if self.transport.get_write_buffer_size():
+            return "reader"
+        if self.pipeline:
+            return None
+        cycle = self.cycle
+        if cycle is None or (cycle.response_complete and self.timeout_keep_alive_task is None):
+            return "request"
+        return "request" if cycle.more_body and not cycle.response_complete else None
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words, which are plain text
         """Called by uvicorn when its parser gives up."""
@@ -30,5 +123,6 @@ class ProblemProtocol(HttpToolsProtocol):
         ]
         observe_request(UNMATCHED_ROUTE, answer.status_code, error.code, 0.0)
         head = b"".join(b"%s: %s\r\n" % pair for pair in headers)
+        self._give_up()
         self.transport.write(STATUS_LINE[answer.status_code] + head + b"\r\n" + bytes(answer.body))
         self.transport.close()

@@ -18,6 +18,7 @@ from fastapi.routing import iter_route_contexts
 
 from app import __version__, health, model_cards
 from app.ai import advanced_ml, advanced_ml_hardened
+from app.drain import Drain, begin_on_signals
 from app.error_handlers import FRAMEWORK_ERRORS, ErrorBoundary, Problems
 from app.health import DatabaseProbe, Operations
 from app.log_setup import configure_logging
@@ -99,9 +100,13 @@ def _build_documents_router(app: FastAPI) -> APIRouter:
 def _build_lifespan(settings: Settings) -> Lifespan:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
+        drain = Drain(settings.drain_seconds, time.monotonic)
         async with open_services(settings) as services:
             _spare_the_collector()
+            begin_on_signals(drain)
             yield {
+                "client_deadline_seconds": settings.ai_client_deadline_seconds,
+                "drain": drain,
                 "predictor": services.predictor,
                 "breaker": services.breaker,
                 "telemetry": services.telemetry,
@@ -114,6 +119,7 @@ def _build_lifespan(settings: Settings) -> Lifespan:
                     database=DatabaseProbe(services.ping_database, time.monotonic),
                     drift=services.drift,
                     cache_freshness=services.cache_freshness,
+                    drain=drain,
                     breaker=services.breaker if settings.ai_enable_legacy_advanced_ml else None,
                     clock=time.monotonic,
                     started=time.monotonic(),

@@ -47,6 +47,9 @@ LISTENER_LOSSES = Counter(
 FEATURE_COVERAGE = Counter(
     "leadscore_feature_coverage", "Sum of the answered leads' shares of really present features."
 )
+CLIENT_TIMEOUTS = Counter(
+    "leadscore_client_timeouts", "Connections cut off because the client was too slow.", ["waited_for"]
+)
 MODEL_LOADS = Counter("leadscore_model_loads", "Attempts to load a model.", ["result"])
 MODEL_READY = Gauge(
     "leadscore_model_ready", "1 when every worker has a verified model.", multiprocess_mode="livemin"

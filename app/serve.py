@@ -4,12 +4,15 @@ The parent process owns the embedded PostgreSQL and outlives every worker; a wor
 `DATABASE_URL`. Nothing here knows what a request is. Called by `app.cli` alone.
 """
 
+import asyncio
+import math
 import os
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from types import FrameType
 
@@ -20,12 +23,19 @@ from uvicorn.supervisors import Multiprocess
 
 from app.db.embedded import open_embedded
 from app.db.migrations import current_state, upgrade
+from app.drain import ANNOUNCEMENT
 from app.errors import DatabaseUnavailableError, SettingsError
 from app.log_setup import configure_logging
 from app.settings import Settings
 
 DEMO_PEOPLE = 10_000
 DEMO_SEED = 1
+
+STRAGGLER_SECONDS = 5
+"""How long requests that are still in flight after the drain may take."""
+
+WORKER_SECONDS = 60
+"""How long a worker may take to start, or to say that it is alive, before it is replaced."""
 
 _log = structlog.get_logger("app.serve")
 
@@ -124,7 +134,8 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + STRAGGLER_SECONDS,
+        timeout_worker_healthcheck=WORKER_SECONDS,
     )
     host, port = listener.getsockname()[:2]
 
@@ -133,40 +144,68 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         _announce(base, guarded=settings.auth_mode != "none")
 
     if settings.workers > 1:
-        _Supervisor(config, [listener], announce).run()
+        _Supervisor(config, [listener], announce, settings.drain_seconds).run()
         return
-    server = _Server(config, announce)
+    server = _Server(config, announce, settings.drain_seconds)
+    signal.signal(signal.SIGHUP, server.handle_exit)  # the terminal is gone; several workers restart instead
     server.run([listener])
     if not server.started:
         raise SettingsError("the service could not start; the log above says why")
 
 
 class _Server(uvicorn.Server):
-    """One worker in this process, which says when it is ready."""
+    """One worker in this process, which says when it is ready, and drains after SIGTERM."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None], drain_seconds: float) -> None:
         super().__init__(config)
         self._announce = announce
+        self._drain_seconds = drain_seconds
+        self._drains = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._announce()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._drains = self._drains or sig == signal.SIGTERM
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._drains:
+            await asyncio.sleep(self._drain_seconds)
+        await super().shutdown(sockets)
+
 
 class _Supervisor(Multiprocess):
-    """Several workers, which says when all of them are ready."""
+    """Several workers, which says when all of them are ready, and tells them of the end before it comes.
+
+    The listening socket is everybody's: when a worker is replaced (SIGHUP), the others go on accepting.
+    """
 
     def __init__(
-        self, config: uvicorn.Config, sockets: list[socket.socket], announce: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        sockets: list[socket.socket],
+        announce: Callable[[], None],
+        drain_seconds: float,
     ) -> None:
         super().__init__(config, sockets)
         self._announce = announce
+        self._drain_seconds = drain_seconds
 
     def init_processes(self) -> None:
         super().init_processes()
         if all(process.wait_until_ready(60, self.should_exit) for process in self.processes):
             self._announce()
+
+    def handle_term(self) -> None:
+        for process in self.processes:
+            if process.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, ANNOUNCEMENT)
+        time.sleep(self._drain_seconds)
+        super().handle_term()
 
 
 def _announce(base: str, *, guarded: bool) -> None:

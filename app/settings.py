@@ -84,6 +84,10 @@ class Settings(BaseSettings):
     """Largest request body that is read."""
     ai_max_requests_in_flight: int = Field(256, ge=1, le=100_000)
     """Scoring requests a worker answers at once; more are refused with 503 `OVERLOADED`."""
+    ai_client_deadline_seconds: float = Field(10.0, gt=0, le=600)
+    """Longest a client may take to send a request, and again to take its answer."""
+    drain_seconds: float = Field(2.0, ge=0, le=60)
+    """How long a service that got SIGTERM answers on, not ready any more, before it stops listening."""
 
     ai_rate_limit: str | None = Field(None, pattern=r"^[1-9][0-9]{0,5}/(second|minute|hour)$")
     """Scoring requests one client may send to a worker (`100/second`, `6000/minute`); unset: any number."""
@@ -102,6 +106,8 @@ class Settings(BaseSettings):
     """How long a prediction may be answered from the cache; 0 turns the cache off."""
     ml_prediction_cache_size: int = Field(100_000, ge=1, le=10_000_000)
     """Most predictions a worker remembers."""
+    ml_degraded_answers: bool = True
+    """While the database is away, answer leads whose last prediction is remembered, marked `degraded`."""
     ml_prewarm_leads: int = Field(0, ge=0, le=1_000_000)
     """The newest leads are kept scored ahead of being asked, this many of them; 0: none."""
     ml_min_feature_coverage: float = Field(0.6, ge=0, le=1)

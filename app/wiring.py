@@ -85,7 +85,10 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         drift = DriftWindow(DRIFT_WINDOW_ROWS)
         executor = stack.enter_context(ThreadPoolExecutor(1, "scoring"))
         policy = ScoringPolicy(settings.ml_min_feature_coverage, settings.ml_confidence_method)
-        predictor = Predictor(registry, lead_source, cache, drift, executor=executor, policy=policy)
+        predictor = Predictor(
+            registry, lead_source, cache, drift, executor=executor, policy=policy,
+            degraded_answers=settings.ml_degraded_answers,
+        )  # fmt: skip
         breaker = CircuitBreaker(
             settings.ai_breaker_failures, settings.ai_breaker_open_seconds, time.monotonic
         )

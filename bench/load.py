@@ -72,6 +72,13 @@ async def run_load(
         connection.close()
 
 
+async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bool, bytes]:
+    """Returns status, whether the connection ends with this answer, and the body."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    return int(head[9:12]), b"\r\nconnection: close\r\n" in head, await reader.readexactly(length)
+
+
 class _Connection(asyncio.Protocol):
     """One kept-alive connection."""
 

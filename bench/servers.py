@@ -34,15 +34,21 @@ class Server:
 
 
 @contextmanager
-def start_service(name: str, stage: Stage, directory: Path, **environment: str) -> Iterator[Server]:
-    """Starts `leadscore serve` on `bench_leads`; `environment` adds to its settings."""
+def start_service(
+    name: str, stage: Stage, directory: Path, *, plant: str | None = None, **environment: str
+) -> Iterator[Server]:
+    """Starts `leadscore serve` on `bench_leads`; `environment` adds to its settings.
+
+    With a `plant` it is the service of `bench.planted` that has this part replaced.
+    """
     settings = {
         "DATABASE_URL": stage.url, "LEAD_SOURCE": RELATION, "ML_MODEL_DIR": str(stage.model_dir),
         "VAR_DIR": str(directory / name), "PORT": "0", "LOG_LEVEL": "ERROR",
         # A busy machine makes answers late here, not 503.
-        "DATABASE_DEADLINE_SECONDS": "30", **environment,
+        "DATABASE_DEADLINE_SECONDS": "30", "DRAIN_SECONDS": "0", **environment,
     }  # fmt: skip
-    with _start(name, ["app.cli", "serve"], settings) as server:
+    command = ["app.cli", "serve"] if plant is None else ["bench.planted", plant]
+    with _start(name, command, settings, quiet=plant is not None) as server:
         yield server
 
 
@@ -54,13 +60,16 @@ def start_contender(name: str, stage: Stage) -> Iterator[Server]:
 
 
 @contextmanager
-def _start(name: str, command: list[str], environment: dict[str, str]) -> Iterator[Server]:
+def _start(
+    name: str, command: list[str], environment: dict[str, str], *, quiet: bool = False
+) -> Iterator[Server]:
     began = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=ROOT,
         env={**os.environ, **ONE_THREAD, **environment},
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if quiet else None,
         text=True,
     ) as process:
         try:
@@ -82,6 +91,18 @@ def _start(name: str, command: list[str], environment: dict[str, str]) -> Iterat
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def worker_pids(pid: int) -> list[int]:
+    """Returns the process IDs of a service's workers; with one worker there is no process but the service."""
+    return [child for child in _children(pid) if b"spawn_main" in _command(child)]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _children(pid: int) -> list[int]:

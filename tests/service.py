@@ -85,6 +85,7 @@ class Service:
             "ML_MODEL_DIR": str(model_dir),
             "VAR_DIR": str(self.var_dir),
             "PORT": "0",
+            "DRAIN_SECONDS": "0",
         }
         self._environment = {**inherited, **ours, **environment}
         self._process: subprocess.Popen[bytes] | None = None
@@ -130,9 +131,25 @@ class Service:
 
     def stop(self) -> int:
         """Asks the service to end; returns its exit status."""
+        self.send(signal.SIGTERM)
+        return self.wait()
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to the process that was started."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Waits for the end; returns the exit status."""
         return self._collect()
+
+    def worker_pids(self) -> set[int]:
+        """Returns the processes that serve, if there are several."""
+        assert self._process is not None
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        commands = {int(child): Path(f"/proc/{child}/cmdline") for child in children}
+        return {child for child, command in commands.items() if b"spawn_main" in command.read_bytes()}
 
     def _collect(self) -> int:
         assert self._process is not None

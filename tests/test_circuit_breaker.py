@@ -14,6 +14,7 @@ from app.errors import (
     CircuitOpenError,
     DatabaseUnavailableError,
     LeadScoringError,
+    OverloadedError,
     PredictionFailedError,
 )
 
@@ -88,7 +89,7 @@ def test_failures_of_the_service_count_whatever_they_are(error: Exception) -> No
     assert breaker.state == "open"
 
 
-@pytest.mark.parametrize("error", [BatchSizeExceededError(), asyncio.CancelledError()])
+@pytest.mark.parametrize("error", [BatchSizeExceededError(), OverloadedError(), asyncio.CancelledError()])
 def test_errors_of_the_caller_and_cancelled_calls_count_neither_way(error: BaseException) -> None:
     breaker, _ = build_breaker()
     fail(breaker, LIMIT - 1)
@@ -124,7 +125,7 @@ def test_a_failing_probe_opens_it_for_the_whole_time_again() -> None:
     assert breaker.state == "half_open"
 
 
-@pytest.mark.parametrize("error", [asyncio.CancelledError(), BatchSizeExceededError()])
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), BatchSizeExceededError(), OverloadedError()])
 def test_a_probe_that_says_nothing_gives_its_place_back(error: BaseException) -> None:
     breaker, clock = build_breaker()
     fail(breaker, LIMIT)

@@ -1,12 +1,15 @@
 """The limit on requests in flight."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from app.errors import OverloadedError
-from app.middleware.in_flight import InFlightLimit
+from app.middleware.in_flight import ALWAYS, LONGEST_WAIT_SECONDS, InFlightLimit
+from tests.fakes import FakeClock
+from tests.test_telemetry_events import make_predictions, make_record
 
 POST, GET = {"type": "http", "method": "POST"}, {"type": "http", "method": "GET"}
 
@@ -18,9 +21,15 @@ class _Busy:
         self.begun: asyncio.Queue[None] = asyncio.Queue()
         self.may_end = asyncio.Event()
 
-    async def __call__(self, _scope: Any, _receive: Any, _send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, _send: Any) -> None:
+        if scope["method"] == "POST":
+            await receive()
         self.begun.put_nowait(None)
         await self.may_end.wait()
+
+
+async def _arrive() -> Any:
+    return {"type": "http.request", "body": b"[]", "more_body": False}
 
 
 async def _never() -> Any:
@@ -36,32 +45,74 @@ async def test_one_more_than_the_limit_is_refused_and_the_place_is_given_back() 
     limit = InFlightLimit(busy, limit=2)
     async with asyncio.TaskGroup() as group:
         for _ in range(2):
-            group.create_task(limit(POST, _never, _ignore))
+            group.create_task(limit(POST, _arrive, _ignore))
         await busy.begun.get()
         await busy.begun.get()
         with pytest.raises(OverloadedError) as refused:
-            await limit(POST, _never, _ignore)
-        assert refused.value.retry_after == 1
+            await limit(POST, _arrive, _ignore)
+        assert refused.value.retry_after in (1, 2, 3)
         group.create_task(limit(GET, _never, _ignore))
         await busy.begun.get()
         busy.may_end.set()
-    await limit(POST, _never, _ignore)
+    await limit(POST, _arrive, _ignore)
 
 
 async def test_a_request_that_fails_or_is_given_up_gives_its_place_back() -> None:
-    async def fail(_scope: Any, _receive: Any, _send: Any) -> None:
+    async def fail(_scope: Any, receive: Any, _send: Any) -> None:
+        await receive()
         raise ConnectionError
 
     limit = InFlightLimit(fail, limit=1)
     for _ in range(3):
         with pytest.raises(ConnectionError):
-            await limit(POST, _never, _ignore)
+            await limit(POST, _arrive, _ignore)
     busy = _Busy()
     limit = InFlightLimit(busy, limit=1)
-    given_up = asyncio.create_task(limit(POST, _never, _ignore))
+    given_up = asyncio.create_task(limit(POST, _arrive, _ignore))
     await busy.begun.get()
     given_up.cancel()
     with pytest.raises(asyncio.CancelledError):
         await given_up
     busy.may_end.set()
-    await limit(POST, _never, _ignore)
+    await limit(POST, _arrive, _ignore)
+
+
+async def test_a_request_takes_its_place_when_it_has_arrived_and_not_while_its_body_trickles_in() -> None:
+    busy, rest = _Busy(), asyncio.Event()
+    limit = InFlightLimit(busy, limit=1)
+
+    async def trickle() -> Any:
+        await rest.wait()
+        return await _arrive()
+
+    slow = asyncio.create_task(limit(POST, trickle, _ignore))
+    quick = asyncio.create_task(limit(POST, _arrive, _ignore))
+    await busy.begun.get()
+    rest.set()
+    with pytest.raises(OverloadedError):
+        await slow
+    busy.may_end.set()
+    await quick
+
+
+@pytest.mark.parametrize(("well_answered", "let_in"), [(True, ALWAYS), (False, ALWAYS + 1)])
+async def test_a_few_are_always_let_in_and_more_only_if_answers_of_late_left_them_time(
+    well_answered: bool, let_in: int
+) -> None:
+    busy, clock = _Busy(), FakeClock()
+    limit = InFlightLimit(busy, limit=ALWAYS + 1, monotonic=clock)
+    age = None if well_answered else 1.0
+    record = make_record(replace(make_predictions(["lead_1"], [0.5]), degraded_age_seconds=age))
+    slow = asyncio.create_task(limit({**POST, "state": {"record": record}}, _arrive, _ignore))
+    await busy.begun.get()
+    clock.now += 20 * LONGEST_WAIT_SECONDS
+    busy.may_end.set()
+    await slow
+    busy.may_end.clear()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(let_in):
+            group.create_task(limit(POST, _arrive, _ignore))
+            await busy.begun.get()
+        with pytest.raises(OverloadedError):
+            await limit(POST, _arrive, _ignore)
+        busy.may_end.set()

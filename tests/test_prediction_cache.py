@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -146,9 +147,10 @@ def test_nothing_is_found_beyond_the_time_the_listener_is_trusted_but_the_last_k
     clock.now += 0.2
     assert not cache.is_trusted()
     assert not cache.find(MODEL, DAY, ["a"])[0].any()
-    hit, found = cache.recall(MODEL, DAY, ["a", "b"])
+    hit, found, ages = cache.recall(MODEL, DAY, ["a", "b"])
     assert hit.tolist() == [True, False]
     assert found["probability"][0] == 0.1
+    assert ages[0] == pytest.approx(0.2)
     cache.trust_until(clock.now + 0.2)
     assert cache.find(MODEL, DAY, ["a"])[0].all()
 

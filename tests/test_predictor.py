@@ -15,7 +15,7 @@ from app.ai.model_bundle import ModelBundle
 from app.ai.prediction_cache import AnswerCache, NullCache, PredictionCache
 from app.ai.predictor import INLINE_LEADS, Predictor, ScoringPolicy, find_intervals, score_leads
 from app.ai.score_shapley import ScoreExplainer
-from app.ai.venn_abers import look_up
+from app.ai.venn_abers import HALFWAY_SECONDS, look_up
 from app.errors import (
     DatabaseUnavailableError,
     InvalidParameterError,
@@ -37,7 +37,9 @@ BUNDLE = build_lead_bundle()
 class World:
     """A predictor with everything it stands on."""
 
-    def __init__(self, executor: ThreadPoolExecutor, cache: AnswerCache) -> None:
+    def __init__(
+        self, executor: ThreadPoolExecutor, cache: AnswerCache, *, degraded_answers: bool = True
+    ) -> None:
         rows = build_lead_rows(INLINE_LEADS + 1, seed=5)
         leads: dict[str, dict[str, object] | str] = {f"lead_{number}": row for number, row in enumerate(rows)}
         self.source = FakeLeadSource({**leads, UUID: rows[0], "twice": "ambiguous", "empty": {}})
@@ -45,8 +47,9 @@ class World:
         self.models = FakeModels(BUNDLE)
         self.drift = DriftWindow(1000)
         self.predictor = Predictor(
-            self.models, self.source, cache, self.drift, executor=executor, policy=POLICY, clock=FakeClock()
-        )
+            self.models, self.source, cache, self.drift, executor=executor, policy=POLICY,
+            degraded_answers=degraded_answers, clock=FakeClock(),
+        )  # fmt: skip
 
     async def ask(self, *lead_ids: str, context: RequestContext = CONTEXT) -> Predictions:
         return await self.predictor.predict(lead_ids, context)
@@ -213,10 +216,36 @@ async def test_with_the_database_away_and_nobody_listening_the_last_known_answer
     caching_world.cache.trust_until(0)
     caching_world.source.error = DatabaseUnavailableError()
     after = await caching_world.ask("lead_2", "lead_1")
-    assert rows_of(after) == rows_of(before)[::-1]
+    assert after.probability.tolist() == before.probability.tolist()[::-1]
     assert (before.degraded, after.degraded) == (False, True)
+    assert VERDICTS[min(after.verdict)] == "caution"
     with pytest.raises(DatabaseUnavailableError):
         await caching_world.ask("lead_1", "lead_3")
+
+
+async def test_degraded_answers_tell_their_age_and_their_intervals_widen_with_it(
+    executor: ThreadPoolExecutor,
+) -> None:
+    clock = FakeClock()
+    cache = PredictionCache(100, 10 * HALFWAY_SECONDS, clock)
+    cache.trust_until(clock.now + 1)
+    world = World(executor, cache)
+    fresh = np.array(await world.ask_intervals("lead_1", "lead_2"))
+    world.source.error = DatabaseUnavailableError()
+    clock.now += HALFWAY_SECONDS
+    degraded = await world.ask("lead_1", "lead_2", context=WITH_INTERVALS)
+    assert degraded.degraded_age_seconds == pytest.approx(HALFWAY_SECONDS)
+    assert degraded.intervals == pytest.approx((fresh + np.array(degraded.bounds)) / 2)
+
+
+async def test_degraded_answers_can_be_turned_off(executor: ThreadPoolExecutor) -> None:
+    cache = build_cache(1000)
+    world = World(executor, cache, degraded_answers=False)
+    await world.ask("lead_1")
+    cache.trust_until(0)
+    world.source.error = DatabaseUnavailableError()
+    with pytest.raises(DatabaseUnavailableError):
+        await world.ask("lead_1")
 
 
 async def test_nobody_listening_means_that_every_lead_is_read(caching_world: World) -> None:

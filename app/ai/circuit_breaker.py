@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Literal
 
-from app.errors import CallerError, CircuitOpenError
+from app.errors import CallerError, CircuitOpenError, OverloadedError
 
 BreakerState = Literal["closed", "open", "half_open"]
 
@@ -45,8 +45,9 @@ class CircuitBreaker:
         period = self._admit()
         try:
             yield
-        except CallerError:
-            # The service worked well enough to find the caller's mistake; a probe must see a real success.
+        except (CallerError, OverloadedError):
+            # The service works, well enough to find the caller's mistake or to have too much to do. But a
+            # probe must see a real success.
             self._release(period)
             raise
         except Exception:

@@ -208,7 +208,8 @@ class Predictions:
 
     `lead_ids` are as they were sent. `verdict` holds indices into `VERDICTS`. `stages_ms` is wall time by
     stage, in milliseconds. `intervals` (m, 2), the ends of each interval, and `explanations` (m) are there
-    when they were asked for. `degraded` answers are the last that was known while the lead source is away.
+    when they were asked for. `degraded_age_seconds` is there when the lead source is away and the answers are
+    the last that was known: the age of the oldest.
     """
 
     asked: int
@@ -228,7 +229,12 @@ class Predictions:
     stages_ms: Mapping[str, float]
     intervals: FloatArray | None = None
     explanations: Sequence[Explanation] | None = None
-    degraded: bool = False
+    degraded_age_seconds: float | None = None
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the answers are remembered ones that nobody can check at present."""
+        return self.degraded_age_seconds is not None
 
     def count_rejections(self) -> dict[str, int]:
         """Returns how many positions were declined, by code."""

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from app.ai.domain import ANSWER, AnswerArray, BoolArray, IntArray, ModelRef
+from app.ai.domain import ANSWER, AnswerArray, BoolArray, FloatArray, IntArray, ModelRef
 
 CacheFreshness = Literal["notified", "expiry_only", "suspended", "off"]
 """What keeps remembered answers fresh: word of every change, their age alone, nothing right now, no cache."""
@@ -48,8 +48,13 @@ class AnswerCache(Protocol):
         """Returns, for each ID, if an answer is remembered and holds, and that answer (else undefined)."""
         ...
 
-    def recall(self, model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, AnswerArray]:
-        """Does what `find` does, also while nobody hears of changes: the last that is known of each lead."""
+    def recall(
+        self, model: ModelRef, as_of: float, lead_ids: Sequence[str]
+    ) -> tuple[BoolArray, AnswerArray, FloatArray]:
+        """Does what `find` does, also while nobody hears of changes: the last that is known of each lead.
+
+        Besides, it tells each answer's age in seconds.
+        """
         ...
 
     def remember(
@@ -105,11 +110,18 @@ class PredictionCache:
 
     def find(self, model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, AnswerArray]:
         """See `AnswerCache.find`."""
-        hit, answers = self.recall(model, as_of, lead_ids)
-        return hit & self.is_trusted(), answers
+        hit, places = self._look_up(model, as_of, lead_ids)
+        return hit & self.is_trusted(), self._answers[places].view(ANSWER)
 
-    def recall(self, model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, AnswerArray]:
+    def recall(
+        self, model: ModelRef, as_of: float, lead_ids: Sequence[str]
+    ) -> tuple[BoolArray, AnswerArray, FloatArray]:
         """See `AnswerCache.recall`."""
+        hit, places = self._look_up(model, as_of, lead_ids)
+        ages = self._monotonic() + self._ttl_seconds - self._expires[places]
+        return hit, self._answers[places].view(ANSWER), ages
+
+    def _look_up(self, model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, IntArray]:
         hashes, checks = _hash(model, as_of, lead_ids)
         sets = self._sets(hashes)
         ways = (self._hashes.take(sets, axis=1) == hashes).argmax(axis=0)
@@ -117,7 +129,7 @@ class PredictionCache:
         hit = (self._hashes[ways, sets] == hashes) & (self._checks[places] == checks)
         hit &= self._expires[places] > self._monotonic()
         hit &= self._since[places] >= np.maximum(self._changed[self._marks[places]], self._emptied)
-        return hit, self._answers[places].view(ANSWER)
+        return hit, places
 
     def remember(
         self,
@@ -198,7 +210,11 @@ class NullCache:
         """Finds nothing."""
         return np.zeros(len(lead_ids), np.bool_), np.empty(len(lead_ids), ANSWER)
 
-    recall = find
+    def recall(
+        self, model: ModelRef, as_of: float, lead_ids: Sequence[str]
+    ) -> tuple[BoolArray, AnswerArray, FloatArray]:
+        """Recalls nothing."""
+        return *self.find(model, as_of, lead_ids), np.zeros(len(lead_ids))
 
     def remember(
         self,

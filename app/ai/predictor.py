@@ -43,7 +43,7 @@ from app.ai.features import build_features
 from app.ai.micro_batching import MicroBatching
 from app.ai.model_bundle import ModelBundle
 from app.ai.prediction_cache import AnswerCache, NullCache
-from app.ai.venn_abers import build_intervals
+from app.ai.venn_abers import build_intervals, widen
 from app.errors import (
     DatabaseUnavailableError,
     InvalidParameterError,
@@ -53,7 +53,7 @@ from app.errors import (
 
 _log = structlog.get_logger("app.predictor")
 
-_ABSTAIN = VERDICTS.index("abstain")
+_CAUTION, _ABSTAIN = VERDICTS.index("caution"), VERDICTS.index("abstain")
 
 _FEATURES_REJECTED, _ANSWERED = -3, 0
 _REJECTIONS = {
@@ -143,7 +143,8 @@ class Models(Protocol):
 class Predictor:
     """Answers batches of lead IDs; one for each worker process, on its event loop.
 
-    `executor` has one thread, which scores the large batches of this worker and works out reasons.
+    `executor` has one thread, which scores the large batches of this worker and works out reasons. With
+    `degraded_answers`, leads that are all remembered are answered while the lead source is away.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class Predictor:
         *,
         executor: Executor,
         policy: ScoringPolicy,
+        degraded_answers: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._models = models
@@ -163,6 +165,7 @@ class Predictor:
         self._drift = drift
         self._executor = executor
         self._policy = policy
+        self._degraded_answers = degraded_answers
         self._clock = clock
         self._look_ups = MicroBatching[_World, _Found](lambda world, lead_ids: self._answer(*world, lead_ids))
 
@@ -209,7 +212,7 @@ class Predictor:
         fate = np.full(len(distinct), _ANSWERED)
         missing = np.flatnonzero(~hit)
         found: _Found | None = None
-        degraded = False
+        age: float | None = None
         if missing.size:
             asked = _pick(distinct, missing)
             try:
@@ -217,20 +220,22 @@ class Predictor:
                 answers[missing], fate[missing] = found.answers, found.fate
                 watch.stages_ms |= found.stages_ms
             except DatabaseUnavailableError:
-                hit, answers = cache.recall(bundle.ref, context.as_of, distinct)
-                if not hit.all():
+                hit, answers, ages = cache.recall(bundle.ref, context.as_of, distinct)
+                if not (self._degraded_answers and hit.all()):
                     raise
-                degraded = True
+                age = float(ages.max())
+                answers["verdict"] = np.maximum(answers["verdict"], _CAUTION)
         outcome, positions = _Outcome(answers, fate, hit), np.arange(len(distinct))
         if len(distinct) < len(canonical):
             place = {lead_id: index for index, lead_id in enumerate(distinct)}
             positions = np.fromiter((place[lead_id] for lead_id in canonical), np.int64, len(canonical))
             outcome = _Outcome(answers[positions], fate[positions], hit[positions])
         predictions = self._assemble(bundle, lead_ids, outcome, watch.stages_ms)
-        if degraded:
-            predictions = replace(predictions, degraded=True)
+        if age is not None:
+            predictions = replace(predictions, degraded_age_seconds=age)
         if "interval" in context.include:
-            predictions = replace(predictions, intervals=find_intervals(bundle, outcome.kept()))
+            intervals = widen(find_intervals(bundle, outcome.kept()), age or 0.0, predictions.bounds)
+            predictions = replace(predictions, intervals=intervals)
         if found is not None and "reasons" in context.include:
             answered = positions[outcome.fate == _ANSWERED].tolist()
             predictions = replace(predictions, explanations=[found.explanations[index] for index in answered])

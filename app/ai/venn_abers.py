@@ -19,6 +19,9 @@ import numpy.typing as npt
 
 from app.ai.domain import BoolArray, FloatArray, IntArray, JsonObject
 
+HALFWAY_SECONDS = 3600.0
+"""The age at which an answer that cannot be checked has lost half of what its interval said."""
+
 _FIELDS = frozenset({"scores", "p0", "p1"})
 
 
@@ -123,6 +126,17 @@ def build_intervals(
     ends[:, 0] = np.minimum(ends[:, 0], probability)
     ends[:, 1] = np.maximum(ends[:, 1], probability)
     return ends
+
+
+def widen(intervals: FloatArray, age_seconds: float, bounds: tuple[float, float]) -> FloatArray:
+    """Returns the intervals (n, 2) of answers that are `age_seconds` old and cannot be checked.
+
+    Each end is moved towards its bound, by a share of the way that is 0 for a fresh answer and a half after
+    `HALFWAY_SECONDS`: the older an answer, the less it says, until it says nothing.
+    """
+    share = age_seconds / (age_seconds + HALFWAY_SECONDS)
+    widened: FloatArray = intervals + share * (np.array(bounds) - intervals)
+    return widened
 
 
 def merge(p0: FloatArray, p1: FloatArray) -> FloatArray:

@@ -133,6 +133,10 @@ class PredictBatchResponse(_Message):
     cache_hits: Count
     degraded: Literal[True] | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)
     """Only while the lead database is away: the answers are the last known ones, leads may have changed."""
+    degraded_age_seconds: Annotated[float, Field(ge=0)] | SkipJsonSchema[None] = Field(
+        None, json_schema_extra=_never_null
+    )
+    """With `degraded` only: how old the oldest of the answers is."""
     schema_version: Literal["v1"]
     contract_version: Literal[1]
     calibration_metadata: CalibrationMetadata

@@ -1,0 +1,55 @@
+"""Tells a worker's parts that it is about to end: readiness fails, and answers close their connections.
+
+Connections that are in use are thereby given up one by one by their clients, who know what is coming, and
+none is cut off. Begun by a signal: SIGUSR1 announces the end, SIGTERM is the end. Held by `main`, read by
+`http_protocol` and `health`.
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+ANNOUNCEMENT = signal.SIGUSR1
+"""Sent to every worker of a service that will end: fail readiness, go on answering."""
+
+
+class Drain:
+    """Whether the worker is draining, and for how long it will; `seconds` and `monotonic` are in seconds."""
+
+    def __init__(self, seconds: float, monotonic: Callable[[], float]) -> None:
+        self._seconds = seconds
+        self._monotonic = monotonic
+        self._ends_at: float | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether it has begun."""
+        return self._ends_at is not None
+
+    def begin(self) -> None:
+        """Begins, unless it has begun."""
+        if self._ends_at is None:
+            self._ends_at = self._monotonic() + self._seconds
+
+    def remaining_seconds(self) -> float:
+        """Returns how long idle connections are kept; 0 when the time is up or nothing has begun."""
+        return max(0.0, self._ends_at - self._monotonic()) if self._ends_at is not None else 0.0
+
+
+def begin_on_signals(drain: Drain) -> None:
+    """Begins with `ANNOUNCEMENT` or SIGTERM, which then goes its usual way; needs the main thread.
+
+    In any other thread it does nothing: there the server does not listen to signals either.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    stop = signal.getsignal(signal.SIGTERM)
+
+    def begin(number: int, frame: FrameType | None) -> None:
+        drain.begin()
+        if number == signal.SIGTERM and callable(stop):
+            stop(number, frame)
+
+    signal.signal(ANNOUNCEMENT, begin)
+    signal.signal(signal.SIGTERM, begin)

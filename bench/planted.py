@@ -1,0 +1,101 @@
+"""Starts the service with one part replaced by what it guards against, so that a proof can show it notices.
+
+python -m bench.planted NAME
+"""
+
+import asyncio
+import dataclasses
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import psycopg
+from psycopg.abc import Buffer
+from psycopg.pq.abc import PGresult
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+import app.http_protocol
+import app.main
+import app.wiring
+from app.ai.model_bundle import ModelBundle
+from app.ai.model_registry import ModelRegistry
+from app.db.engine import Database, _Loan
+from app.db.session import Session
+from app.errors import DatabaseUnavailableError
+from app.serve import serve
+from app.settings import load_settings
+
+T = TypeVar("T")
+
+
+def stock_protocol() -> None:
+    """Uvicorn's own protocol: no client has a deadline."""
+    app.http_protocol.ProblemProtocol = HttpToolsProtocol  # type: ignore[assignment,misc]
+
+
+def swap_in_place() -> None:
+    """A registry that keeps one bundle and changes it part by part: requests see halves of two models."""
+
+    class SwapsInPlace(ModelRegistry):
+        async def active(self) -> ModelBundle:
+            bundle = await super().active()
+            kept: ModelBundle = self.__dict__.setdefault("kept", dataclasses.replace(bundle))
+            if kept.ref != bundle.ref and "swap" not in self.__dict__:
+                self.__dict__["swap"] = asyncio.create_task(self._swap(kept, bundle))
+            return kept
+
+        async def _swap(self, kept: ModelBundle, bundle: ModelBundle) -> None:
+            for part in dataclasses.fields(bundle):
+                object.__setattr__(kept, part.name, getattr(bundle, part.name))
+                await asyncio.sleep(0.005)
+            del self.__dict__["swap"]
+
+    app.wiring.ModelRegistry = SwapsInPlace  # type: ignore[misc]
+
+
+def driver_timeout() -> None:
+    """`asyncio.timeout` round the driver's call, which then asks a frozen server to cancel."""
+
+    class TimedDatabase(Database):
+        async def query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
+            async def ask(session: Session) -> PGresult:
+                await session.driver().execute("SELECT 1")
+                return await session.query(statement, parameters)
+
+            return await self._run(ask)
+
+        async def _run(self, call: Callable[[Session], Awaitable[T]]) -> T:
+            try:
+                async with asyncio.timeout(self._deadline):
+                    return await self._lend(call, _Loan())
+            except (TimeoutError, psycopg.OperationalError, OSError) as exc:
+                raise DatabaseUnavailableError from exc
+
+    app.wiring.Database = TimedDatabase  # type: ignore[misc]
+
+
+def no_limit() -> None:
+    """Every request is let in, however many wait."""
+
+    class LetIn:
+        def __init__(self, app: ASGIApp, **_: object) -> None:
+            self._app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await self._app(scope, receive, send)
+
+    app.main.InFlightLimit = LetIn  # type: ignore[misc,assignment]
+
+
+PLANTS: dict[str, Callable[[], None]] = {
+    "stock-protocol": stock_protocol,
+    "swap-in-place": swap_in_place,
+    "driver-timeout": driver_timeout,
+    "no-limit": no_limit,
+}
+
+
+if __name__ == "__main__":
+    PLANTS[sys.argv[1]]()
+    serve(load_settings())
