@@ -162,19 +162,20 @@ class _Case:
             began = time.perf_counter()
             clients = [asyncio.create_task(self._keep_asking(lead_ids)) for _ in range(CLIENTS)]
             await asyncio.sleep(seconds)
+            mending = time.perf_counter()  # from here on the database may answer before it is said to
         mended, self._over = time.perf_counter(), True
         back = await self._wait_until_back(mended)
         await asyncio.gather(*clients)
-        return self._judge(began, mended, back)
+        return self._judge(began, mending, back)
 
-    def _judge(self, began: float, mended: float, back: float) -> list[Figure]:
+    def _judge(self, began: float, mending: float, back: float) -> list[Figure]:
         answers, fault = self._answers, self._fault
         kept = [answer for answer in answers if answer.remembered]
         late = max(answer.seconds for answer in answers) - DEADLINE_SECONDS
         unmarked = [
             answer for answer in kept
             if fault != "locked" and not answer.degraded
-            and began + SETTLING_SECONDS < answer.asked_at < mended - answer.seconds
+            and began + SETTLING_SECONDS < answer.asked_at < mending - answer.seconds
         ]  # fmt: skip
         return [
             Figure(f"{fault}: latest of {len(answers)} answers, after the deadline", late * 1e3, 50,
