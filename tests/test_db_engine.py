@@ -230,7 +230,8 @@ async def test_connections_are_used_again_and_never_more_than_the_pool(
 ) -> None:
     database = connect(database_url, pool_size=3, deadline_seconds=5)
     assert sum(await asyncio.gather(*(database.run(ask) for _ in range(50)))) == 50
-    assert 1 <= connections(database_url) <= 3
+    # What an earlier test has given up may still be sleeping at the server.
+    assert await eventually(lambda: 1 <= connections(database_url) <= 3)
 
 
 async def test_connections_the_server_closed_are_not_handed_out(database_url: str, connect: Connect) -> None:

@@ -19,7 +19,7 @@ from app.errors import OverloadedError
 ALWAYS = 8
 """Enough requests at once to keep a worker and its database connections busy."""
 
-LONGEST_WAIT_SECONDS = 0.2
+LONGEST_WAIT_SECONDS = 1.0
 """Who would wait longer than this is better off asking again later, or somewhere else."""
 
 _NEWEST_SHARE = 0.1
