@@ -4,10 +4,11 @@ Importing this module does no I/O; `create_app` only builds the object, and what
 in the lifespan, inside the worker that serves. Called by uvicorn (`app.main:create_app`) and by the tests.
 """
 
+import ctypes
 import gc
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,6 +37,9 @@ from app.wiring import open_services
 
 GC_THRESHOLDS = (10_000, 20, 50)
 """A request leaves no cycles, so they may be looked for less often than after each 700 objects."""
+
+MALLOC_PARAMETERS = ((-3, 32 << 20), (-1, 64 << 20), (-2, 8 << 20))
+"""glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, in bytes (mallopt(3))."""
 
 OPENAPI_PATH = "/openapi.json"
 LEGACY_DEPRECATED_SINCE = datetime(2026, 1, 1, tzinfo=UTC)
@@ -102,7 +106,7 @@ def _build_lifespan(settings: Settings) -> Lifespan:
     async def lifespan(_app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         drain = Drain(settings.drain_seconds, time.monotonic)
         async with open_services(settings) as services:
-            _spare_the_collector()
+            _settle_memory()
             begin_on_signals(drain)
             yield {
                 "client_deadline_seconds": settings.ai_client_deadline_seconds,
@@ -129,12 +133,16 @@ def _build_lifespan(settings: Settings) -> Lifespan:
     return lifespan
 
 
-def _spare_the_collector() -> None:
+def _settle_memory() -> None:
     # What is there by now stays: libraries, routes, the model. Looking through it again and again for garbage
     # held requests up for a tenth of a second at a time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
+    # What one batch gives back the next one takes: asked of the system anew, every page of it is a fault.
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        for parameter, size in MALLOC_PARAMETERS:
+            ctypes.CDLL(None).mallopt(parameter, size)
 
 
 def _document(app: FastAPI, max_batch_size: int) -> None:

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PATH = "/ai/advanced-ml/predict-batch"
+_PAUSE_SECONDS = 0.05  # of a client that was refused
 
 
 @dataclass
 class Sample:
-    """What a contender did in one cell of the table: milliseconds of each answer, and seconds it took."""
+    """What a contender did in one cell: milliseconds of each answer, seconds it took, requests it refused."""
 
     milliseconds: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    refused: int = 0
 
     def percentile(self, share: float) -> float:
         """Returns the latency that `share` of the answers stayed within, in milliseconds."""
@@ -44,9 +46,12 @@ async def ask(port: int, request: bytes) -> bytes:
     """Sends one request on a connection of its own; returns the body of a 200."""
     connection = await _connect(port)
     try:
-        return await connection.exchange(request)
+        answer = await connection.exchange(request)
     finally:
         connection.close()
+    if answer is None:
+        raise RuntimeError("refused: the server is too busy")
+    return answer
 
 
 async def run_load(
@@ -63,8 +68,11 @@ async def run_load(
         while time.perf_counter() - began < seconds or len(sample.milliseconds) < goal:
             request = next(requests)
             sent = time.perf_counter()
-            await connection.exchange(request)
-            sample.milliseconds.append((time.perf_counter() - sent) * 1000)
+            if await connection.exchange(request) is None:
+                sample.refused += 1
+                await asyncio.sleep(_PAUSE_SECONDS)
+            else:
+                sample.milliseconds.append((time.perf_counter() - sent) * 1000)
 
     await asyncio.gather(*map(keep_asking, opened))
     sample.seconds += time.perf_counter() - began
@@ -84,7 +92,8 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._transport: Any = None
-        self._answer: asyncio.Future[bytes]
+        self._answer: asyncio.Future[bytes | None]
+        self._refused = False
         self._parts: list[bytes] = []
         self._missing = -1
 
@@ -98,7 +107,8 @@ class _Connection(asyncio.Protocol):
             head, found, rest = whole.partition(b"\r\n\r\n")
             if not found:
                 return
-            if not head.startswith(b"HTTP/1.1 200"):
+            self._refused = head.startswith(b"HTTP/1.1 503")
+            if not self._refused and not head.startswith(b"HTTP/1.1 200"):
                 self._fail(RuntimeError(f"not a 200: {whole[:500]!r}"))
                 return
             length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
@@ -106,13 +116,13 @@ class _Connection(asyncio.Protocol):
         else:
             self._missing -= len(data)
         if self._missing == 0 and not self._answer.done():
-            self._answer.set_result(b"".join(self._parts))
+            self._answer.set_result(None if self._refused else b"".join(self._parts))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(exc or ConnectionError("the server closed the connection"))
 
-    async def exchange(self, request: bytes) -> bytes:
-        """Sends one request, returns the body of the answer."""
+    async def exchange(self, request: bytes) -> bytes | None:
+        """Sends one request, returns the body of the answer, None if the server is too busy for it (503)."""
         self._answer = asyncio.get_running_loop().create_future()
         self._parts, self._missing = [], -1
         self._transport.write(request)

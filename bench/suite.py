@@ -181,12 +181,13 @@ def build_figures(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> 
 def print_cells(console: Console, samples: Mapping[Cell, Sample]) -> None:
     """Prints every cell: median and p99 in milliseconds, and leads a second."""
     table = Table(title="latency in ms (p50, p99) and leads a second", title_justify="left")
-    for heading in ("leads", "connections", "contender", "p50", "p99", "leads/s", "requests"):
+    for heading in ("leads", "connections", "contender", "p50", "p99", "leads/s", "requests", "refused"):
         table.add_column(heading, justify="left" if heading == "contender" else "right")
     for (name, size, connections), sample in sorted(samples.items(), key=lambda item: item[0][1:]):
         table.add_row(
             f"{size:,}", str(connections), name, f"{sample.percentile(0.5):.2f}",
             f"{sample.percentile(0.99):.2f}", f"{sample.rate * size:,.0f}", f"{len(sample.milliseconds):,}",
+            f"{sample.refused:,}",
         )  # fmt: skip
     console.print(table)
 
@@ -242,7 +243,7 @@ def describe_cells(samples: Mapping[Cell, Sample]) -> list[dict[str, Any]]:
         {
             "contender": name, "leads": size, "connections": connections, "p50_ms": sample.percentile(0.5),
             "p99_ms": sample.percentile(0.99), "leads_per_second": sample.rate * size,
-            "requests": len(sample.milliseconds),
+            "requests": len(sample.milliseconds), "refused": sample.refused,
         }
         for (name, size, connections), sample in samples.items()
     ]  # fmt: skip

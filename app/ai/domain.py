@@ -42,6 +42,9 @@ ANSWER = np.dtype(
 
 AnswerArray = NDArray[np.void]
 
+ANSWER_BYTES = np.dtype((np.void, ANSWER.itemsize))
+"""An answer as plain bytes: moving it by its fields takes many times as long."""
+
 UNKNOWN_LEAD, AMBIGUOUS_LEAD = -1, -2
 """Row numbers that stand for: no such lead; more than one lead carries this external reference."""
 

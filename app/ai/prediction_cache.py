@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from app.ai.domain import ANSWER, AnswerArray, BoolArray, FloatArray, IntArray, ModelRef
+from app.ai.domain import ANSWER, ANSWER_BYTES, AnswerArray, BoolArray, FloatArray, IntArray, ModelRef
 
 CacheFreshness = Literal["notified", "expiry_only", "suspended", "off"]
 """What keeps remembered answers fresh: word of every change, their age alone, nothing right now, no cache."""
@@ -31,9 +31,6 @@ _CHANGE_MARKS = 131_072
 """Leads share marks: the change of one takes one answer in so many along, which costs a look-up."""
 
 _NEVER = -1
-_BYTES = np.dtype((np.void, ANSWER.itemsize))
-"""An answer as plain bytes: moving it by its fields takes thirty times as long."""
-
 _HashArray = NDArray[np.uint64]
 
 
@@ -90,7 +87,7 @@ class PredictionCache:
             (_WAYS, sets), np.int64
         )  # from 1 on; an answer's place is its number mod size
         self._checks = np.zeros(size, np.uint64)
-        self._answers = np.zeros(size, _BYTES)
+        self._answers = np.zeros(size, ANSWER_BYTES)
         self._expires = np.zeros(size, np.float64)
         self._since = np.zeros(size, np.int64)
         self._marks = np.zeros(size, np.uint32)
@@ -147,7 +144,7 @@ class PredictionCache:
         self._written += len(hashes)
         places = numbers % self._size
         self._checks[places] = checks
-        self._answers[places] = answers[-self._size :].view(_BYTES)
+        self._answers[places] = answers[-self._size :].view(ANSWER_BYTES)
         self._expires[places] = self._monotonic() + self._ttl_seconds
         self._since[places] = since
         self._marks[places] = _marks(uuids[-self._size :])

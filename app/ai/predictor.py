@@ -21,6 +21,7 @@ from app.ai.calibration import calibrate, confidence
 from app.ai.domain import (
     AMBIGUOUS_LEAD,
     ANSWER,
+    ANSWER_BYTES,
     UNKNOWN_LEAD,
     VERDICTS,
     AnswerArray,
@@ -263,7 +264,7 @@ class Predictor:
             self._drift.add(scored.features, bundle.feature_set.fingerprint)
             found = np.flatnonzero(fate == _ANSWERED)
             rows = fetched.row_of[found]
-            answers[found] = scored.answers[rows]
+            answers.view(ANSWER_BYTES)[found] = scored.answers.view(ANSWER_BYTES)[rows]
             fate[found] = np.where(scored.rejected[rows], _FEATURES_REJECTED, _ANSWERED)
             if explain:
                 told = await self._explain(bundle, fetched.leads, as_of, scored.answers)
