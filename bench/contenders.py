@@ -11,6 +11,7 @@ All but the echo score with the artifact and the calibrator of the service, and 
 python -m bench.contenders NAME DATABASE_URL MODEL_DIR
 """
 
+import asyncio
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -42,6 +43,7 @@ from bench.data import RELATION
 
 PATH = "/ai/advanced-ml/predict-batch"
 _DAY = 86_400.0
+_CONNECTIONS = 16  # to the database, of each contender: more than two cores can make use of
 
 Row = Mapping[str, Any]
 
@@ -99,6 +101,7 @@ class Floor:
     def __init__(self, url: str, model_dir: Path) -> None:
         self._url = url
         self._idle: list[psycopg.AsyncConnection[Any]] = []
+        self._slots = asyncio.Semaphore(_CONNECTIONS)
         self._bundle = ModelRegistry(ModelCatalogue(model_dir)).load()
         names = self._bundle.feature_set.names
         self._texts = [self._bundle.feature_set.specs[names.index(text)].params for text in self._TEXTS]
@@ -126,11 +129,12 @@ class Floor:
         await send({"type": "http.response.body", "body": answer})
 
     async def _answer(self, lead_ids: list[str]) -> bytes:
-        connection = self._idle.pop() if self._idle else await self._connect()
-        async with connection.cursor(binary=True) as cursor:
-            await cursor.execute(self._statement, [_Packed(pack_uuids(lead_ids))], prepare=True)
-            row: Any = await cursor.fetchone()
-        self._idle.append(connection)
+        async with self._slots:
+            connection = self._idle.pop() if self._idle else await self._connect()
+            async with connection.cursor(binary=True) as cursor:
+                await cursor.execute(self._statement, [_Packed(pack_uuids(lead_ids))], prepare=True)
+                row: Any = await cursor.fetchone()
+            self._idle.append(connection)
         found = row[0].hex()
         probability = self.score(row[1:])
         place = {found[at : at + 32]: at // 32 for at in range(0, len(found), 32)}
@@ -237,7 +241,7 @@ def _open_orm(url: str) -> tuple[Any, Callable[[], Session]]:
     class Lead(Base):
         __table__ = table
 
-    engine = create_engine(address, pool_size=64)
+    engine = create_engine(address, pool_size=_CONNECTIONS, max_overflow=0, pool_timeout=60)
     return Lead, lambda: Session(engine)
 
 

@@ -59,8 +59,8 @@ async def run_load(
 ) -> None:
     """Adds to `sample` for `seconds`, and until `at_least` answers have come."""
     opened = [await _connect(port) for _ in range(connections)]
-    for connection in opened:
-        await connection.exchange(next(requests))  # the first of a burst finds cold caches everywhere
+    # The first of a burst finds cold caches everywhere.
+    await asyncio.gather(*(connection.exchange(next(requests)) for connection in opened))
     began = time.perf_counter()
     goal = len(sample.milliseconds) + at_least
 
