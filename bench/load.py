@@ -5,12 +5,15 @@ measures. A request is sent on a connection when the answer to the one before ha
 """
 
 import asyncio
+import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 PATH = "/ai/advanced-ml/predict-batch"
+Cell = tuple[str, int, int]
+"""Contender, leads in a request, connections."""
 _PAUSE_SECONDS = 0.05  # of a client that was refused
 
 
@@ -78,6 +81,30 @@ async def run_load(
     sample.seconds += time.perf_counter() - began
     for connection in opened:
         connection.close()
+
+
+async def measure_in_turns(
+    cells: Sequence[Cell],
+    samples: dict[Cell, Sample],
+    ports: Mapping[str, int],
+    requests: Callable[[str, int], Iterator[bytes]],
+    *,
+    seconds: float,
+    rounds: int,
+) -> None:
+    """Adds to the sample of each cell, a burst each, every round in another order.
+
+    `requests` are those of a contender, by its name and the leads in each.
+    """
+    order = random.Random(1)  # noqa: S311  an order of play, nothing secret
+    for _ in range(rounds):
+        for cell in order.sample(cells, len(cells)):
+            name, size, connections = cell
+            sample = samples.setdefault(cell, Sample())
+            await run_load(
+                ports[name], requests(name, size), sample,
+                connections=connections, seconds=seconds, at_least=5,
+            )  # fmt: skip
 
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bool, bytes]:

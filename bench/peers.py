@@ -14,7 +14,6 @@ python -m bench.peers [--leads N] [--seconds S] [--rounds R] [--json FILE] [--va
 import argparse
 import asyncio
 import json
-import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +36,11 @@ from app.db.leads import PostgresLeadSource
 from bench.contenders import load_model, start_of_day
 from bench.data import RELATION, Stage, open_stage, sample_lead_ids
 from bench.figures import Figure, print_figures
-from bench.load import Sample, ask, build_request, cycle, run_load
+from bench.load import Cell, Sample, ask, build_request, cycle, measure_in_turns
 from bench.peer_protocols import PEERS, Peer, Rows
 from bench.peer_servers import PeerFailedError, install_peer, read_version, start_peer
 from bench.servers import ROOT, Server, start_contender, start_service
-from bench.suite import TOLERANCE, Cell, describe_cells, print_cells
+from bench.suite import TOLERANCE, describe_cells, print_cells
 
 US, FLOOR = "cold", "floor"
 CELLS = ((1, 1), (1, 16), (2000, 1), (2000, 8), (2000, 16))
@@ -116,17 +115,15 @@ class PeerBench:
 
     async def measure(self, *, seconds: float, rounds: int) -> None:
         """Times everyone in turns, every round in another order."""
-        order = random.Random(1)  # noqa: S311  an order of play, nothing secret
-        cells = [(name, size, connections) for name in self._servers for size, connections in CELLS]
         requests = {(name, size): self._requests(name, size) for name in self._servers for size in _REQUESTS}
-        for _ in range(rounds):
-            for cell in order.sample(cells, len(cells)):
-                name, size, connections = cell
-                sample = self.samples.setdefault(cell, Sample())
-                await run_load(
-                    self._servers[name].port, requests[name, size], sample,
-                    connections=connections, seconds=seconds, at_least=5,
-                )  # fmt: skip
+        await measure_in_turns(
+            [(name, size, connections) for name in self._servers for size, connections in CELLS],
+            self.samples,
+            {name: server.port for name, server in self._servers.items()},
+            lambda name, size: requests[name, size],
+            seconds=seconds,
+            rounds=rounds,
+        )
 
     def p50(self, name: str, size: int) -> float:
         """Returns the median latency at one connection in milliseconds."""

@@ -18,6 +18,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 import app.http_protocol
 import app.main
 import app.wiring
+from app.ai.events import Event
+from app.ai.ml_telemetry import MlTelemetry
 from app.ai.model_bundle import ModelBundle
 from app.ai.model_registry import ModelRegistry
 from app.db.engine import Database, _Loan
@@ -27,6 +29,8 @@ from app.serve import serve
 from app.settings import load_settings
 
 T = TypeVar("T")
+
+HASTY_SECONDS = 0.05
 
 
 def stock_protocol() -> None:
@@ -88,11 +92,22 @@ def no_limit() -> None:
     app.main.InFlightLimit = LetIn  # type: ignore[misc,assignment]
 
 
+def hasty_telemetry() -> None:
+    """Says at once that an event is durable, and writes it a little later."""
+
+    class HastyTelemetry(MlTelemetry):
+        async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:  # noqa: ARG002
+            asyncio.get_running_loop().call_later(HASTY_SECONDS, self.submit, event, request_id)
+
+    app.wiring.MlTelemetry = HastyTelemetry  # type: ignore[misc]
+
+
 PLANTS: dict[str, Callable[[], None]] = {
     "stock-protocol": stock_protocol,
     "swap-in-place": swap_in_place,
     "driver-timeout": driver_timeout,
     "no-limit": no_limit,
+    "hasty-telemetry": hasty_telemetry,
 }
 
 

@@ -73,7 +73,7 @@ class Amount:
     backlog: int
 
 
-SERVICE, HASTY_SERVICE = ("-m", "app.cli", "serve"), ("-m", "bench.hasty_service")
+SERVICE, HASTY_SERVICE = ("-m", "app.cli", "serve"), ("-m", "bench.planted", "hasty-telemetry")
 SHORT, LONG, PLANTED = Amount(30, 1_000, 20_000), Amount(1_000, 1_000_000, 120_000), Amount(2, 1, 100)
 
 

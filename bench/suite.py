@@ -27,7 +27,7 @@ from rich.table import Table
 from bench.bulk import BulkRates, measure_bulk
 from bench.data import Stage, open_stage, sample_lead_ids
 from bench.figures import Figure, print_figures
-from bench.load import Sample, ask, build_request, cycle, run_load
+from bench.load import Cell, Sample, ask, build_request, cycle, measure_in_turns, run_load
 from bench.servers import ROOT, Server, start_contender, start_service
 
 SIZES = (1, 50, 500, 2000)
@@ -36,9 +36,6 @@ TOLERANCE = 1e-9
 _ROW_BY_ROW_LEADS = 1000
 _MEMORY_REQUESTS = 100_000
 _SAMPLE = 400_000
-
-Cell = tuple[str, int, int]
-"""Contender, leads in a request, connections."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +81,14 @@ class Bench:
 
     async def measure(self, cells: Sequence[Cell]) -> None:
         """Times the cells in turns, every round in another order."""
-        order = random.Random(1)  # noqa: S311  an order of play, nothing secret
-        for _ in range(self._options.rounds):
-            for cell in order.sample(cells, len(cells)):
-                name, size, connections = cell
-                sample = self.samples.setdefault(cell, Sample())
-                await run_load(
-                    self._servers[name].port, self._requests(size, warm=name == "warm"), sample,
-                    connections=connections, seconds=self._options.seconds, at_least=5,
-                )  # fmt: skip
+        await measure_in_turns(
+            cells,
+            self.samples,
+            {name: server.port for name, server in self._servers.items()},
+            lambda name, size: self._requests(size, warm=name == "warm"),
+            seconds=self._options.seconds,
+            rounds=self._options.rounds,
+        )
 
     async def measure_row_by_row(self) -> float:
         """Returns the milliseconds the row-by-row way takes for one request of 1,000 leads."""

@@ -112,12 +112,12 @@ def test_leads_that_are_gone_or_declined_now_lose_their_scores(leads_url: str) -
     with psycopg.connect(leads_url) as connection:
         connection.execute("UPDATE leads SET tuition_fee = 'NaN' WHERE external_ref = 'L-7'")
         connection.execute("DELETE FROM leads WHERE external_ref = 'L-8'")
-        connection.execute(
-            "DELETE FROM leads WHERE lead_id IN (SELECT lead_id FROM leads ORDER BY 1 LIMIT 3)"
-        )
-        connection.execute(
-            "DELETE FROM leads WHERE lead_id IN (SELECT lead_id FROM leads ORDER BY 1 DESC LIMIT 3)"
-        )
+        # The first and the last that have a score: a lead that never could be scored has none to lose.
+        for order in ("ASC", "DESC"):
+            connection.execute(
+                "DELETE FROM leads WHERE lead_id IN (SELECT lead_id FROM leads WHERE tuition_fee <> 'NaN'"
+                f" ORDER BY lead_id {order} LIMIT 3)"
+            )
         # Scores of another source are none of this run's business.
         connection.execute(
             "INSERT INTO lead_scores SELECT gen_random_uuid(), 'other-' || n, 0.5, 0.5, 1, 'ok', 'v', 'sha',"

@@ -70,8 +70,7 @@ class TelemetryWriter:
 
         Raises:
             TelemetryUnavailableError: it is not durable within the deadline. An event that had already
-            reached
-                the disk by then stays.
+                reached the disk by then stays.
         """
         began = time.perf_counter()
         try:

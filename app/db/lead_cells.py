@@ -82,16 +82,10 @@ def batch_statement(
     All leads in one row, or a row a lead. Its parameters are, numbered in this order, lead IDs (`uuid[]`) if
     it asks by them and references (`text[]`) if it asks by them; it asks by one of them at least.
     """
-    ref = InputColumn(EXTERNAL_REF, "text")
-    outputs = [
-        _output(sql.SQL("uuid_send(lead_id)"), sql.SQL("''"), in_one_row=in_one_row),
-        _column_output(ref, types, in_one_row=in_one_row) if by_ref else sql.SQL("NULL"),
-        *(_column_output(column, types, in_one_row=in_one_row) for column in columns),
-    ]
     asked = ["lead_id = ANY(${}::uuid[])"] * by_id + ["external_ref = ANY(${}::text[])"] * by_ref
     conditions = [condition.format(number) for number, condition in enumerate(asked, 1)]
     composed = sql.SQL("SELECT {} FROM {} WHERE {}").format(
-        sql.SQL(", ").join(outputs),
+        _outputs(types, columns, with_refs=by_ref, in_one_row=in_one_row),
         sql.Identifier(*relation.split(".")),
         sql.SQL(" OR ".join(conditions)),
     )
@@ -120,16 +114,10 @@ def key_page_statement(
     Its parameters are `rows`, how many leads, and unless it is for the `first` page `after`, the last ID of
     the page before. Rows that share an ID are never on two pages, so there may be a few more.
     """
-    ref = InputColumn(EXTERNAL_REF, "text")
-    outputs = [
-        _output(sql.SQL("uuid_send(lead_id)"), sql.SQL("''"), in_one_row=True),
-        _column_output(ref, types, in_one_row=True) if EXTERNAL_REF in types else sql.SQL("NULL"),
-        *(_column_output(column, types, in_one_row=True) for column in columns),
-    ]
     return sql.SQL(
         "SELECT {} FROM (SELECT * FROM {} {} ORDER BY lead_id FETCH FIRST %(rows)s ROWS WITH TIES) AS page"
     ).format(
-        sql.SQL(", ").join(outputs),
+        _outputs(types, columns, with_refs=EXTERNAL_REF in types, in_one_row=True),
         sql.Identifier(*relation.split(".")),
         sql.SQL("" if first else "WHERE lead_id > %(after)s"),
     )
@@ -147,13 +135,20 @@ def recent_statement(relation: str, types: ColumnTypes) -> sql.Composed:
     ).format(sql.Identifier(*relation.split(".")))
 
 
-def _column_output(column: InputColumn, types: ColumnTypes, *, in_one_row: bool) -> sql.Composable:
-    separator = _SEPARATOR_SQL if column.kind == "text" else sql.SQL("''")
-    return _output(_cell(column, types), separator, in_one_row=in_one_row)
+def _outputs(
+    types: ColumnTypes, columns: Sequence[InputColumn], *, with_refs: bool, in_one_row: bool
+) -> sql.Composed:
+    """Returns lead IDs, references or NULL, then the cells of each column; put together for one row."""
 
+    def output(cell: sql.Composable, separator: sql.SQL) -> sql.Composable:
+        return sql.SQL("string_agg({}, {})").format(cell, separator) if in_one_row else cell
 
-def _output(cell: sql.Composable, separator: sql.SQL, *, in_one_row: bool) -> sql.Composable:
-    return sql.SQL("string_agg({}, {})").format(cell, separator) if in_one_row else cell
+    def of_column(column: InputColumn) -> sql.Composable:
+        return output(_cell(column, types), _SEPARATOR_SQL if column.kind == "text" else sql.SQL("''"))
+
+    ids = output(sql.SQL("uuid_send(lead_id)"), sql.SQL("''"))
+    refs = of_column(InputColumn(EXTERNAL_REF, "text")) if with_refs else sql.SQL("NULL")
+    return sql.SQL(", ").join([ids, refs, *map(of_column, columns)])
 
 
 def _cell(column: InputColumn, types: ColumnTypes) -> sql.Composed:
