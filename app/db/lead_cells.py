@@ -19,17 +19,27 @@ from app.ai.domain import Column, ColumnKind, InputColumn, LeadColumns
 LEAD_ID, EXTERNAL_REF, CREATED_AT = "lead_id", "external_ref", "created_at"
 
 ColumnTypes = Mapping[str, str]
-"""The names of a relation's columns and of their PostgreSQL types, `enum` for any enumeration."""
+"""The names of a relation's columns and of their PostgreSQL types.
+
+`enum` for any enumeration, `decimal` for a numeric whose declared digits fit into a float8 (`numeric(10, 2)`).
+"""
 
 COLUMN_TYPES = """
-    SELECT a.attname, CASE WHEN t.typtype = 'e' THEN 'enum' ELSE coalesce(b.typname, t.typname) END
+    SELECT a.attname, CASE
+        WHEN t.typtype = 'e' THEN 'enum'
+        WHEN coalesce(b.typname, t.typname) = 'numeric' AND declared.digits <= 300 AND declared.scale <= 300
+            THEN 'decimal'
+        ELSE coalesce(b.typname, t.typname) END
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_type b ON b.oid = t.typbasetype
+    -- The modifier of a numeric is its digits, shifted by 16 bits, and its scale, and 4 more.
+    CROSS JOIN LATERAL (SELECT nullif(greatest(a.atttypmod, t.typtypmod), -1) - 4 AS packed) AS modifier
+    CROSS JOIN LATERAL (SELECT packed >> 16 AS digits, packed & 2047 AS scale) AS declared
     WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
 """
 """The statement that reads `ColumnTypes`; its parameter is `quoted_relation`."""
 
 _KINDS: Mapping[ColumnKind, tuple[str, ...]] = {
-    "number": ("int2", "int4", "int8", "float4", "float8", "numeric"),
+    "number": ("int2", "int4", "int8", "float4", "float8", "decimal", "numeric"),
     "boolean": ("bool",),
     "timestamp": ("timestamptz", "timestamp", "date"),
     "text": ("text", "varchar", "bpchar", "name", "citext", "enum"),
