@@ -22,7 +22,7 @@ import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from app.db.embedded import open_embedded
-from app.db.migrations import current_state, upgrade
+from app.db.schema_state import current_state
 from app.drain import ANNOUNCEMENT
 from app.errors import DatabaseUnavailableError, SettingsError
 from app.log_setup import configure_logging
@@ -75,7 +75,10 @@ def open_database(settings: Settings) -> Iterator[str]:
         yield settings.database_url
         return
     with open_embedded(settings.var_dir) as url:
-        upgrade(url)
+        if current_state(url) != "current":
+            from app.db.migrations import upgrade  # noqa: PLC0415 - its libraries are not needed on later starts
+
+            upgrade(url)
         yield url
 
 

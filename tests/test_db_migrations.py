@@ -5,9 +5,11 @@ import threading
 import psycopg
 import pytest
 from alembic import command
+from alembic.script import ScriptDirectory
 
 from app.db import migrations
-from app.db.migrations import current_state, upgrade
+from app.db.migrations import upgrade
+from app.db.schema_state import current_state, known_revisions
 from app.errors import CommandError, DatabaseUnavailableError
 
 
@@ -85,3 +87,9 @@ def test_every_revision_can_be_undone_and_applied_again(database_url: str) -> No
     upgrade(database_url)
     with psycopg.connect(database_url) as connection:
         assert connection.execute(tables).fetchall() == before
+
+
+def test_the_newest_revision_is_the_one_a_migrated_database_has() -> None:
+    scripts = ScriptDirectory.from_config(migrations._config())
+    assert known_revisions() == [script.revision for script in scripts.walk_revisions()][::-1]
+    assert known_revisions()[-1] == scripts.get_current_head()

@@ -1,30 +1,23 @@
-"""Brings a database to the schema this code needs, and says how far it is.
+"""Brings a database to the schema this code needs.
 
 The revisions are in `alembic/versions`. All that are missing are applied in one transaction, under an
 advisory lock: of two processes that start at the same time, one migrates and the other finds the work done.
 Nothing here touches data, and serving never migrates a database it was given. Called by `app.cli`,
-`app.serve`, health and the tests.
+`app.serve` and the tests.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Literal
 
 from alembic import command
 from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from alembic.util import CommandError as AlembicError
 from sqlalchemy import Connection, NullPool, create_engine, make_url
 from sqlalchemy.exc import OperationalError
 
+from app.db.schema_state import CONNECT_SECONDS, REVISIONS
 from app.errors import CommandError, DatabaseUnavailableError
 
-SchemaState = Literal["empty", "behind", "current", "unknown"]
-
-_REVISIONS = Path(__file__).resolve().parents[2] / "alembic"
-_CONNECT_SECONDS = 5
 _LOCK = 0x6C656164  # any number, as long as every release uses this one
 
 
@@ -47,29 +40,9 @@ def upgrade(url: str) -> None:
             raise CommandError("the database was migrated by another version of this program") from exc
 
 
-def current_state(url: str) -> SchemaState:
-    """Compares the database with the revisions of this checkout.
-
-    Returns:
-        `empty`: never migrated; `behind`: `leadscore db upgrade` has work to do; `current`; `unknown`:
-        migrated by another version of this program.
-
-    Raises:
-        DatabaseUnavailableError: the database cannot be reached.
-    """
-    with _connect(url) as connection:
-        applied = MigrationContext.configure(connection).get_current_revision()
-    scripts = ScriptDirectory.from_config(_config())
-    if applied is None:
-        return "empty"
-    if applied == scripts.get_current_head():
-        return "current"
-    return "behind" if applied in {script.revision for script in scripts.walk_revisions()} else "unknown"
-
-
 def _config() -> Config:
     config = Config()
-    config.set_main_option("script_location", str(_REVISIONS).replace("%", "%%"))
+    config.set_main_option("script_location", str(REVISIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
 
@@ -80,7 +53,7 @@ def _connect(url: str) -> Iterator[Connection]:
     engine = create_engine(
         make_url(url).set(drivername="postgresql+psycopg"),
         poolclass=NullPool,
-        connect_args={"connect_timeout": _CONNECT_SECONDS},
+        connect_args={"connect_timeout": CONNECT_SECONDS},
     )
     try:
         with engine.begin() as connection:
