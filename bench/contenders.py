@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import pandas as pd
+import polars as pl
 import psycopg
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -222,7 +222,7 @@ def build_row_by_row(url: str, model_dir: Path) -> Any:
         with session() as current:
             for lead_id in lead_ids:
                 found = current.scalars(select(lead).where(lead.lead_id == lead_id)).one()
-                frame = pd.DataFrame([_build_row(bundle, vars(found))])
+                frame = pl.DataFrame([_build_row(bundle, vars(found))])
                 raw = estimator.predict_proba(frame.to_numpy())[:, 1]
                 probability = float(calibrate(raw, bundle.calibrator)[0])
                 predictions.append(_predict_one(bundle, lead_id, probability))
