@@ -143,6 +143,7 @@ def _settle_memory() -> None:
     with suppress(OSError, AttributeError):  # another C library than glibc
         for parameter, size in MALLOC_PARAMETERS:
             ctypes.CDLL(None).mallopt(parameter, size)
+        ctypes.CDLL(None).malloc_trim(0)  # what only the start needed goes back
 
 
 def _document(app: FastAPI, max_batch_size: int) -> None:

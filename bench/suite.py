@@ -104,7 +104,7 @@ class Bench:
         """Returns the resident memory of the service (MB) before and after 100,000 requests of all sizes."""
         server, sample = self._servers["warm"], Sample()
         count = 200 if self._options.short else _MEMORY_REQUESTS
-        for size, share in ((50, 0.02), (1, 0.0)):
+        for size, share in ((50, 0.02), (1, 0.1)):
             await run_load(server.port, self._requests(size, warm=False), Sample(), connections=16, seconds=0,
                            at_least=max(16, int(share * count)))  # fmt: skip
         before = server.resident_megabytes()

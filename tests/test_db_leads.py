@@ -27,7 +27,8 @@ _LEADS = f"""
     INSERT INTO leads VALUES
         ('{A}', 'lead_1', 12.5, 1e-320, 3, 4, true, '2026-01-01 00:00:00.123456+00', '1970-01-02', 'Zürich',
             'red', 'x', NULL, 99999999.99, 1e-340),
-        ('{B}', 'lead_2', 'NaN', 'NaN', NULL, NULL, false, 'infinity', NULL, '', NULL, E'\\x01', NULL, 'NaN', NULL),
+        ('{B}', 'lead_2', 'NaN', 'NaN', NULL, NULL, false, 'infinity', NULL, '', NULL, E'\\x01',
+            NULL, 'NaN', NULL),
         ('{C}', 'twice', 1e400, '-Infinity', -2147483648, 0, NULL, NULL, 'infinity', NULL, 'green', NULL,
             NULL, NULL, 'NaN'),
         ('{D}', 'twice', 1e-400, NULL, 0, 1, true, '1969-12-31 23:59:59+00', '1899-12-30', 'a b', 'red', '🙂',

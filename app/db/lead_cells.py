@@ -21,7 +21,7 @@ LEAD_ID, EXTERNAL_REF, CREATED_AT = "lead_id", "external_ref", "created_at"
 ColumnTypes = Mapping[str, str]
 """The names of a relation's columns and of their PostgreSQL types.
 
-`enum` for any enumeration, `decimal` for a numeric whose declared digits fit into a float8 (`numeric(10, 2)`).
+`enum` for any enumeration, `decimal` for a numeric that is declared with digits a float8 has room for.
 """
 
 COLUMN_TYPES = """
