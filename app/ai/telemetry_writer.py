@@ -95,14 +95,18 @@ class TelemetryWriter:
         written: _Written = self._loop.create_future()
         entry = _Entry(event, written)
         self._jobs.put(entry)
-        # Unlike wait_for, this leaves the future alone when the caller is cancelled.
-        await asyncio.wait({written}, timeout=deadline_seconds)
-        if not written.done():
-            entry.withdrawn = True
-            self._note("deadline", TimeoutError())
-            raise TelemetryUnavailableError
-        if (error := written.result()) is not None:
+        timer = self._loop.call_later(deadline_seconds, self._withdraw, entry)
+        try:
+            error = await written
+        finally:
+            timer.cancel()
+        if error is not None:
             raise TelemetryUnavailableError from error
+
+    def _withdraw(self, entry: _Entry) -> None:
+        entry.withdrawn = True
+        self._note("deadline", TimeoutError())
+        _settle(_find_waiting([entry]), TimeoutError())
 
     def enqueue(self, event: StoredEvent) -> None:
         """Has the event written and returns at once; may be called from any thread."""
@@ -178,8 +182,7 @@ class TelemetryWriter:
 
     def _commit(self, group: Sequence[_Entry]) -> None:
         error = self._write_group(group)
-        waiting = [entry.written for entry in group if entry.written is not None]
-        if waiting:
+        if waiting := _find_waiting(group):
             self._tell_loop(functools.partial(_settle, waiting, error))
 
     def _write_group(self, group: Sequence[_Entry]) -> BaseException | None:
@@ -211,6 +214,10 @@ class TelemetryWriter:
         if not self._usable:
             _log.info("telemetry_log_usable_again")
         self._usable = True
+
+
+def _find_waiting(group: Sequence[_Entry]) -> Sequence[_Written]:
+    return [entry.written for entry in group if entry.written is not None]
 
 
 def _settle(waiting: "Sequence[asyncio.Future[_T]]", result: _T) -> None:
