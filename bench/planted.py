@@ -15,10 +15,14 @@ from psycopg.pq.abc import PGresult
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+import app.ai.model_bundle
+import app.ai.predictor
 import app.http_protocol
 import app.main
 import app.wiring
 from app.ai.events import Event
+from app.ai.inference import Scorer
+from app.ai.micro_batching import MicroBatching, Places, W
 from app.ai.ml_telemetry import MlTelemetry
 from app.ai.model_bundle import ModelBundle
 from app.ai.model_registry import ModelRegistry
@@ -102,12 +106,36 @@ def hasty_telemetry() -> None:
     app.wiring.MlTelemetry = HastyTelemetry  # type: ignore[misc]
 
 
+def mixed_look_ups() -> None:
+    """Whoever shares a look-up is handed the answers of the lead before his own."""
+
+    class MixesUp(MicroBatching[W, T]):
+        async def look_up(self, world: W, lead_ids: Sequence[str]) -> tuple[T, Places]:
+            found, places = await super().look_up(world, lead_ids)
+            return found, places if isinstance(places, slice) else [max(place - 1, 0) for place in places]
+
+    app.ai.predictor.MicroBatching = MixesUp  # type: ignore[misc,attr-defined]
+
+
+def batch_in_last_bit() -> None:
+    """A scorer whose sums are rounded differently in a batch, as those of a matrix product are."""
+    build_scorer = app.ai.model_bundle.build_scorer  # type: ignore[attr-defined]
+
+    def build(estimator: object) -> Scorer:
+        score = build_scorer(estimator)
+        return lambda values: score(values) * (1 - (len(values) > 1) * 2**-52)
+
+    app.ai.model_bundle.build_scorer = build  # type: ignore[attr-defined]
+
+
 PLANTS: dict[str, Callable[[], None]] = {
     "stock-protocol": stock_protocol,
     "swap-in-place": swap_in_place,
     "driver-timeout": driver_timeout,
     "no-limit": no_limit,
     "hasty-telemetry": hasty_telemetry,
+    "mixed-look-ups": mixed_look_ups,
+    "batch-in-last-bit": batch_in_last_bit,
 }
 
 
