@@ -9,15 +9,20 @@ COPY requirements.lock pyproject.toml setup.py README.md LICENSE ./
 RUN .venv/bin/python -m pip install --no-cache-dir --require-hashes -r requirements.lock
 COPY app app
 RUN .venv/bin/python -m pip install --no-cache-dir --no-deps --no-build-isolation --editable .
+COPY alembic.ini ./
+COPY alembic alembic
+COPY models models
+# Whatever the modes of the checkout are, only the owner may write, who is root.
+RUN chmod -R go-w .
 
 FROM python:3.11-slim
 WORKDIR /app
 RUN useradd --system --uid 10001 --no-create-home leadscore && install -d -o leadscore /data
 COPY --from=build /app/.venv .venv
-COPY pyproject.toml alembic.ini ./
-COPY alembic alembic
+COPY --from=build /app/pyproject.toml /app/alembic.ini ./
+COPY --from=build /app/alembic alembic
 COPY --from=build /app/app app
-COPY models models
+COPY --from=build /app/models models
 ENV PATH="/app/.venv/bin:$PATH" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HOST=0.0.0.0 PORT=8000 VAR_DIR=/data APP_ENV=production
 USER leadscore

@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fix model prove-probabilities prove bench bench-peers profile bench-request-path lock clean
+.PHONY: help serve test check fix model prove-probabilities prove bench bench-peers profile bench-request-path lock sbom clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,13 @@ lock: .venv/.dev ## Renew the hash-pinned locks from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 		--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 		--extra build --extra training --extra dev --constraint requirements-training.lock -o requirements-dev.lock
+
+SBOM ?= var/sbom.cdx.json
+
+sbom: .venv/.dev ## Write the bill of materials of what serves (CycloneDX, out of requirements.lock; SBOM=file)
+	@mkdir -p $(dir $(SBOM))
+	@$(BIN)/python -W ignore::UserWarning -m cyclonedx_py requirements requirements.lock --pyproject pyproject.toml \
+		--output-reproducible --output-file $(SBOM)
 
 clean: ## Remove the virtual environment, caches and everything the service wrote
 	rm -rf .venv var build *.egg-info app/ai/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
