@@ -164,7 +164,11 @@ def _wrap(app: FastAPI, settings: Settings) -> None:
         app.add_exception_handler(kind, problems.answer_framework_error)
     # Each call wraps what is there already: the last one is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.ai_max_body_bytes)
-    app.add_middleware(InFlightLimit, limit=settings.ai_max_requests_in_flight)
+    app.add_middleware(
+        InFlightLimit,
+        limit=settings.ai_max_requests_in_flight,
+        deadline_seconds=settings.ai_request_deadline_seconds,
+    )
     app.add_middleware(ErrorBoundary, problems=problems)
     app.add_middleware(ProblemCors, origins=settings.cors_origins, problem=problems)
     app.add_middleware(

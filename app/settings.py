@@ -86,6 +86,8 @@ class Settings(BaseSettings):
     """Scoring requests a worker answers at once; more are refused with 503 `OVERLOADED`."""
     ai_client_deadline_seconds: float = Field(10.0, gt=0, le=600)
     """Longest a client may take to send a request, and again to take its answer."""
+    ai_request_deadline_seconds: float = Field(5.0, gt=1, le=600)
+    """Longest the service may take over a request that has arrived; the last second is for its event."""
     drain_seconds: float = Field(2.0, ge=0, le=60)
     """How long a service that got SIGTERM answers on, not ready any more, before it stops listening."""
 
@@ -168,6 +170,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 "ML_PREWARM_LEADS may be a quarter of ML_PREDICTION_CACHE_SIZE at most: a lead has two IDs,"
                 " and its next answers are made before its last ones expire"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _time_to_ask_the_database(self) -> Self:
+        if self.database_deadline_seconds + 1 > self.ai_request_deadline_seconds:
+            raise ValueError(
+                "AI_REQUEST_DEADLINE_SECONDS must be DATABASE_DEADLINE_SECONDS and a second at least:"
+                " the event has to be recorded as well"
             )
         return self
 

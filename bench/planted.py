@@ -100,7 +100,7 @@ def hasty_telemetry() -> None:
     """Says at once that an event is durable, and writes it a little later."""
 
     class HastyTelemetry(MlTelemetry):
-        async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:  # noqa: ARG002
+        async def record(self, event: Event, request_id: str | None = None, **_: object) -> None:
             asyncio.get_running_loop().call_later(HASTY_SECONDS, self.submit, event, request_id)
 
     app.wiring.MlTelemetry = HastyTelemetry  # type: ignore[misc]

@@ -45,7 +45,8 @@ def start_service(
         "DATABASE_URL": stage.url, "LEAD_SOURCE": RELATION, "ML_MODEL_DIR": str(stage.model_dir),
         "VAR_DIR": str(directory / name), "PORT": "0", "LOG_LEVEL": "ERROR",
         # A busy machine makes answers late here, not 503.
-        "DATABASE_DEADLINE_SECONDS": "30", "DRAIN_SECONDS": "0", **environment,
+        "DATABASE_DEADLINE_SECONDS": "30", "AI_REQUEST_DEADLINE_SECONDS": "60", "DRAIN_SECONDS": "0",
+        **environment,
     }  # fmt: skip
     command = ["app.cli", "serve"] if plant is None else ["bench.planted", plant]
     with _start(name, command, settings, quiet=plant is not None) as server:

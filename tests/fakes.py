@@ -113,7 +113,14 @@ class FakeTelemetry:
         self.events: list[Event] = []
         self.error: LeadScoringError | None = None
 
-    async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
+    async def record(
+        self,
+        event: Event,
+        request_id: str | None = None,
+        *,
+        alone: bool = False,
+        deadline_seconds: float | None = None,
+    ) -> None:
         if self.error is not None:
             raise self.error
         self.events.append(event)

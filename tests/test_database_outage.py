@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx2
+import psycopg
 import pytest
 
 from app.db.demo_crm import load_demo
@@ -182,3 +184,37 @@ def test_the_legacy_circuit_opens_on_failures_of_the_service_and_one_probe_close
         assert response.json()["error_code"] == "CIRCUIT_OPEN"
         assert time.monotonic() - began < 3
     assert client.get(HEALTH).json()["breaker"] == {"state": "closed"}
+
+
+def test_a_read_that_loses_its_connection_is_answered_and_the_circuit_hears_nothing_of_it(
+    server: Server, tmp_path: Path
+) -> None:
+    publish_lead_model(tmp_path / "models")
+    settings = build_settings(
+        tmp_path,
+        server.url,
+        database_deadline_seconds=20.0,
+        ai_request_deadline_seconds=30.0,
+        ai_breaker_failures=1,
+    )
+    kill = (
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        " WHERE application_name = 'lead-scoring' AND wait_event_type = 'Lock'"
+    )
+    with (
+        serve(settings) as base,
+        httpx2.Client(base_url=base, timeout=30) as client,
+        psycopg.connect(server.url, autocommit=True) as killer,
+        ThreadPoolExecutor(1) as caller,
+    ):
+        assert client.post(LEGACY, json=["lead_1"]).status_code == 200
+        with psycopg.connect(server.url) as holder:
+            holder.execute("LOCK TABLE people IN ACCESS EXCLUSIVE MODE")
+            asked = caller.submit(client.post, LEGACY, json=["lead_2"])
+            began = time.monotonic()
+            while killer.execute(kill).fetchone() == (0,):
+                assert time.monotonic() - began < 10
+        answer = asked.result()
+        assert (answer.status_code, answer.json()["successful_predictions"]) == (200, 1)
+        assert client.get(HEALTH).json()["breaker"] == {"state": "closed"}
+        assert "stamina_retries_total{" in client.get("/metrics").text

@@ -12,6 +12,7 @@ import pytest
 from app.db.engine import Database
 from app.db.session import column_values
 from app.errors import DatabaseUnavailableError
+from bench.fault_proxy import FaultProxy
 from tests.test_db_engine import (  # noqa: F401 - fixtures
     DEADLINE,
     GRACE,
@@ -121,16 +122,74 @@ async def test_a_connection_the_server_closed_is_not_used(database_url: str, con
     assert await asyncio.gather(*(double(database, n) for n in range(6))) == [0, 2, 4, 6, 8, 10]
 
 
-async def test_a_backend_killed_while_it_works_is_an_outage(database_url: str, connect: Connect) -> None:  # noqa: F811
+KILL = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sl%'"
+
+
+async def test_a_read_whose_backend_is_killed_is_asked_once_more(database_url: str, connect: Connect) -> None:  # noqa: F811
+    database = connect(database_url, pool_size=1, deadline_seconds=30)
+    await double(database, 1)
+    call = asyncio.create_task(database.query("SELECT pg_sleep(1)::text", []))
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        assert await eventually(lambda: connection.execute(KILL).fetchone() == (1,))
+    assert column_values(await call) == [[b""]]
+    assert connections(database_url) == 1
+
+
+async def test_a_read_whose_backend_is_killed_again_is_an_outage(database_url: str, connect: Connect) -> None:  # noqa: F811
     database = connect(database_url, pool_size=1, deadline_seconds=30)
     await double(database, 1)
     call = asyncio.create_task(refused_in(database, "SELECT pg_sleep(20)"))
     with psycopg.connect(database_url, autocommit=True) as connection:
-        kill = (
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sl%'"
-        )
-        assert await eventually(lambda: connection.execute(kill).fetchone() == (1,))
+        for _ in range(2):
+            assert await eventually(lambda: connection.execute(KILL).fetchone() == (1,))
     assert await call < 20
+    assert await double(database, 4) == 8
+
+
+async def test_asking_once_more_takes_no_longer_than_the_deadline(
+    own_server: tuple[str, Path],  # noqa: F811
+    connect: Connect,  # noqa: F811
+) -> None:
+    url, data = own_server
+    database = connect(url, pool_size=1)
+    await double(database, 1)
+    call = asyncio.create_task(refused_in(database, "SELECT pg_sleep(20)"))
+    with psycopg.connect(url, autocommit=True) as connection:
+        assert await eventually(lambda: connection.execute(KILL).fetchone() == (1,))
+    with frozen(data):
+        assert await call < DEADLINE + GRACE
+    assert await double(database, 4) == 8
+
+
+async def test_a_host_that_came_up_again_is_noticed_by_nobody(
+    own_server: tuple[str, Path],  # noqa: F811
+    connect: Connect,  # noqa: F811
+) -> None:
+    """Nothing tells an idle connection that its other end is gone; the first thing sent is reset."""
+    proxy = FaultProxy(own_server[0])
+    async with proxy.serve() as url:
+        database = connect(url, deadline_seconds=5)
+        await asyncio.gather(*(double(database, number) for number in range(4)))
+        proxy.come_up_again()
+        assert [await double(database, number) for number in range(8)] == [2 * n for n in range(8)]
+        await database.close()
+
+
+async def test_calls_that_share_a_deadline_take_no_longer_together(
+    database_url: str,
+    connect: Connect,  # noqa: F811
+) -> None:
+    database = connect(database_url)
+
+    async def ask_for_long() -> None:
+        async with database.one_deadline():
+            for _ in range(10):
+                await database.query("SELECT pg_sleep(0.3)", [])
+
+    start = time.perf_counter()
+    with pytest.raises(DatabaseUnavailableError):
+        await ask_for_long()
+    assert time.perf_counter() - start < DEADLINE + GRACE
     assert await double(database, 4) == 8
 
 

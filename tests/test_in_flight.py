@@ -1,17 +1,29 @@
 """The limit on requests in flight."""
 
 import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from app.ai.events import RequestRecord
 from app.errors import OverloadedError
-from app.middleware.in_flight import ALWAYS, LONGEST_WAIT_SECONDS, InFlightLimit
+from app.middleware.in_flight import ALWAYS, LONGEST_WAIT_SECONDS, RECORD_SECONDS, InFlightLimit
 from tests.fakes import FakeClock
 from tests.test_telemetry_events import make_predictions, make_record
 
-POST, GET = {"type": "http", "method": "POST"}, {"type": "http", "method": "GET"}
+GET = {"type": "http", "method": "GET"}
+DEADLINE_SECONDS = 5.0
+
+
+def build_post(record: RequestRecord | None = None) -> dict[str, Any]:
+    return {"type": "http", "method": "POST", "state": {"record": record or make_record()}}
+
+
+def limit_of(app: Any, limit: int, monotonic: Callable[[], float] = time.monotonic) -> InFlightLimit:
+    return InFlightLimit(app, limit=limit, deadline_seconds=DEADLINE_SECONDS, monotonic=monotonic)
 
 
 class _Busy:
@@ -42,19 +54,19 @@ async def _ignore(_message: Any) -> None:
 
 async def test_one_more_than_the_limit_is_refused_and_the_place_is_given_back() -> None:
     busy = _Busy()
-    limit = InFlightLimit(busy, limit=2)
+    limit = limit_of(busy, 2)
     async with asyncio.TaskGroup() as group:
         for _ in range(2):
-            group.create_task(limit(POST, _arrive, _ignore))
+            group.create_task(limit(build_post(), _arrive, _ignore))
         await busy.begun.get()
         await busy.begun.get()
         with pytest.raises(OverloadedError) as refused:
-            await limit(POST, _arrive, _ignore)
+            await limit(build_post(), _arrive, _ignore)
         assert refused.value.retry_after in (1, 2, 3)
         group.create_task(limit(GET, _never, _ignore))
         await busy.begun.get()
         busy.may_end.set()
-    await limit(POST, _arrive, _ignore)
+    await limit(build_post(), _arrive, _ignore)
 
 
 async def test_a_request_that_fails_or_is_given_up_gives_its_place_back() -> None:
@@ -62,31 +74,31 @@ async def test_a_request_that_fails_or_is_given_up_gives_its_place_back() -> Non
         await receive()
         raise ConnectionError
 
-    limit = InFlightLimit(fail, limit=1)
+    limit = limit_of(fail, 1)
     for _ in range(3):
         with pytest.raises(ConnectionError):
-            await limit(POST, _arrive, _ignore)
+            await limit(build_post(), _arrive, _ignore)
     busy = _Busy()
-    limit = InFlightLimit(busy, limit=1)
-    given_up = asyncio.create_task(limit(POST, _arrive, _ignore))
+    limit = limit_of(busy, 1)
+    given_up = asyncio.create_task(limit(build_post(), _arrive, _ignore))
     await busy.begun.get()
     given_up.cancel()
     with pytest.raises(asyncio.CancelledError):
         await given_up
     busy.may_end.set()
-    await limit(POST, _arrive, _ignore)
+    await limit(build_post(), _arrive, _ignore)
 
 
 async def test_a_request_takes_its_place_when_it_has_arrived_and_not_while_its_body_trickles_in() -> None:
     busy, rest = _Busy(), asyncio.Event()
-    limit = InFlightLimit(busy, limit=1)
+    limit = limit_of(busy, 1)
 
     async def trickle() -> Any:
         await rest.wait()
         return await _arrive()
 
-    slow = asyncio.create_task(limit(POST, trickle, _ignore))
-    quick = asyncio.create_task(limit(POST, _arrive, _ignore))
+    slow = asyncio.create_task(limit(build_post(), trickle, _ignore))
+    quick = asyncio.create_task(limit(build_post(), _arrive, _ignore))
     await busy.begun.get()
     rest.set()
     with pytest.raises(OverloadedError):
@@ -100,10 +112,10 @@ async def test_a_few_are_always_let_in_and_more_only_if_answers_of_late_left_the
     well_answered: bool, let_in: int
 ) -> None:
     busy, clock = _Busy(), FakeClock()
-    limit = InFlightLimit(busy, limit=ALWAYS + 1, monotonic=clock)
+    limit = limit_of(busy, ALWAYS + 1, clock)
     age = None if well_answered else 1.0
     record = make_record(replace(make_predictions(["lead_1"], [0.5]), degraded_age_seconds=age))
-    slow = asyncio.create_task(limit({**POST, "state": {"record": record}}, _arrive, _ignore))
+    slow = asyncio.create_task(limit(build_post(record), _arrive, _ignore))
     await busy.begun.get()
     clock.now += 20 * LONGEST_WAIT_SECONDS
     busy.may_end.set()
@@ -111,8 +123,26 @@ async def test_a_few_are_always_let_in_and_more_only_if_answers_of_late_left_the
     busy.may_end.clear()
     async with asyncio.TaskGroup() as group:
         for _ in range(let_in):
-            group.create_task(limit(POST, _arrive, _ignore))
+            group.create_task(limit(build_post(), _arrive, _ignore))
             await busy.begun.get()
         with pytest.raises(OverloadedError):
-            await limit(POST, _arrive, _ignore)
+            await limit(build_post(), _arrive, _ignore)
         busy.may_end.set()
+
+
+async def test_the_deadline_of_a_request_begins_when_it_has_arrived() -> None:
+    busy, rest, clock = _Busy(), asyncio.Event(), FakeClock()
+    busy.may_end.set()
+
+    async def trickle() -> Any:
+        await rest.wait()
+        return await _arrive()
+
+    record = make_record()
+    slow = asyncio.create_task(limit_of(busy, 1, clock)(build_post(record), trickle, _ignore))
+    await asyncio.sleep(0)
+    clock.now += 100
+    assert record.answer_by is None
+    rest.set()
+    await slow
+    assert record.answer_by == clock.now + DEADLINE_SECONDS - RECORD_SECONDS

@@ -636,6 +636,20 @@ async def test_a_caller_that_gives_up_does_not_take_the_others_with_it(models, o
     assert len(reports) == 1
 
 
+async def test_nobody_waits_for_a_disk_that_hangs_and_what_it_loads_in_the_end_serves(models, open_registry):
+    publish(models, V1)
+    gate = threading.Event()
+    registry = open_registry(incompatible=lambda _: None if gate.wait(30) else "too late")
+    try:
+        with pytest.raises(ModelNotReadyError) as refused:
+            await registry.active()
+        assert refused.value.retry_after >= 1
+    finally:
+        gate.set()
+    await background_look(registry)
+    assert (await registry.active()).ref.version == V1
+
+
 def test_a_load_at_start_and_requests_from_another_loop_share_one_load(models, open_registry, reports):
     publish(models, V1)
     registry = open_registry()

@@ -3,14 +3,17 @@
 import asyncio
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from app.ai.domain import VERDICTS, Explanation, FloatArray, Predictions, RequestContext
 from app.ai.drift_window import DriftWindow
+from app.ai.micro_batching import MOST_LEADS, SLOTS
 from app.ai.model_bundle import ModelBundle
 from app.ai.prediction_cache import AnswerCache, NullCache, PredictionCache
 from app.ai.predictor import INLINE_LEADS, Predictor, ScoringPolicy, find_intervals, score_leads
@@ -20,6 +23,7 @@ from app.errors import (
     DatabaseUnavailableError,
     InvalidParameterError,
     ModelNotReadyError,
+    OverloadedError,
     PredictionFailedError,
 )
 from tests.fakes import FakeClock, FakeLeadSource, FakeModels, build_columns
@@ -184,6 +188,32 @@ async def test_only_what_the_cache_lacks_is_fetched_and_unknown_leads_are_looked
     mixed = await caching_world.ask("lead_1", "nobody", "lead_2")
     assert caching_world.source.asked == [["lead_1", "nobody"], ["nobody", "lead_2"]]
     assert mixed.cache_hits == 1
+
+
+@pytest.mark.parametrize("count", [1, MOST_LEADS + 1])
+async def test_what_is_not_found_by_the_deadline_is_refused_and_nothing_is_left_behind(
+    caching_world: World, count: int
+) -> None:
+    asked = [f"lead_{number}" for number in range(count)]
+    caching_world.source.gate = asyncio.Event()
+    for _ in range(3):  # more than may look up at once
+        with pytest.raises(OverloadedError):
+            await caching_world.ask(*asked, context=replace(CONTEXT, answer_by=time.monotonic() + 0.02))
+    caching_world.source.gate.set()
+    assert len((await caching_world.ask(*asked)).lead_ids) == count
+    late = replace(CONTEXT, answer_by=time.monotonic() - 1)
+    assert (await caching_world.ask(*asked, context=late)).cache_hits == count
+
+
+async def test_who_waits_for_a_look_up_of_others_waits_no_longer_than_his_own_deadline(world: World) -> None:
+    world.source.gate = asyncio.Event()
+    patient = [asyncio.create_task(world.ask(f"lead_{number}")) for number in range(SLOTS + 1)]
+    await world.source.reached.wait()
+    with pytest.raises(OverloadedError):
+        await world.ask("lead_9", context=replace(CONTEXT, answer_by=time.monotonic() + 0.02))
+    world.source.gate.set()
+    answers = await asyncio.gather(*patient)
+    assert [answer.lead_ids for answer in answers] == [["lead_0"], ["lead_1"], ["lead_2"]]
 
 
 async def test_a_mixed_batch_fails_while_the_database_is_away(caching_world: World) -> None:

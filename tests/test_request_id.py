@@ -41,7 +41,14 @@ class Journal:
         self.broken = False
         self.gate: asyncio.Event | None = None
 
-    async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
+    async def record(
+        self,
+        event: Event,
+        request_id: str | None = None,
+        *,
+        alone: bool = False,
+        deadline_seconds: float | None = None,
+    ) -> None:
         if self.broken:
             raise TelemetryUnavailableError
         self.submit(event, request_id)

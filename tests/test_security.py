@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import hmac
+import itertools
 import time
 from typing import Any
 
@@ -327,6 +328,24 @@ async def test_the_last_set_stays_while_the_issuer_is_away(error: Exception) -> 
         with pytest.raises(NotAuthenticatedError):
             await key_set.find("unknown")
     assert issuer.asked > 2
+
+
+@pytest.mark.parametrize(("failures", "found"), [(1, True), (2, False)])
+async def test_a_connection_to_the_issuer_that_fails_is_tried_once_more(failures: int, found: bool) -> None:
+    issuer, asked = Issuer("EdDSA"), itertools.count(1)
+
+    async def fail_at_first() -> bytes:
+        if next(asked) <= failures:
+            raise httpx2.ReadError("reset")
+        return await issuer.fetch()
+
+    key_set = KeySet(fail_at_first, "EdDSA", clock=FakeClock())
+    if found:
+        assert await key_set.find("first")
+    else:
+        with pytest.raises(KeysUnavailableError):
+            await key_set.find("first")
+    assert next(asked) == 3
 
 
 async def test_an_issuer_that_never_answered_is_not_a_reason_to_call_a_token_bad() -> None:

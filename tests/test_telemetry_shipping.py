@@ -282,6 +282,16 @@ async def test_a_frozen_database_behind_a_failed_disk_gives_an_error_in_time(tmp
     assert table.request_ids() == ["late"]
 
 
+async def test_disk_and_database_together_take_no_longer_than_the_request_has_left(tmp_path: Path) -> None:
+    log, table = GatedLog(tmp_path), GatedTable()
+    async with opened(log, table, deadline_seconds=60.0) as telemetry, asyncio.timeout(10):
+        log.gate.clear()
+        with pytest.raises(TelemetryUnavailableError):
+            await telemetry.record(EVENT, "late", deadline_seconds=0.05)
+        log.gate.set()
+        table.gate.set()
+
+
 async def test_a_request_cancelled_on_its_way_to_the_database_leaves_its_event(tmp_path: Path) -> None:
     table = GatedTable()
     async with opened(make_unusable(tmp_path), table) as telemetry:

@@ -197,12 +197,14 @@ class Explanation:
 class RequestContext:
     """What a prediction is asked for.
 
-    Its request ID, the moment its features are true for (s UTC), and what it carries beyond the usual.
+    Its request ID, the moment its features are true for (s UTC), what it carries beyond the usual, and the
+    moment by which it must be known what to answer (s of `time.monotonic`), if there is one.
     """
 
     request_id: str
     as_of: float
     include: frozenset[Extra] = frozenset()
+    answer_by: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

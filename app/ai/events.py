@@ -32,7 +32,8 @@ class RequestRecord:
     """What is known of the request under way; every layer adds what it learns.
 
     `middleware.request_id` makes it, the router sets `route` and `predictions`, the error handlers set
-    `error_code`. `started` is monotonic seconds, `as_of` is seconds UTC.
+    `error_code`. `started` is seconds of `time.perf_counter`, `as_of` is seconds UTC. `answer_by`, in seconds
+    of `time.monotonic`, is set by `middleware.in_flight` when the request has arrived.
     """
 
     request_id: str
@@ -43,6 +44,7 @@ class RequestRecord:
     asked: int | None = None
     predictions: Predictions | None = None
     error_code: str | None = None
+    answer_by: float | None = None
 
 
 class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

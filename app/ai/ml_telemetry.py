@@ -7,6 +7,8 @@ request waits for the database, unless the log cannot be written: then events go
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -34,11 +36,19 @@ _log = structlog.get_logger("app.telemetry")
 class Telemetry(Protocol):
     """Where events are recorded."""
 
-    async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
+    async def record(
+        self,
+        event: Event,
+        request_id: str | None = None,
+        *,
+        alone: bool = False,
+        deadline_seconds: float | None = None,
+    ) -> None:
         """Returns once the event is durable: on this machine, or else in the database.
 
-        `alone` says that no other request is under way, so that the event loop may wait for the disk. A
-        caller that is cancelled while it waits leaves exactly one event behind.
+        `alone` says that no other request is under way, so that the event loop may wait for the disk.
+        `deadline_seconds` is what the request has left. A caller that is cancelled while it waits leaves
+        exactly one event behind.
 
         Raises:
             TelemetryUnavailableError: the event could not be made durable.
@@ -61,7 +71,14 @@ class Telemetry(Protocol):
 class NullTelemetry:
     """Telemetry that is turned off: accepts everything, keeps nothing."""
 
-    async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
+    async def record(
+        self,
+        event: Event,
+        request_id: str | None = None,
+        *,
+        alone: bool = False,
+        deadline_seconds: float | None = None,
+    ) -> None:
         """Forgets the event."""
 
     def submit(self, event: Event, request_id: str | None = None) -> None:
@@ -133,16 +150,27 @@ class MlTelemetry:
         await self._direct.close(deadline_seconds)
         await self._writer.close(deadline_seconds)
 
-    async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
+    async def record(
+        self,
+        event: Event,
+        request_id: str | None = None,
+        *,
+        alone: bool = False,
+        deadline_seconds: float | None = None,
+    ) -> None:
         """See `Telemetry.record`."""
         if not self._open:
             raise TelemetryUnavailableError
         stored = self._store(event, request_id)
+        ends = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
         if self._writer.usable:
             with suppress(TelemetryUnavailableError):
-                await self._writer.write(stored, self._record_deadline_seconds, alone=alone)
+                await self._writer.write(stored, self._seconds_until(ends), alone=alone)
                 return
-        await self._direct.write(stored, self._record_deadline_seconds)
+        await self._direct.write(stored, self._seconds_until(ends))
+
+    def _seconds_until(self, ends: float) -> float:
+        return min(self._record_deadline_seconds, max(0.0, ends - time.monotonic()))
 
     def submit(self, event: Event, request_id: str | None = None) -> None:
         """See `Telemetry.submit`; an event that cannot be written is counted and lost."""

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -27,6 +28,9 @@ from app.ai.served_versions import ServedVersions
 from app.errors import ArtifactError, ModelNotReadyError
 
 CacheStatus = Literal["hit", "miss", "expired", "error"]
+
+LONGEST_WAIT_SECONDS = 1.0
+"""A request waits no longer than this for the first model."""
 
 _MAX_BACKOFF = 6
 """Looks with nothing to serve are at most this many times `retry_seconds` apart."""
@@ -126,7 +130,9 @@ class ModelRegistry:
         look = self._begin_look_when_due()
         if loaded is None and look is not None:
             # Shielded: a caller that gives up must not take the others' load with it.
-            await asyncio.shield(asyncio.wrap_future(look))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LONGEST_WAIT_SECONDS):
+                    await asyncio.shield(asyncio.wrap_future(look))
         return self._require()
 
     def load(self) -> ModelBundle:

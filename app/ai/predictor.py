@@ -49,6 +49,7 @@ from app.errors import (
     DatabaseUnavailableError,
     InvalidParameterError,
     LeadScoringError,
+    OverloadedError,
     PredictionFailedError,
 )
 
@@ -177,6 +178,7 @@ class Predictor:
             ModelNotReadyError: no verified model is loaded.
             InvalidParameterError: intervals are asked for, and the model has none.
             DatabaseUnavailableError: the lead source does not answer, and a lead is not even remembered.
+            OverloadedError: what is not remembered could not be found and scored by `context.answer_by`.
             PredictionFailedError: anything else went wrong; the cause is chained and logged.
         """
         try:
@@ -243,6 +245,17 @@ class Predictor:
         return predictions
 
     async def _look_up(self, bundle: ModelBundle, context: RequestContext, lead_ids: Sequence[str]) -> _Found:
+        """Whatever is waited for here (others, the database, the scoring thread) draws from one deadline."""
+        left = None if context.answer_by is None else context.answer_by - time.monotonic()
+        try:
+            async with asyncio.timeout(left):
+                return await self._share_look_up(bundle, context, lead_ids)
+        except TimeoutError as exc:
+            raise OverloadedError from exc
+
+    async def _share_look_up(
+        self, bundle: ModelBundle, context: RequestContext, lead_ids: Sequence[str]
+    ) -> _Found:
         if "reasons" in context.include:
             return await self._answer(bundle, context.as_of, lead_ids, explain=True)
         found, places = await self._look_ups.look_up((bundle, context.as_of), lead_ids)

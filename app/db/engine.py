@@ -2,18 +2,21 @@
 
 The driver's own way to give up is to ask the server to cancel, and a frozen server does not answer. So a call
 that is late is abandoned instead: its socket is shut down, which ends the driver's wait at once, and its
-connection is thrown away. Nothing here knows SQL that reads or writes anything. Built by `app.wiring`, used
-by `leads` and `ai_events`.
+connection is thrown away. A read whose connection breaks is asked once more, within the same deadline. No SQL
+that reads or writes anything is known here. Built by `app.wiring`, used by `leads` and `ai_events`.
 """
 
 import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import psycopg
+import stamina
 from psycopg.abc import Buffer
 from psycopg.pq.abc import PGresult
 
@@ -29,6 +32,16 @@ _PREPARE_SESSION = """
            set_config('jit', 'off', false),       -- compiling costs more than any statement of ours takes
            set_config('TimeZone', 'UTC', false)
 """
+
+
+_LONGEST_PAUSE_SECONDS = 0.05
+"""Connections that broke together are not opened again all at one instant."""
+
+
+class _ConnectionLostError(DatabaseUnavailableError):
+    """An open connection broke under a call; the server may well be there."""
+
+    default_detail = "The connection to the lead database broke; try again shortly."
 
 
 class Database:
@@ -60,36 +73,69 @@ class Database:
             DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
             psycopg.Error: the statement is at fault.
         """
-        return await self._run(lambda session: call(session.driver()))
+        return await self._run(lambda session: call(session.driver()), self._deadline)
 
     async def query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
         """Returns the rows of a prepared statement with parameters `$1`, `$2`, ..., all values binary.
+
+        The statement only reads: when its connection breaks it is asked once more, over a new one.
 
         Raises:
             DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
             psycopg.Error: the statement is at fault.
         """
+        ends = time.monotonic() + self._deadline
+        try:
+            return await self._query(statement, parameters)
+        except _ConnectionLostError:
+            self._close_idle()  # they have probably gone the same way
+        # What happened is the first attempt: if this were wrapped round it, every good read would pay for it.
+        async for attempt in stamina.retry_context(
+            _ConnectionLostError, attempts=2, wait_initial=0.0, wait_jitter=_LONGEST_PAUSE_SECONDS
+        ):
+            with attempt:
+                if attempt.num == 1:
+                    raise _ConnectionLostError
+                return await self._run(
+                    lambda opened: opened.query(statement, parameters), ends - time.monotonic()
+                )
+        raise DatabaseUnavailableError
+
+    @asynccontextmanager
+    async def one_deadline(self) -> AsyncIterator[None]:
+        """Has all calls that are made inside share the deadline that one call has.
+
+        Raises:
+            DatabaseUnavailableError: it is over.
+        """
+        try:
+            async with asyncio.timeout(self._deadline):
+                yield
+        except TimeoutError as exc:
+            raise DatabaseUnavailableError from exc
+
+    async def _query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
         session = None if self._slots.locked() else self._take_idle()
         if session is None:
-            return await self._run(lambda opened: opened.query(statement, parameters))
+            return await self._run(lambda opened: opened.query(statement, parameters), self._deadline)
         # Nothing to wait for but the answer, which can be given up where we stand: no task is needed.
         self._asked.add(session)
         try:
             async with self._slots, asyncio.timeout(self._deadline):
                 return await session.query(statement, parameters)
         except (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError) as exc:
-            raise DatabaseUnavailableError from exc
+            raise (_ConnectionLostError if session.is_lost() else DatabaseUnavailableError) from exc
         finally:
             self._asked.remove(session)
             self._take_back(session)
 
-    async def _run(self, call: Callable[[Session], Awaitable[T]]) -> T:
+    async def _run(self, call: Callable[[Session], Awaitable[T]], seconds: float) -> T:
         loan = _Loan()
         task = asyncio.create_task(self._lend(call, loan))
         self._loans[task] = loan
         task.add_done_callback(self._settle)
         try:
-            await asyncio.wait({task}, timeout=self._deadline)
+            await asyncio.wait({task}, timeout=max(0.0, seconds))
             if not task.done() or task.cancelled():
                 loan.abandon(task)
                 raise DatabaseUnavailableError
@@ -109,9 +155,9 @@ class Database:
         self._closed = True
         for task, loan in self._loans.items():
             loan.abandon(task)
-        for session in (*self._idle, *self._asked):
+        self._close_idle()
+        for session in self._asked:
             session.close()
-        self._idle.clear()
         if self._loans:
             await asyncio.wait(self._loans, timeout=self._deadline)
 
@@ -121,8 +167,16 @@ class Database:
             loan.descriptor = session.descriptor()
             try:
                 return await call(session)
+            except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
+                if session.is_lost():
+                    raise _ConnectionLostError from exc
+                raise
             finally:
                 self._take_back(session)
+
+    def _close_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
 
     def _take_idle(self) -> Session | None:
         while self._idle:

@@ -97,8 +97,13 @@ class PostgresLeadSource:
             DatabaseUnavailableError: no answer within the deadline.
             PredictionFailedError: the relation no longer has a column, or it has another type.
         """
-        if self._stale:
+        if not self._stale:
+            return await self._fetch(lead_ids, columns)
+        async with self._database.one_deadline():
             await self.fetch_schema()
+            return await self._fetch(lead_ids, columns)
+
+    async def _fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn]) -> FetchedLeads:
         uuids, others = split_uuids(lead_ids)
         refs = others if EXTERNAL_REF in self._types else []
         ids, found_refs, *cells = await self._read(tuple(columns), uuids, refs)

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 from psycopg.abc import Buffer
 from psycopg.errors import error_from_result
-from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
 Connection = psycopg.AsyncConnection[Any]
@@ -62,6 +62,10 @@ class Session:
     def is_idle(self) -> bool:
         """Tells whether the last call has ended, and left no transaction open."""
         return self._pgconn.transaction_status == TransactionStatus.IDLE
+
+    def is_lost(self) -> bool:
+        """Tells whether the connection broke, whatever was asked over it."""
+        return self._pgconn.status == ConnStatus.BAD
 
     def is_forsaken(self) -> bool:
         """Tells whether the server has gone away while nothing was asked of it."""

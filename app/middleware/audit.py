@@ -15,6 +15,7 @@ from app.ai.events import PredictionError, PredictionSuccess, RequestRecord, bui
 from app.ai.ml_telemetry import Telemetry
 from app.errors import InternalError, LeadScoringError, TelemetryUnavailableError
 from app.metrics import observe_batch
+from app.middleware.in_flight import RECORD_SECONDS
 from app.middleware.request_id import CLIENT_CLOSED_REQUEST
 
 AUDITED_PREFIX = "/ai/"
@@ -74,7 +75,9 @@ class AuditMiddleware:
         record: RequestRecord = scope["state"]["record"]
         try:
             event = self._build_event(record, status)
-            await self._telemetry(scope).record(event, record.request_id, alone=self._under_way == 1)
+            await self._telemetry(scope).record(
+                event, record.request_id, alone=self._under_way == 1, deadline_seconds=_seconds_left(record)
+            )
         except TelemetryUnavailableError:
             raise
         except Exception as exc:
@@ -168,6 +171,13 @@ class _Answer:
             await self._send(message)
 
         await self._audit.build_problem(self._scope, error)(self._scope, self._receive, send_with_cors)
+
+
+def _seconds_left(record: RequestRecord) -> float | None:
+    """What the request has left for its event: at least what is kept for that, however late it is."""
+    if record.answer_by is None:
+        return None
+    return RECORD_SECONDS + max(0.0, record.answer_by - time.monotonic())
 
 
 def _is_audited(scope: Scope, status: int) -> bool:

@@ -5,7 +5,8 @@ late. That covers every queue there is: for the processor, for the scoring threa
 Only good answers count: a database that does not answer makes nobody busy, and remembered leads are answered
 while it is away. Only POST counts: whoever asks for health or metrics while the service is busy needs an
 answer most. And only a request that has arrived counts: one whose body trickles in must not take the place of
-another.
+another. When it has arrived its deadline begins, from which every later step draws: the predictor what it
+looks up, the audit what it records.
 """
 
 import time
@@ -22,21 +23,33 @@ ALWAYS = 8
 LONGEST_WAIT_SECONDS = 1.0
 """Who would wait longer than this is better off asking again later, or somewhere else."""
 
+RECORD_SECONDS = 1.0
+"""The end of a request's deadline that is kept for its event."""
+
 _NEWEST_SHARE = 0.1
 
 
 class InFlightLimit:
     """Plain ASGI middleware: `ALWAYS` POST requests at once in this worker, more if they need not wait long.
 
-    There are never more than `limit`. `monotonic` gives seconds.
+    There are never more than `limit`. A request has `deadline_seconds` from its arrival, the last of them for
+    its event. `monotonic` gives seconds.
 
     Raises:
         OverloadedError: from the call itself, or from `receive` with the end of the body.
     """
 
-    def __init__(self, app: ASGIApp, *, limit: int, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limit: int,
+        deadline_seconds: float,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._app = app
         self._limit = limit
+        self._answer_seconds = deadline_seconds - RECORD_SECONDS
         self._monotonic = monotonic
         self._in_flight = 0
         self._seconds_each = 0.0
@@ -56,11 +69,12 @@ class InFlightLimit:
                 self._check()
                 self._in_flight += 1
                 place, began = self._in_flight, self._monotonic()
+                scope["state"]["record"].answer_by = began + self._answer_seconds
             return message
 
         try:
             await self._app(scope, receive_counting, send)
-            if place and _is_well_answered(scope):
+            if place and _is_well_answered(scope["state"]["record"]):
                 each = (self._monotonic() - began) / place
                 self._seconds_each += _NEWEST_SHARE * (each - self._seconds_each)
         finally:
@@ -72,6 +86,5 @@ class InFlightLimit:
             raise OverloadedError
 
 
-def _is_well_answered(scope: Scope) -> bool:
-    record: RequestRecord | None = scope.get("state", {}).get("record")
-    return record is not None and record.predictions is not None and not record.predictions.degraded
+def _is_well_answered(record: RequestRecord) -> bool:
+    return record.predictions is not None and not record.predictions.degraded

@@ -1,8 +1,8 @@
 """The public keys of the token issuer, as it publishes them (a JSON Web Key Set, RFC 7517).
 
-However many unknown keys are asked for, the issuer is asked at most once a minute, by one request for all;
-while it is away the last set stays. Only keys for the one configured algorithm are taken, and none that is
-a secret. Built by `wiring`, asked by `tokens`.
+However many unknown keys are asked for, the issuer is asked at most once a minute, by one request for all,
+which is sent once more when the network fails it; while the issuer is away the last set stays. Only keys for
+the one configured algorithm are taken, and none that is a secret. Built by `wiring`, asked by `tokens`.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 import jwt
 import msgspec
+import stamina
 import structlog
 
 from app.errors import KeysUnavailableError, NotAuthenticatedError
@@ -26,6 +27,10 @@ MAX_SET_BYTES = 262_144
 
 PublicKey = Any  # a public key of the cryptography library, of the configured algorithm's kind
 Keys = Mapping[str, PublicKey]
+
+_fetch_again = stamina.AsyncRetryingCaller(attempts=2, wait_initial=0.1, wait_jitter=0.4).on(
+    httpx2.TransportError
+)
 
 _KINDS = {"RS256": "RSA", "PS256": "RSA", "ES256": "P-256", "EdDSA": "Ed25519"}
 
@@ -104,7 +109,7 @@ class KeySet:
     async def _replace(self) -> None:
         try:
             async with asyncio.timeout(self._fetch_seconds):
-                self._keys = build_keys(await self._fetch(), self._algorithm)
+                self._keys = build_keys(await _fetch_again(self._fetch), self._algorithm)
         except (httpx2.HTTPError, OSError, ValueError) as exc:  # TimeoutError is an OSError
             AUTH_REFRESH_FAILURES.labels("key_set").inc()
             _log.warning("key_set_not_read", error=type(exc).__name__, keys=len(self._keys))
