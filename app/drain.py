@@ -5,6 +5,9 @@ none is cut off. Begun by a signal: SIGUSR1 announces the end, SIGTERM is the en
 `http_protocol` and `health`.
 """
 
+import asyncio
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -35,6 +38,23 @@ class Drain:
     def remaining_seconds(self) -> float:
         """Returns how long idle connections are kept; 0 when the time is up or nothing has begun."""
         return max(0.0, self._ends_at - self._monotonic()) if self._ends_at is not None else 0.0
+
+
+def end_with_supervisor() -> None:
+    """Has this worker end, as SIGTERM would have it, when the process that started it is no more.
+
+    Nobody else would stop it then: it would go on listening, and the next service would find the port taken.
+    """
+    supervisor = multiprocessing.parent_process()
+    if supervisor is None:
+        return
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        loop.remove_reader(supervisor.sentinel)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.add_reader(supervisor.sentinel, end)
 
 
 def begin_on_signals(drain: Drain) -> None:

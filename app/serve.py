@@ -7,6 +7,7 @@ The parent process owns the embedded PostgreSQL and outlives every worker; a wor
 import asyncio
 import math
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -26,7 +28,7 @@ from app.db.schema_state import current_state
 from app.drain import ANNOUNCEMENT
 from app.errors import DatabaseUnavailableError, SettingsError
 from app.log_setup import configure_logging
-from app.settings import Settings
+from app.settings import UNIX_PREFIX, Settings
 
 DEMO_PEOPLE = 10_000
 DEMO_SEED = 1
@@ -51,6 +53,7 @@ def serve(settings: Settings) -> None:
         SettingsError: the port is taken, or the embedded database cannot be started as configured.
     """
     configure_logging(settings.log_level)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an image of this memory would have leads in it
     try:
         with ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -112,19 +115,40 @@ def _prepare_workers(settings: Settings, url: str) -> None:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared_counts.resolve())
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    # Bound but not yet listening: the port is ours, and callers are refused, not kept waiting.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as exc:
-        listener.close()
-        reason = os.strerror(exc.errno or 0).lower()
-        raise SettingsError(f"PORT: cannot listen on {host}:{port} ({reason}); set a free one") from exc
-    listener.set_inheritable(True)
-    return listener
+@contextmanager
+def _bind(host: str, port: int) -> Iterator[socket.socket]:
+    # Bound but not yet listening: the address is ours, and callers are refused, not kept waiting.
+    path = Path(host.removeprefix(UNIX_PREFIX)) if host.startswith(UNIX_PREFIX) else None
+    address: str | tuple[str, int]
+    if path is not None:
+        family, address, refusal = socket.AF_UNIX, str(path), f"HOST: cannot listen on {path} (%s)"
+    else:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        address, refusal = (host, port), f"PORT: cannot listen on {host}:{port} (%s); set a free one"
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            if path is not None:
+                _remove_if_abandoned(path)
+            listener.bind(address)
+        except OSError as exc:
+            raise SettingsError(refusal % (exc.strerror or exc.args[0]).lower()) from exc
+        listener.set_inheritable(True)
+        try:
+            yield listener
+        finally:
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    """Removes the socket a killed service left behind, which nobody listens on any more."""
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as caller:
+            try:
+                caller.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
 
 
 def _run(settings: Settings, listener: socket.socket) -> None:
@@ -140,11 +164,9 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + STRAGGLER_SECONDS,
         timeout_worker_healthcheck=WORKER_SECONDS,
     )
-    host, port = listener.getsockname()[:2]
 
     def announce() -> None:
-        base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        _announce(base, guarded=settings.auth_mode != "none")
+        _announce(listener, guarded=settings.auth_mode != "none")
 
     if settings.workers > 1:
         _Supervisor(config, [listener], announce, settings.drain_seconds).run()
@@ -211,11 +233,17 @@ class _Supervisor(Multiprocess):
         super().handle_term()
 
 
-def _announce(base: str, *, guarded: bool) -> None:
+def _announce(listener: socket.socket, *, guarded: bool) -> None:
     curl = "curl -s" + (' -H "Authorization: Bearer $KEY"' if guarded else "")
+    address = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        base, where, curl = "http://localhost", f"{UNIX_PREFIX}{address}", f"{curl} --unix-socket {address}"
+    else:
+        host, port = address[:2]
+        base = where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     post = f"{curl} {base}/ai/advanced-ml/predict-batch -H 'Content-Type: application/json'"
     click.echo(
-        f"\nLead Scoring listens on {base}   (API: {base}/docs, stop: Ctrl-C)\n\n"
+        f"\nLead Scoring listens on {where}   (API: {base}/docs, stop: Ctrl-C)\n\n"
         f"  {curl} {base}/ai/advanced-ml/health\n"
         f"  {curl} {base}/ai/advanced-ml/models\n"
         f'  {post} -d \'["lead_1", "lead_2", "nobody"]\'\n'

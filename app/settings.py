@@ -16,6 +16,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.errors import SettingsError
 
+UNIX_PREFIX = "unix:"
+"""What `HOST` begins with when the rest of it is the path of a Unix socket."""
+
 _DEVELOPMENT_ORIGINS = tuple(
     f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 4200, 5173, 8080)
 )
@@ -36,9 +39,9 @@ class Settings(BaseSettings):
     app_env: Literal["development", "production"] = "development"
     """`production` turns every unsafe convenience into a refusal to start."""
     host: str = "127.0.0.1"
-    """Address the service listens on."""
+    """Address the service listens on, or `unix:` and the path of a Unix socket."""
     port: int = Field(8000, ge=0, le=65535)
-    """TCP port the service listens on; 0 takes any free one and says which."""
+    """TCP port the service listens on; 0 takes any free one and says which. A Unix socket has none."""
     workers: int = Field(1, ge=1, le=64)
     """Processes that serve requests; each holds the model and runs one inference thread."""
     var_dir: Path = Path("var")
@@ -205,12 +208,13 @@ class Settings(BaseSettings):
                 raise ValueError(
                     "CORS_ORIGINS must be set when APP_ENV=production: the default allows localhost only"
                 )
-            if self.auth_mode == "none" and not _is_loopback(self.host):
+            if self.auth_mode == "none" and not _is_local(self.host):
                 raise ValueError(
-                    "AUTH_MODE must be set when APP_ENV=production and HOST is not a loopback address"
+                    "AUTH_MODE must be set when APP_ENV=production and HOST is neither a loopback address nor"
+                    " a Unix socket"
                 )
             keys_at = self.auth_jwks_url
-            if keys_at is not None and keys_at.scheme != "https" and not _is_loopback(keys_at.host or ""):
+            if keys_at is not None and keys_at.scheme != "https" and not _is_local(keys_at.host or ""):
                 raise ValueError("AUTH_JWKS_URL must be https when APP_ENV=production")
             if not self.ml_trusted_keys:
                 raise ValueError(
@@ -219,7 +223,9 @@ class Settings(BaseSettings):
         return self
 
 
-def _is_loopback(host: str) -> bool:
+def _is_local(host: str) -> bool:
+    if host.startswith(UNIX_PREFIX):
+        return True
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

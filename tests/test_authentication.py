@@ -354,8 +354,8 @@ def test_no_secret_is_in_any_log_event_metric_or_answer(crm_url: str, folder: Pa
 
 # --- Starting ---------------------------------------------------------------------------------------------
 
-LOOPBACK = ("127.0.0.1", "127.9.9.9", "::1", "localhost")
-REACHABLE = ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "127.0.0.1.nip.io")  # noqa: S104
+LOOPBACK = ("127.0.0.1", "127.9.9.9", "::1", "localhost", "unix:/run/leadscore.sock")
+REACHABLE = ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "127.0.0.1.nip.io", "unix")  # noqa: S104
 COMPLETE = {
     "auth_key_pepper": PEPPER,
     "auth_jwks_url": "https://issuer.example/keys",
@@ -372,7 +372,7 @@ PRODUCTION = {
 @pytest.mark.parametrize("mode", ["none", "api_key", "jwt", "api_key,jwt"])
 @pytest.mark.parametrize("app_env", ["development", "production"])
 @pytest.mark.parametrize("host", [*LOOPBACK, *REACHABLE])
-def test_production_without_authentication_starts_on_loopback_only(
+def test_production_without_authentication_starts_on_this_machine_only(
     mode: str, app_env: str, host: str
 ) -> None:
     fields = {"auth_mode": mode, "app_env": app_env, "host": host, **COMPLETE, **PRODUCTION}

@@ -1,4 +1,4 @@
-"""How the service ends, and how its workers are replaced: by signals, as ops send them."""
+"""Where the service listens, how it ends, and how its workers are replaced: by signals, as ops send them."""
 
 import signal
 import time
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from click.testing import CliRunner
 
-from tests.service import Service, publish_crm_model
+from app.cli import cli
+from tests.service import PREDICT, Load, Service, add_leads, count_events, publish_crm_model
 
 PATIENCE_SECONDS = 180.0
 
@@ -64,3 +66,114 @@ def test_sighup_replaces_the_workers_one_by_one(database_url: str, tmp_path: Pat
 
         wait_until(answers_and_is_replaced)
         assert service.stop() == 0
+
+
+def has_ended(pid: int) -> bool:
+    """A process that nobody has collected yet has ended, too."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+async def test_workers_whose_supervisor_is_killed_end_in_order_and_leave_the_port(
+    database_url: str, tmp_path: Path
+) -> None:
+    leads = add_leads(database_url, 10)
+    models = publish_crm_model(tmp_path / "models")
+    load = Load("orphans", leads)
+    with Service(tmp_path, database_url, models, WORKERS="2") as service:
+        await load.run(service.port, 200)
+        workers, port = service.worker_pids(), service.port
+        service.send(signal.SIGKILL)
+        wait_until(lambda: all(has_ended(worker) for worker in workers))
+        assert service.wait() == -signal.SIGKILL
+    with Service(tmp_path, database_url, models, PORT=str(port)) as again:
+        await load.run(again.port, 100)
+        assert again.stop() == 0
+    assert load.answered.keys() <= count_events(database_url).keys()
+    assert set(count_events(database_url).values()) == {1}
+
+
+def read_limits(pid: int) -> str:
+    return (Path("/proc") / str(pid) / "limits").read_text()
+
+
+async def test_what_was_answered_before_sigquit_is_recorded_once(database_url: str, tmp_path: Path) -> None:
+    """SIGQUIT is not heard: it ends the service where it stands, as SIGKILL does, and leaves no core."""
+    load = Load("quit", add_leads(database_url, 10))
+    with Service(tmp_path, database_url, publish_crm_model(tmp_path / "models")) as service:
+        await load.run(service.port, 200)
+        assert "Max core file size        0                    0" in read_limits(service.pid)
+        service.send(signal.SIGQUIT)
+        assert service.wait() == -signal.SIGQUIT
+        service.start()
+        assert service.stop() == 0
+    assert load.answered.keys() <= count_events(database_url).keys()
+    assert set(count_events(database_url).values()) == {1}
+
+
+def ask_over(path: Path) -> httpx2.Response:
+    with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
+        assert client.get("/readyz").status_code == 200
+        return client.post(PREDICT, json=["nobody"])
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_unix_socket_serves_and_is_gone_when_the_service_is(
+    database_url: str, tmp_path: Path, workers: str
+) -> None:
+    path = tmp_path / "service.sock"
+    models = publish_crm_model(tmp_path / "models")
+    with Service(tmp_path, database_url, models, HOST=f"unix:{path}", WORKERS=workers) as service:
+        answer = ask_over(path)
+        assert (answer.status_code, answer.json()["failed_predictions"]) == (200, 1)
+        assert service.stop() == 0
+    assert not path.exists()
+
+
+def test_the_socket_of_a_killed_service_is_taken_over_and_that_of_a_running_one_is_not(
+    database_url: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "service.sock"
+    models = publish_crm_model(tmp_path / "models")
+    with Service(tmp_path, database_url, models, HOST=f"unix:{path}") as service:
+        service.kill()
+        assert path.is_socket()
+        service.start()
+        refused = refuse_to_listen(database_url, tmp_path, f"unix:{path}")
+        assert refused == f"HOST: cannot listen on {path} (address already in use)"
+        assert ask_over(path).status_code == 200
+        assert service.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file", "address already in use"),
+        ("x" * 200, "af_unix path too long"),
+        ("a/b", "no such file or directory"),
+    ],
+)
+def test_a_path_that_cannot_be_a_socket_is_one_line(
+    database_url: str, tmp_path: Path, name: str, reason: str
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    path = tmp_path / name
+    line = refuse_to_listen(database_url, tmp_path, f"unix:{path}")
+    assert line == f"HOST: cannot listen on {path} ({reason})"
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def refuse_to_listen(database_url: str, folder: Path, host: str) -> str:
+    """The one line a service prints that cannot listen there."""
+    environment = {"DATABASE_URL": database_url, "VAR_DIR": str(folder / "var"), "HOST": host}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        result = CliRunner().invoke(cli, ["serve"], env=environment)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    return line.removeprefix("Error: ")
