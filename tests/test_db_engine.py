@@ -245,6 +245,21 @@ async def test_connections_the_server_closed_are_not_handed_out(database_url: st
     assert await asyncio.gather(*(database.run(ask) for _ in range(6))) == [1] * 6
 
 
+@pytest.mark.parametrize("fault", ["NOLOGIN", "LOGIN CONNECTION LIMIT 0"])
+async def test_a_server_that_admits_nobody_is_an_outage_and_is_used_again_when_it_does(
+    own_server: tuple[str, Path], connect: Connect, fault: str
+) -> None:
+    """Passwords that were changed, and no connections left."""
+    url, _ = own_server
+    database = connect(url.replace("postgres@", "reader@"), deadline_seconds=2)
+    with psycopg.connect(url, autocommit=True) as administrator:
+        administrator.execute("DROP ROLE IF EXISTS reader")
+        administrator.execute(f"CREATE ROLE reader {fault}")  # type: ignore[arg-type]
+        await asyncio.gather(*(refused_in(database) for _ in range(10)))
+        administrator.execute("ALTER ROLE reader LOGIN CONNECTION LIMIT -1")
+        assert await asyncio.gather(*(database.run(ask) for _ in range(10))) == [1] * 10
+
+
 async def test_a_failed_statement_is_the_callers_matter_and_keeps_the_connection(
     database_url: str, connect: Connect
 ) -> None:

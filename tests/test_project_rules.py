@@ -99,6 +99,55 @@ def test_every_file_of_ours_that_a_document_names_is_there() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["docs/reliability.md", "docs/threat-model.md", "app/ai/REPORT_ML_AUDIT.md"])
+def test_every_proof_and_test_that_a_document_cites_is_there(name: str) -> None:
+    document = _read(name)
+    proofs = set(re.findall(r"\bprove-([a-z-]+[a-z])", document))
+    tests = set(re.findall(r"`(?:tests/)?(test_[a-z0-9_]+)(?:\.py)?`", document))
+    assert len(proofs) > 5
+    assert len(tests) > 20
+    assert not [
+        proof for proof in proofs if not (ROOT / f"bench/prove_{proof.replace('-', '_')}.py").exists()
+    ]
+    assert not [test for test in tests if not (ROOT / f"tests/{test}.py").exists()]
+
+
+def test_every_fault_case_is_in_the_list_once_and_in_order() -> None:
+    rows = re.findall(r"^\| F(\d+) \|", _read("docs/reliability.md"), re.MULTILINE)
+    assert rows == [str(number) for number in range(1, 56)]
+
+
+def test_every_threat_has_a_defence_and_something_that_shows_it() -> None:
+    rows = re.findall(r"^\| (T\d+) \|(.*)\|$", _read("docs/threat-model.md"), re.MULTILINE)
+    assert [name for name, _ in rows] == [f"T{number}" for number in range(1, len(rows) + 1)]
+    assert len(rows) > 20
+    for name, row in rows:
+        *_, defence, shown_by = row.split("|")
+        assert defence.strip(), name
+        assert re.search("`(test_|make prove-)", shown_by), name
+
+
+def test_only_what_says_when_something_was_reads_the_wall_clock() -> None:
+    """Everything that waits, expires or is late goes by a clock that nobody sets."""
+    wall_clock = re.compile(r"time\.time\b|datetime\.now|datetime\.utcnow|date\.today")
+    readers = {
+        str(path.relative_to(ROOT / "app"))
+        for path in (ROOT / "app").rglob("*.py")
+        if wall_clock.search(path.read_text(encoding="utf-8"))
+    }
+    serving = {path for path in readers if not path.startswith("training/")} - {"cli.py", "serve.py"}
+    assert serving == {
+        "ai/ml_telemetry.py",  # an event's time
+        "ai/model_registry.py",  # since when a model is loaded
+        "ai/refresh_ahead.py",  # the day whose start is the as-of time
+        "db/lead_scores.py",  # when a lead was scored
+        "error_handlers.py",  # an error's time
+        "http_protocol.py",  # the same, for bytes that are no request
+        "middleware/request_id.py",  # the as-of time
+        "security/tokens.py",  # whether a token has expired
+    }
+
+
 def test_nothing_is_patched_in_tests_and_no_http_exception_is_raised_below_the_edge() -> None:
     offenders = []
     for path in PYTHON:

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 
 import httpx2 as httpx
 import pytest
@@ -198,10 +199,23 @@ async def test_everything_logged_meanwhile_carries_the_request_id_and_nothing_af
     assert (lines[1]["route"], lines[1]["status"], lines[1]["code"]) == (POST, 200, None)
 
 
-async def test_as_of_is_the_start_of_the_utc_day() -> None:
-    app = build_app(Journal(), now=lambda: 86_400.0 * 20_000 + 12_345.678)
-    async with client_of(app) as client:
-        assert (await client.get("/livez")).json() == {"as_of": 86_400.0 * 20_000}
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "2024-10-04T03:25:45.678+00:00",
+        "1970-01-01T00:00:00+00:00",
+        "2038-01-19T03:14:08+00:00",
+        "2028-02-29T23:59:59.999+00:00",
+        "2026-03-29T01:00:00+00:00",  # clocks in Europe go forward
+        "2026-10-25T01:00:00+00:00",  # and back
+        "2026-12-31T23:59:59.999999+00:00",
+    ],
+)
+async def test_as_of_is_the_start_of_the_utc_day(moment: str) -> None:
+    now = datetime.fromisoformat(moment)
+    async with client_of(build_app(Journal(), now=now.timestamp)) as client:
+        as_of = (await client.get("/livez")).json()["as_of"]
+    assert datetime.fromtimestamp(as_of, UTC) == now.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 async def test_the_event_comes_before_the_answer() -> None:
