@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from app.db.engine import Database
-from app.db.session import column_values
+from app.db.session import Session, column_values
 from app.errors import DatabaseUnavailableError
 from bench.fault_proxy import FaultProxy
 from tests.test_db_engine import (  # noqa: F401 - fixtures
@@ -133,6 +133,30 @@ async def test_a_read_whose_backend_is_killed_is_asked_once_more(database_url: s
         assert await eventually(lambda: connection.execute(KILL).fetchone() == (1,))
     assert column_values(await call) == [[b""]]
     assert connections(database_url) == 1
+
+
+class Watched(Session):
+    """Notes, when a call is told that its connection is lost, whether its socket is still listened to."""
+
+    listened = False
+
+    def _arrive(self, error: psycopg.Error | None) -> None:
+        if error is not None:
+            self.listened = asyncio.get_running_loop().remove_reader(self.descriptor())
+        super()._arrive(error)
+
+
+async def test_nobody_listens_to_a_socket_that_is_lost(database_url: str) -> None:
+    """The driver closes it at once, and the next connection may get its number before the call has ended."""
+    session = Watched(await psycopg.AsyncConnection.connect(database_url, autocommit=True))
+    call = asyncio.create_task(session.query("SELECT pg_sleep(20)", []))
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        assert await eventually(lambda: connection.execute(KILL).fetchone() == (1,))
+    with pytest.raises(psycopg.OperationalError):
+        await call
+    assert session.is_lost()
+    assert not session.listened
+    session.close()
 
 
 async def test_a_read_whose_backend_is_killed_again_is_an_outage(database_url: str, connect: Connect) -> None:  # noqa: F811

@@ -117,6 +117,7 @@ class Session:
         try:
             self._pgconn.consume_input()
         except psycopg.Error as exc:
+            self._stop_listening()  # the socket is closed, and its number may be another's in a moment
             self._arrive(exc)
             return
         if not self._pgconn.is_busy():
