@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
 import psycopg
@@ -44,6 +44,15 @@ class _ConnectionLostError(DatabaseUnavailableError):
     default_detail = "The connection to the lead database broke; try again shortly."
 
 
+@asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as exc:
+        raise DatabaseUnavailableError from exc
+
+
 class Database:
     """Up to `pool_size` connections, opened when needed, so that a server that is back is used at once.
 
@@ -73,7 +82,7 @@ class Database:
             DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
             psycopg.Error: the statement is at fault.
         """
-        return await self._run(lambda session: call(session.driver()), self._deadline)
+        return await self._run(lambda session: call(session.driver()))
 
     async def query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
         """Returns the rows of a prepared statement with parameters `$1`, `$2`, ..., all values binary.
@@ -89,35 +98,29 @@ class Database:
             return await self._query(statement, parameters)
         except _ConnectionLostError:
             self._close_idle()  # they have probably gone the same way
-        # What happened is the first attempt: if this were wrapped round it, every good read would pay for it.
-        async for attempt in stamina.retry_context(
-            _ConnectionLostError, attempts=2, wait_initial=0.0, wait_jitter=_LONGEST_PAUSE_SECONDS
-        ):
-            with attempt:
-                if attempt.num == 1:
-                    raise _ConnectionLostError
-                return await self._run(
-                    lambda opened: opened.query(statement, parameters), ends - time.monotonic()
-                )
+        async with _within(ends - time.monotonic()):
+            # What happened is the first attempt: if this were wrapped round it, every good read would pay.
+            async for attempt in stamina.retry_context(
+                _ConnectionLostError, attempts=2, wait_initial=0.0, wait_jitter=_LONGEST_PAUSE_SECONDS
+            ):
+                with attempt:
+                    if attempt.num == 1:
+                        raise _ConnectionLostError
+                    return await self._query(statement, parameters)
         raise DatabaseUnavailableError
 
-    @asynccontextmanager
-    async def one_deadline(self) -> AsyncIterator[None]:
+    def one_deadline(self) -> AbstractAsyncContextManager[None]:
         """Has all calls that are made inside share the deadline that one call has.
 
         Raises:
-            DatabaseUnavailableError: it is over.
+            DatabaseUnavailableError: it is over; from leaving the context.
         """
-        try:
-            async with asyncio.timeout(self._deadline):
-                yield
-        except TimeoutError as exc:
-            raise DatabaseUnavailableError from exc
+        return _within(self._deadline)
 
     async def _query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
         session = None if self._slots.locked() else self._take_idle()
         if session is None:
-            return await self._run(lambda opened: opened.query(statement, parameters), self._deadline)
+            return await self._run(lambda opened: opened.query(statement, parameters))
         # Nothing to wait for but the answer, which can be given up where we stand: no task is needed.
         self._asked.add(session)
         try:
@@ -129,13 +132,13 @@ class Database:
             self._asked.remove(session)
             self._take_back(session)
 
-    async def _run(self, call: Callable[[Session], Awaitable[T]], seconds: float) -> T:
+    async def _run(self, call: Callable[[Session], Awaitable[T]]) -> T:
         loan = _Loan()
         task = asyncio.create_task(self._lend(call, loan))
         self._loans[task] = loan
         task.add_done_callback(self._settle)
         try:
-            await asyncio.wait({task}, timeout=max(0.0, seconds))
+            await asyncio.wait({task}, timeout=self._deadline)
             if not task.done() or task.cancelled():
                 loan.abandon(task)
                 raise DatabaseUnavailableError
