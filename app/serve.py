@@ -6,6 +6,7 @@ The parent process owns the embedded PostgreSQL and outlives every worker; a wor
 
 import asyncio
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -21,6 +22,7 @@ from types import FrameType
 import click
 import structlog
 import uvicorn
+import uvicorn._subprocess
 from uvicorn.supervisors import Multiprocess
 
 from app.db.embedded import open_embedded
@@ -113,6 +115,10 @@ def _prepare_workers(settings: Settings, url: str) -> None:
         shutil.rmtree(shared_counts, ignore_errors=True)
         shared_counts.mkdir(parents=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared_counts.resolve())
+        # uvicorn would start each with all libraries in memory once more, and has no setting for it.
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload(["app.preloaded"])
+        uvicorn._subprocess.spawn = forks  # type: ignore[assignment]  # noqa: SLF001
 
 
 @contextmanager

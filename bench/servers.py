@@ -96,7 +96,8 @@ def _start(
 
 def worker_pids(pid: int) -> list[int]:
     """Returns the process IDs of a service's workers; with one worker there is no process but the service."""
-    return [child for child in _children(pid) if b"spawn_main" in _command(child)]
+    forking = [child for child in _children(pid) if b"forkserver" in _command(child)]
+    return [worker for process in forking for worker in _children(process)]
 
 
 def _command(pid: int) -> bytes:

@@ -146,10 +146,9 @@ class Service:
     def worker_pids(self) -> set[int]:
         """Returns the processes that serve, if there are several."""
         assert self._process is not None
-        pid = self._process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        commands = {int(child): Path(f"/proc/{child}/cmdline") for child in children}
-        return {child for child, command in commands.items() if b"spawn_main" in command.read_bytes()}
+        started = _children(self._process.pid)
+        forking = {pid for pid in started if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+        return set[int]().union(*map(_children, forking))
 
     def _collect(self) -> int:
         assert self._process is not None
@@ -159,6 +158,10 @@ class Service:
         self._process.stdout.close()
         self._process = None
         return status
+
+
+def _children(pid: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 class Connection:

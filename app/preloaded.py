@@ -1,0 +1,12 @@
+"""What several workers share: the modules of the application, imported once in the process they fork from.
+
+That process does nothing else: it has no event loop, no thread, no connection and no model.
+"""
+
+import gc
+
+import app.main  # noqa: F401
+
+# Looking for garbage writes to every object it looks at, and a page that is written to is shared no longer.
+gc.collect()
+gc.freeze()
