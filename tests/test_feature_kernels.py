@@ -174,3 +174,6 @@ def test_blocks_hold_the_columns_they_were_stacked_from() -> None:
         blocks["nothing"]
     with pytest.raises(ValueError, match="'city' is absent"):
         stack_columns(leads, (InputColumn("city", "text"),))
+    other_kind = InputColumn(inputs[0].name, "boolean" if inputs[0].kind == "number" else "number")
+    with pytest.raises(ValueError, match=f"'{other_kind.name}' is not a {other_kind.kind}"):
+        stack_columns(leads, (other_kind,))
