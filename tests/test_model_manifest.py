@@ -129,6 +129,8 @@ def test_a_truncated_manifest_is_refused_wherever_it_ends():
 def test_an_unknown_field_is_refused():
     content = json.loads(encode_manifest(build_manifest()))
     assert reason_of(json.dumps({**content, "pickle": "gASV"}).encode()) == "manifest_invalid"
+    content["training"]["pickle"] = "gASV"
+    assert reason_of(json.dumps(content).encode()) == "manifest_invalid"
 
 
 def test_an_oversized_manifest_is_refused_unread():

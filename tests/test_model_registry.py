@@ -932,8 +932,10 @@ def test_a_defect_met_in_the_newest_artifact_does_not_keep_the_next_one_from_ser
         if manifest.version == V2:
             raise ZeroDivisionError
 
-    assert open_registry(incompatible=incompatible).load().ref.version == V1
+    with capture_logs() as lines:
+        assert open_registry(incompatible=incompatible).load().ref.version == V1
     assert [report.reason for report in reports] == ["internal_error", None]
+    assert [line["event"] for line in lines] == ["model_load_failed", "model_refused", "model_loaded"]
 
 
 def test_a_report_says_what_was_loaded_and_how_long_it_took(models, open_registry, reports, clock):
