@@ -5,7 +5,7 @@ import math
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.ai.model_manifest import (
@@ -177,6 +177,7 @@ def test_bytes_that_are_no_text_and_text_that_is_no_digest_are_refused_by_name(f
     assert reason_of(json.dumps(content).encode()) == reasons.get(field, "manifest_invalid")
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
 )
