@@ -143,6 +143,10 @@ def test_retry_after_is_the_rest_of_the_open_time_in_whole_seconds() -> None:
     with pytest.raises(CircuitOpenError) as caught:
         Call(breaker)
     assert caught.value.retry_after == 20
+    clock.now += 19
+    with pytest.raises(CircuitOpenError) as caught:
+        Call(breaker)
+    assert caught.value.retry_after == 1
 
 
 def test_a_call_that_ends_after_the_circuit_turned_is_old_news() -> None:

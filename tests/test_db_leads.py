@@ -148,6 +148,16 @@ async def test_a_relation_without_references_knows_leads_by_uuid_only(url: str, 
     assert found.row_of.tolist() == [UNKNOWN_LEAD, 0]
 
 
+def test_a_page_without_references_has_none(url: str) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("ALTER TABLE leads DROP COLUMN external_ref")
+    [page] = fetch_all_chunks(url, "leads", [InputColumn("city", "text"), InputColumn("visits", "number")])
+    assert page.lead_ids == [A, B, C, D]
+    assert page.external_refs is None
+    assert page.leads.columns["city"].values.tolist() == ["Zürich", "", "", "a b"]
+    assert page.leads.columns["visits"].present.tolist() == [True, False, True, True]
+
+
 async def test_a_hostile_id_is_only_an_unknown_lead(url: str, connect: Connect) -> None:
     asked = ["x' OR '1'='1", "{a,b}", '"', "\\", "%(ids)s", "NULL"]
     found = await connect(url).fetch(asked, COLUMNS)

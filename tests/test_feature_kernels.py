@@ -132,6 +132,7 @@ def test_many_leads_with_every_transform_are_built_and_made_safe_to_the_same_bit
 
 
 @needs_kernels
+@settings(deadline=None)
 @given(st.lists(st.floats(min_value=0, max_value=1e30), min_size=1, max_size=70))
 def test_a_logarithm_has_the_same_bits_alone_and_among_others(numbers: list[float]) -> None:
     features = FeatureSet((spec("log1p", ("x", "number")),))
@@ -174,3 +175,6 @@ def test_blocks_hold_the_columns_they_were_stacked_from() -> None:
         blocks["nothing"]
     with pytest.raises(ValueError, match="'city' is absent"):
         stack_columns(leads, (InputColumn("city", "text"),))
+    other_kind = InputColumn(inputs[0].name, "boolean" if inputs[0].kind == "number" else "number")
+    with pytest.raises(ValueError, match=f"'{other_kind.name}' is not a {other_kind.kind}"):
+        stack_columns(leads, (other_kind,))

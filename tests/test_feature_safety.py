@@ -1,6 +1,7 @@
 """Feature safety: statistics, the strategies, coverage, verdicts, drift."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -83,6 +84,15 @@ def test_a_feature_that_was_never_there_is_imputed_with_zero() -> None:
     (statistics,) = statistics_of(np.full((5, 1), NAN))
     assert (statistics.impute, statistics.lower, statistics.upper, statistics.present_share) == (0, 0, 0, 0)
     assert statistics.counts == (0, 5)
+    assert (statistics.mean, statistics.std, statistics.edges) == (0.0, 0.0, ())
+
+
+def test_the_statistics_of_a_small_sample_are_what_one_works_out_by_hand() -> None:
+    (statistics,) = statistics_of(np.array([[float(number)] for number in range(20, 0, -1)] + [[NAN]] * 5))
+    assert (statistics.mean, statistics.std) == (10.5, pytest.approx(math.sqrt((20**2 - 1) / 12)))
+    assert (statistics.impute, statistics.present_share) == (10.0, 0.8)
+    assert statistics.edges == (np.nextafter(1.0, 0.0), *(2.0 * decile for decile in range(1, 11)))
+    assert statistics.counts == (0, *[2] * 10, 0, 5)
 
 
 def test_gaps_are_counted_apart_from_every_number() -> None:
@@ -101,7 +111,8 @@ def test_statistics_survive_json_and_count_every_training_cell() -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"impute": NAN}, {"impute": 20.0}, {"std": -1.0}, {"edges": [2.0, 1.0]}, {"counts": [1]},
-     {"lower": 11.0}, {"surprise": 1}],
+     {"lower": 11.0}, {"surprise": 1}, {"edges": [2.0, 2.0], "counts": [1, 1, 1, 1]},
+     {"edges": [2.0, 3.0], "counts": [1, 1, -1, 1]}, {"edges": [2.0], "counts": [1, 1, 1, 1]}],
 )  # fmt: skip
 def test_statistics_that_do_not_fit_together_are_refused(changes: dict) -> None:
     data = statistics_of(np.arange(11.0)[:, None])[0].to_json()
@@ -280,6 +291,22 @@ def test_a_shift_is_seen_and_measured() -> None:
     assert strong.features[0].shift == pytest.approx(
         0.38, abs=0.04
     )  # Kolmogorov's distance of N(0,1), N(1,1)
+
+
+def test_drift_is_what_one_works_out_by_hand() -> None:
+    before, after = [5] * 10 + [50], [10] * 10 + [0]
+    edges = tuple(float(edge) for edge in range(9))
+    reference = FeatureStatistics(4.0, 0.0, 9.0, 4.5, 3.0, 0.5, edges, tuple(before))
+    values = np.array([[float(number)] for number in range(10)] * 10)
+    (drift,) = drift_statistics([reference], values).features
+    expected, observed = ([(count + 0.5) / 105.5 for count in counts] for counts in (before, after))
+    pairs = list(zip(expected, observed, strict=True))
+    assert drift.psi == pytest.approx(sum((new - old) * math.log(new / old) for old, new in pairs))
+    assert drift.noise == pytest.approx(29.588 * (1 / 100 + 1 / 100), rel=0.01)  # chi-squared, 10 degrees
+    assert drift.shift == pytest.approx(0.5)
+    (drift,) = drift_statistics([reference], np.array([[0.0]])).features
+    assert drift.shift == pytest.approx(0.95)
+    assert drift.noise == pytest.approx(29.588 * (1 / 100 + 1), rel=0.01)
 
 
 def test_values_that_went_missing_are_drift() -> None:

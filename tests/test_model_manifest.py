@@ -5,14 +5,16 @@ import math
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.ai.model_manifest import (
     MAX_MANIFEST_BYTES,
     ModelManifest,
     TrainingFacts,
+    build_card_name,
     build_manifest_name,
+    build_signature_name,
     encode_manifest,
     manifest_fingerprint,
     parse_stem,
@@ -22,6 +24,14 @@ from app.ai.model_manifest import (
 from app.errors import ArtifactError
 
 VERSION = "20260101_120000"
+
+
+def build_facts(**changes):
+    facts = {
+        "as_of_from": "2025-01-01T00:00:00Z", "as_of_to": "2025-12-01T00:00:00Z", "train_rows": 600,
+        "calibrate_rows": 200, "test_rows": 200, "positives": 250, "seed": 1,
+    }  # fmt: skip
+    return TrainingFacts(**{**facts, **changes})
 
 
 def build_manifest(**changes):
@@ -36,10 +46,7 @@ def build_manifest(**changes):
         "horizon_days": 90,
         "source": "lead_training",
         "label": "outcome_at",
-        "training": TrainingFacts(
-            as_of_from="2025-01-01T00:00:00Z", as_of_to="2025-12-01T00:00:00Z", train_rows=600,
-            calibrate_rows=200, test_rows=200, positives=250, seed=1,
-        ),
+        "training": build_facts(),
         "metrics": {"roc_auc": 0.91, "brier": 0.1},
         "golden_inputs": [[1.0, None], [0.25, -3.5]],
         "created_at": "2026-01-01T12:00:00Z",
@@ -122,10 +129,14 @@ def test_a_truncated_manifest_is_refused_wherever_it_ends():
 def test_an_unknown_field_is_refused():
     content = json.loads(encode_manifest(build_manifest()))
     assert reason_of(json.dumps({**content, "pickle": "gASV"}).encode()) == "manifest_invalid"
+    content["training"]["pickle"] = "gASV"
+    assert reason_of(json.dumps(content).encode()) == "manifest_invalid"
 
 
 def test_an_oversized_manifest_is_refused_unread():
+    assert MAX_MANIFEST_BYTES == 8 * 2**20
     assert reason_of(b" " * (MAX_MANIFEST_BYTES + 1)) == "manifest_too_large"
+    assert reason_of(b" " * MAX_MANIFEST_BYTES) == "manifest_invalid"
 
 
 def test_a_key_twice_is_refused_whichever_of_the_two_the_digest_is_of():
@@ -166,6 +177,7 @@ def test_bytes_that_are_no_text_and_text_that_is_no_digest_are_refused_by_name(f
     assert reason_of(json.dumps(content).encode()) == reasons.get(field, "manifest_invalid")
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
 )
@@ -201,11 +213,58 @@ def test_arbitrary_bytes_are_refused_and_nothing_else_happens(data):
         {"golden_inputs": [], "golden_outputs": []},
         {"statistics": [{}]},
         {"feature_set": [], "statistics": []},
+        {"feature_set": [], "statistics": [], "golden_inputs": [[], []], "feature_weights": []},
+        {"golden_inputs": [[1.0, math.inf], [0.25, -3.5]]},
+        {"golden_inputs": [[1.0, None], [0.25, -3.5], [0.0, 0.0]]},
+        {"feature_weights": [1.0]},
+        {"feature_weights": [0.75, 0.25, 0.0]},
+        {"feature_weights": [0.75, 0.2]},
+        {"feature_weights": [0.75, 0.250002]},
+        {"file_size": 512 * 2**20 + 1},
+        {"training": build_facts(train_rows=-1)},
     ],
 )
 def test_a_manifest_that_contradicts_itself_cannot_even_be_made(changes):
     with pytest.raises((ValueError, msgspec.ValidationError)):
         build_manifest(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"file_size": 1},
+        {"file_size": 512 * 2**20},
+        {"threshold": 0.0, "base_rate": 1.0},
+        {"feature_weights": [0.0, 0.0]},
+        {
+            "feature_set": [{}],
+            "statistics": [{}],
+            "golden_inputs": [[1.0]],
+            "golden_outputs": [0.5],
+            "feature_weights": [1.0],
+        },
+        {"feature_weights": [0.75, 0.2500005]},
+        {"training": build_facts(train_rows=0, positives=0)},
+    ],
+)
+def test_whatever_is_just_within_its_bounds_is_read_back(changes):
+    manifest = build_manifest(**changes)
+    assert read_manifest(encode_manifest(manifest)) == manifest
+
+
+def test_what_was_verified_cannot_be_changed_afterwards():
+    manifest = build_manifest()
+    with pytest.raises(AttributeError):
+        manifest.threshold = 0.9
+    with pytest.raises(AttributeError):
+        manifest.training.seed = 2
+
+
+def test_a_manifest_need_not_tell_what_a_model_does_without():
+    unset = ("venn_abers", "feature_weights", "abstain_below")
+    manifest = build_manifest(**dict.fromkeys(unset, msgspec.UNSET))
+    assert not set(unset) & json.loads(encode_manifest(manifest)).keys()
+    assert read_manifest(encode_manifest(manifest)) == manifest
 
 
 def test_the_fingerprint_ignores_the_file_the_time_and_the_figures():
@@ -241,6 +300,14 @@ def test_the_fingerprint_ignores_the_file_the_time_and_the_figures():
 )
 def test_the_fingerprint_changes_with_whatever_determines_predictions(changes):
     assert manifest_fingerprint(build_manifest(**changes)) != manifest_fingerprint(build_manifest())
+
+
+def test_what_belongs_to_a_manifest_has_its_name():
+    manifest = build_manifest_name("random_forest", VERSION)
+    assert manifest == f"advanced_ml_random_forest_{VERSION}.manifest.json"
+    assert build_signature_name(manifest) == f"advanced_ml_random_forest_{VERSION}.manifest.sig"
+    assert build_card_name(manifest, "html") == f"advanced_ml_random_forest_{VERSION}.card.html"
+    assert build_card_name(manifest, "markdown") == f"advanced_ml_random_forest_{VERSION}.card.md"
 
 
 def test_names_lead_to_type_and_version_and_back():

@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from app.ai import artifact_loading
 from app.ai.artifact_files import open_model_dir
@@ -536,6 +538,48 @@ async def test_within_the_ttl_the_disk_is_left_alone(models, open_registry, cloc
     assert [name for name in names if "advanced_ml" in name] == []
 
 
+def test_a_model_expires_when_its_time_is_up_an_hour_unless_told_otherwise(models, open_registry, clock):
+    publish(models, V1)
+    for options, seconds in (({"ttl_seconds": 60}, 60), ({}, 3600)):
+        registry = open_registry(**options)
+        registry.load()
+        clock.now += seconds - 0.5
+        assert registry.status().cache_status == "hit"
+        clock.now += 0.5
+        assert registry.status().cache_status == "expired"
+
+
+async def test_with_nothing_to_load_the_next_attempt_is_due_in_five_seconds_unless_told_otherwise(
+    open_registry, clock
+):
+    registry = open_registry()
+    with pytest.raises(ModelNotReadyError) as caught:
+        await registry.active()
+    assert caught.value.retry_after == 5
+    clock.now += 4.75
+    with pytest.raises(ModelNotReadyError) as caught:
+        await registry.active()
+    assert caught.value.retry_after == 1
+
+
+def test_a_closed_registry_leaves_no_thread_behind(models, open_registry):
+    publish(models, V1)
+    before = set(threading.enumerate())
+    registry = open_registry()
+    registry.load()
+    assert set(threading.enumerate()) - before
+    registry.close()
+    assert not set(threading.enumerate()) - before
+
+
+async def test_a_closed_registry_without_a_model_says_to_come_back_late(open_registry):
+    registry = open_registry(retry_seconds=5)
+    registry.close()
+    with pytest.raises(ModelNotReadyError) as caught:
+        await registry.active()
+    assert caught.value.retry_after == 31
+
+
 async def test_a_new_version_is_picked_up_after_the_ttl(models, open_registry, clock):
     publish(models, V1)
     registry = open_registry(ttl_seconds=60)
@@ -764,6 +808,15 @@ def test_a_pin_goes_back_and_without_it_only_the_newest_or_a_newer_one_serves(
     assert served.highest() == V3
 
 
+def test_between_a_broken_newest_model_and_the_one_that_serves_another_one_is_found(models, open_registry):
+    publish(models, V1)
+    registry = open_registry()
+    registry.load()
+    publish(models, V2)
+    publish(models, V3).write_bytes(b"broken")
+    assert registry.load().ref.version == V2
+
+
 def test_an_older_model_still_stands_in_for_a_newer_one_that_never_served(models, tmp_path, open_registry):
     publish(models, V1)
     flip(100)(publish(models, V2))
@@ -860,7 +913,10 @@ def test_a_failing_listener_costs_the_service_nothing(models, open_registry):
     def fail(report):
         raise RuntimeError("telemetry is down")
 
-    assert open_registry(on_load=fail).load().ref.version == V1
+    with capture_logs() as lines:
+        assert open_registry(on_load=fail).load().ref.version == V1
+    told = ["model_refused", "model_report_failed", "model_loaded", "model_report_failed"]
+    assert [line["event"] for line in lines] == told
 
 
 async def test_a_failing_compatibility_test_is_survived_and_tried_again(models, open_registry, clock):
@@ -890,17 +946,24 @@ def test_a_defect_met_in_the_newest_artifact_does_not_keep_the_next_one_from_ser
         if manifest.version == V2:
             raise ZeroDivisionError
 
-    assert open_registry(incompatible=incompatible).load().ref.version == V1
+    with capture_logs() as lines:
+        assert open_registry(incompatible=incompatible).load().ref.version == V1
     assert [report.reason for report in reports] == ["internal_error", None]
+    assert [line["event"] for line in lines] == ["model_load_failed", "model_refused", "model_loaded"]
 
 
-def test_a_report_says_what_was_loaded_and_how_long_it_took(models, open_registry, reports):
+def test_a_report_says_what_was_loaded_and_how_long_it_took(models, open_registry, reports, clock):
+    def take_a_quarter_of_a_second(_):
+        clock.now += 0.25
+
     publish(models, V1)
-    bundle = open_registry().load()
+    with capture_logs() as lines:
+        bundle = open_registry(incompatible=take_a_quarter_of_a_second).load()
+    assert [(line["event"], line["version"]) for line in lines] == [("model_loaded", V1)]
     (report,) = reports
     assert (report.version, report.model_type, report.reason) == (V1, "logistic_regression", None)
     assert report.bundle is bundle
-    assert report.duration_ms >= 0
+    assert report.duration_ms == 250
 
 
 def test_a_look_that_fails_in_a_way_nobody_foresaw_leaves_the_model_serving(models, reports):
@@ -917,7 +980,9 @@ def test_a_look_that_fails_in_a_way_nobody_foresaw_leaves_the_model_serving(mode
     registry = ModelRegistry(catalogue)
     good = registry.load()
     catalogue.failing = True
-    assert registry.load() is good
+    with capture_logs() as lines:
+        assert registry.load() is good
+    assert [line["event"] for line in lines] == ["model_look_failed"]
     assert registry.status().reason == "internal_error"
     registry.close()
 
@@ -993,6 +1058,7 @@ def test_status_tells_since_when_a_model_is_loaded(models, open_registry, clock)
     assert status.bundle is bundle
     assert status.loaded_since_seconds == 12.5
     assert status.loaded_at.tzinfo is not None
+    assert abs(datetime.now(UTC) - status.loaded_at) < timedelta(minutes=10)
 
 
 def test_a_directory_that_everybody_may_write_is_not_trusted(models, open_registry):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from app.ai.domain import StoredEvent
 from app.ai.events import PredictionError, encode_event
@@ -148,6 +149,36 @@ def test_a_group_larger_than_a_segment_is_kept_whole(
     assert read_all(log) == events
     log.close()
     assert read_all(open_log()) == events
+
+
+def test_by_default_it_holds_half_a_gigabyte_in_segments_of_four_megabytes(tmp_path: Path) -> None:
+    for number in range(127):
+        (tmp_path / f"events-{number}.log").touch()
+    log = TelemetryLog(tmp_path)
+    log.write(make_events(0, 1))
+    (path,) = (path for path in list_segments(tmp_path) if path.stat().st_size)
+    assert path.stat().st_size == 4 * 2**20
+    other = TelemetryLog(tmp_path)
+    with pytest.raises(TelemetryUnavailableError):
+        other.write(make_events(1, 1))
+    log.close()
+
+
+def test_a_segment_is_used_to_its_last_byte_and_not_beyond(directory: Path) -> None:
+    events = make_events(0, 2)
+    origin = TelemetryLog(directory, segment_bytes=SEGMENT)
+    origin.write(events[:1])
+    origin.close()
+    (path,) = list_segments(directory)
+    used = len(path.read_bytes().rstrip(b"\0"))
+    path.unlink()
+    record = used - len(f"leadscore telemetry log 1 {path.stem}\n")
+    for room, segments in ((used + record, 1), (used + record - 1, 2)):
+        log = TelemetryLog(directory, segment_bytes=room)
+        write_one_by_one(log, events)
+        assert len(list_segments(directory)) == segments
+        assert ship_all(log) == events
+        log.close()
 
 
 def test_only_the_owner_may_read_it(log: TelemetryLog, directory: Path) -> None:
@@ -330,8 +361,9 @@ def test_a_segment_that_failed_is_never_written_to_again_and_still_read(
     log.write(make_events(0, 2))
     files.calls.clear()
     files.failing[operation] = errno.EIO
-    with pytest.raises(TelemetryUnavailableError):
+    with capture_logs() as lines, pytest.raises(TelemetryUnavailableError):
         log.write(make_events(2, 1))
+    assert [line["event"] for line in lines] == ["telemetry_segment_abandoned"]
     files.failing.clear()
     descriptor = files.calls[0][1]
     files.calls.clear()
@@ -499,7 +531,12 @@ def test_a_file_that_is_no_segment_is_set_aside(
     path = leave_segment(open_log, directory, make_events(0, 1))
     path.write_bytes(b"no segment at all" * 100)
     log.write(make_events(1, 1))
-    assert ship_all(log) == make_events(1, 1)
+    with capture_logs() as lines:
+        assert ship_all(log) == make_events(1, 1)
+        write_one_by_one(log, make_events(2, 30))
+        assert ship_all(log) == make_events(2, 30)
+    told = {"event": "telemetry_segment_set_aside", "log_level": "error", "file": path.name}
+    assert lines == [told]
     assert [path.name for path in directory.glob("damaged-*")] == [f"damaged-{path.name}"]
     assert ship_all(log) == []
 
