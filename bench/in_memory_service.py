@@ -23,6 +23,7 @@ from app.ai.model_registry import ModelRegistry
 from app.ai.prediction_cache import PredictionCache
 from app.ai.predictor import Predictor, ScoringPolicy
 from app.ai.telemetry_log import TelemetryLog
+from app.drain import Drain
 from app.errors import DatabaseUnavailableError
 from app.health import DatabaseProbe, Operations
 from app.log_setup import configure_logging
@@ -115,6 +116,7 @@ class InMemoryService:
             database=DatabaseProbe(self._ping, self.clock),
             drift=drift,
             cache_freshness=lambda: "notified",
+            drain=Drain(0.0, time.monotonic),
             breaker=breaker,
             clock=time.monotonic,
             started=time.monotonic(),
