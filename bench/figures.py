@@ -9,18 +9,30 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Figure:
-    """A line of a table: what is measured, what was reached, and the limit it is held against."""
+    """A line of a table: what is measured, what was reached, and the limit it is held against.
+
+    One that is not `binding` is shown, and decides nothing: how fast this machine was just now.
+    """
 
     name: str
     reached: float
     limit: float
     at_least: bool = False
     unit: str = "x"
+    binding: bool = True
 
     @property
     def holds(self) -> bool:
         """Whether the limit is kept."""
         return self.reached >= self.limit if self.at_least else self.reached <= self.limit
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Returns its row of a table: name, reached, to reach, holds."""
+        sign = "≥" if self.at_least else "≤"
+        return (
+            self.name, f"{_say(self.reached)} {self.unit}".rstrip(),
+            f"{sign} {_say(self.limit)} {self.unit}".rstrip(), "yes" if self.holds else "NO",
+        )  # fmt: skip
 
 
 def print_figures(console: Console, title: str, figures: Sequence[Figure]) -> None:
@@ -29,11 +41,7 @@ def print_figures(console: Console, title: str, figures: Sequence[Figure]) -> No
     for heading in ("figure", "reached", "to reach", "holds"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
     for figure in figures:
-        sign = "≥" if figure.at_least else "≤"
-        table.add_row(
-            figure.name, f"{_say(figure.reached)} {figure.unit}".rstrip(),
-            f"{sign} {_say(figure.limit)} {figure.unit}".rstrip(), "yes" if figure.holds else "NO",
-        )  # fmt: skip
+        table.add_row(*figure.cells())
     console.print(table)
 
 

@@ -23,6 +23,7 @@ from app.ai.model_registry import ModelRegistry
 from app.ai.prediction_cache import PredictionCache
 from app.ai.predictor import Predictor, ScoringPolicy
 from app.ai.telemetry_log import TelemetryLog
+from app.drain import Drain
 from app.errors import DatabaseUnavailableError
 from app.health import DatabaseProbe, Operations
 from app.log_setup import configure_logging
@@ -35,6 +36,7 @@ Wrap = Callable[[ASGIApp], ASGIApp]
 
 POLICY = ScoringPolicy(0.6, "max_probability")
 CACHE_SECONDS = 300.0
+CLIENT_SECONDS = 10.0
 MODEL_SECONDS = 3600.0
 
 
@@ -109,17 +111,21 @@ class InMemoryService:
         predictor = Predictor(
             self.registry, self.leads, self.cache, drift, executor=self._executor, policy=POLICY
         )
+        drain = Drain(0.0, time.monotonic)
         operations = Operations(
             registry=self.registry,
             telemetry=self.telemetry,
             database=DatabaseProbe(self._ping, self.clock),
             drift=drift,
             cache_freshness=lambda: "notified",
+            drain=drain,
             breaker=breaker,
             clock=time.monotonic,
             started=time.monotonic(),
         )
         self._state = {
+            "client_deadline_seconds": CLIENT_SECONDS,
+            "drain": drain,
             "predictor": predictor,
             "breaker": breaker,
             "telemetry": self.telemetry,
@@ -141,14 +147,15 @@ class InMemoryService:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves as an ASGI application whose lifespan is this object's own."""
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await self._live(scope, receive, send)
         else:
             scope["state"] = dict(self._state)
             await self._app(scope, receive, send)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         await self.open()
+        scope["state"].update(self._state)  # what the protocol reads
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await self.close()

@@ -36,12 +36,12 @@ class Sample:
         return len(self.milliseconds) / self.seconds
 
 
-def build_request(body: bytes, path: str = PATH) -> bytes:
-    """Returns the bytes of one POST."""
+def build_request(body: bytes, path: str = PATH, *, credential: str | None = None) -> bytes:
+    """Returns the bytes of one POST, with a bearer credential or without."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    )
+        f"Content-Length: {len(body)}\r\n" + (f"Authorization: Bearer {credential}\r\n" if credential else "")
+    ) + "\r\n"
     return head.encode() + body
 
 

@@ -7,12 +7,13 @@ import asyncio
 import dataclasses
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
+from uuid import uuid4
 
 import psycopg
 from psycopg.abc import Buffer
 from psycopg.pq.abc import PGresult
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import app.ai.model_bundle
@@ -29,12 +30,13 @@ from app.ai.model_registry import ModelRegistry
 from app.db.engine import Database, _Loan
 from app.db.session import Session
 from app.errors import DatabaseUnavailableError
+from app.middleware.body_limit import BodyLimit
 from app.serve import serve
 from app.settings import load_settings
 
 T = TypeVar("T")
 
-HASTY_SECONDS = 0.05
+HASTY_SECONDS, SLOW_SECONDS = 0.05, 0.02
 
 
 def stock_protocol() -> None:
@@ -96,6 +98,31 @@ def no_limit() -> None:
     app.main.InFlightLimit = LetIn  # type: ignore[misc,assignment]
 
 
+def unguarded() -> None:
+    """No deadlines for clients, no limit on requests in flight: what both cost is measured beside it."""
+    stock_protocol()
+    no_limit()
+
+
+def slow_telemetry() -> None:
+    """Telemetry that takes 20 ms more for each event."""
+
+    class SlowTelemetry(MlTelemetry):
+        async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
+            await asyncio.sleep(SLOW_SECONDS)
+            await super().record(event, request_id, alone=alone)
+
+    app.wiring.MlTelemetry = SlowTelemetry  # type: ignore[misc]
+
+
+def other_probabilities() -> None:
+    """Probabilities that are a millionth lower than they should be."""
+    calibrate = app.ai.predictor.calibrate  # type: ignore[attr-defined]
+    app.ai.predictor.calibrate = (  # type: ignore[attr-defined]
+        lambda raw, calibrator: calibrate(raw, calibrator) * (1 - 1e-6)
+    )
+
+
 def hasty_telemetry() -> None:
     """Says at once that an event is durable, and writes it a little later."""
 
@@ -128,6 +155,54 @@ def batch_in_last_bit() -> None:
     app.ai.model_bundle.build_scorer = build  # type: ignore[attr-defined]
 
 
+def keeps_bodies() -> None:
+    """Every body that was read stays in memory."""
+
+    class KeepsBodies(BodyLimit):
+        kept: ClassVar[list[bytes]] = []
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            async def keep() -> Message:
+                message = await receive()
+                self.kept.append(message.get("body", b""))
+                return message
+
+            await super().__call__(scope, keep, send)
+
+    app.main.BodyLimit = KeepsBodies  # type: ignore[misc]
+
+
+def keeps_notes() -> None:
+    """Half a kilobyte is kept of each request, by its name."""
+
+    class KeepsNotes(BodyLimit):
+        kept: ClassVar[dict[str, bytes]] = {}
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            self.kept[str(uuid4())] = bytes(500)
+            await super().__call__(scope, receive, send)
+
+    app.main.BodyLimit = KeepsNotes  # type: ignore[misc]
+
+
+def reads_first() -> None:
+    """A body is looked at when all of it is there."""
+
+    class ReadsFirst(BodyLimit):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            messages = [await receive()]
+            while messages[-1].get("more_body"):
+                messages.append(await receive())
+            messages.reverse()
+
+            async def replay() -> Message:
+                return messages.pop() if messages else await receive()
+
+            await super().__call__(scope, replay, send)
+
+    app.main.BodyLimit = ReadsFirst  # type: ignore[misc]
+
+
 PLANTS: dict[str, Callable[[], None]] = {
     "stock-protocol": stock_protocol,
     "swap-in-place": swap_in_place,
@@ -136,6 +211,12 @@ PLANTS: dict[str, Callable[[], None]] = {
     "hasty-telemetry": hasty_telemetry,
     "mixed-look-ups": mixed_look_ups,
     "batch-in-last-bit": batch_in_last_bit,
+    "unguarded": unguarded,
+    "slow-telemetry": slow_telemetry,
+    "other-probabilities": other_probabilities,
+    "keeps-bodies": keeps_bodies,
+    "keeps-notes": keeps_notes,
+    "reads-first": reads_first,
 }
 
 

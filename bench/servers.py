@@ -28,9 +28,23 @@ class Server:
     seconds_to_ready: float
 
     def resident_megabytes(self) -> float:
-        """Returns the resident memory of the process that serves (the largest one, in MB)."""
-        pids = [self.pid, *_children(self.pid)]
-        return max(_resident(pid) for pid in pids)
+        """Returns the resident set of the whole process tree, in MB."""
+        return sum(_read_kilobytes(pid, "smaps_rollup", "Rss") for pid in self._tree()) / 1000
+
+    def peak_megabytes(self) -> float:
+        """Returns the most its processes have held resident since `forget_peak`, in MB."""
+        return sum(_read_kilobytes(pid, "status", "VmHWM") for pid in self._tree()) / 1000
+
+    def forget_peak(self) -> None:
+        """Has the kernel count each process's peak anew, from what it holds now."""
+        for pid in self._tree():
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+    def _tree(self) -> list[int]:
+        found = [self.pid]
+        for pid in found:
+            found += _children(pid)
+        return found
 
 
 @contextmanager
@@ -120,9 +134,8 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _resident(pid: int) -> float:
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except OSError:
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+def _read_kilobytes(pid: int, file: str, name: str) -> float:
+    """Returns a figure the kernel has of a process, in kB as everywhere here (1,000 bytes)."""
+    text = Path(f"/proc/{pid}/{file}").read_text()
+    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1.024 if found else 0.0

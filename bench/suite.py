@@ -1,10 +1,10 @@
 """`make bench`: what the service costs, side by side with what it could cost and what it usually costs.
 
-Everything runs in one go on one machine: the service (cold, without its cache; warm, with it; and cold
-without telemetry), a bare echo, the floor, the textbook way, and the row-by-row way, all on the same leads in
-the same PostgreSQL, with the same model. Before anything is timed all of them must give the same
-probabilities. Then they take turns, a burst each, round after round, so that whatever else the machine does
-hits all of them.
+Everything runs in one go on one machine: the service (cold, without its cache; warm, with it), a bare echo,
+the floor, the textbook way, and the row-by-row way, all on the same leads in the same PostgreSQL, with the
+same model. Before anything is timed all of them must give the same probabilities. Then they take turns, a
+burst each, round after round, so that whatever else the machine does hits all of them. What safety costs is
+measured the same way, among services of its own (`bench.cost`).
 
 python -m bench.suite [--leads N] [--seconds S] [--rounds R] [--short] [--json FILE] [--var DIR]
 """
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.bulk import BulkRates, measure_bulk
+from bench.cost import start_trio
 from bench.data import Stage, open_stage, sample_lead_ids
 from bench.figures import Figure, print_figures
 from bench.load import Cell, Sample, ask, build_request, cycle, measure_in_turns, run_load
@@ -125,7 +126,7 @@ class Bench:
 
 
 @contextmanager
-def start_all(stage: Stage, directory: Path, *, short: bool) -> Iterator[dict[str, Server]]:
+def start_all(stage: Stage, directory: Path) -> Iterator[dict[str, Server]]:
     """Starts every contender; all of them are up while one is timed, and idle."""
     uncached = {"ML_PREDICTION_CACHE_TTL_SECONDS": "0"}
     starting = [
@@ -133,24 +134,21 @@ def start_all(stage: Stage, directory: Path, *, short: bool) -> Iterator[dict[st
         start_service("warm", stage, directory),
         *(start_contender(name, stage) for name in ("echo", "floor", "textbook", "row_by_row")),
     ]
-    if not short:
-        starting.append(start_service("silent", stage, directory, AI_TELEMETRY_ENABLED="false", **uncached))
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         yield {server.name: server for server in pool.map(stack.enter_context, starting)}
 
 
 def choose_cells(*, short: bool) -> list[Cell]:
-    """Returns what is timed: every size at every number of connections, and telemetry on and off at 16."""
+    """Returns what is timed: every size at every number of connections."""
     names = ("cold", "warm", "echo", "floor", "textbook")
     sizes, connections = ((1, 50), (1,)) if short else (SIZES, CONNECTIONS)
     cells = [(name, size, count) for name in names for size in sizes for count in connections]
-    return cells if short else [*cells, ("cold", 1000, 1), ("cold", 1, 16), ("silent", 1, 16)]
+    return cells if short else [*cells, ("cold", 1000, 1)]
 
 
 def build_figures(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> list[Figure]:
     """Returns the lines of the table, as the issue that asked for them words them."""
     cold, warm, rate = bench.p50("cold", 2000), bench.p50("warm", 2000), bench.samples
-    quiet = rate["silent", 1, 16].percentile(0.99)
     return [
         Figure("cold, 1 lead, p50 / floor", bench.p50("cold", 1) / bench.p50("floor", 1), 1.25),
         Figure("cold, 2,000 leads, p50 / floor", cold / bench.p50("floor", 2000), 1.15),
@@ -165,8 +163,6 @@ def build_figures(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> 
         Figure("warm, 2,000 leads, p50", warm, max(4.0, 0.12 * cold), unit="ms"),
         Figure("bulk, read, score, write: rate / floor", bulk.service / bulk.floor, 0.6, at_least=True),
         Figure("cold, time a lead, 2,000 / 50 leads", (cold / 2000) / (bench.p50("cold", 50) / 50), 1.0),
-        Figure("telemetry on, 16 connections: p99 more",
-               rate["cold", 1, 16].percentile(0.99) - quiet, 1.5, unit="ms"),
         Figure("start with an existing database to ready", facts["start_seconds"], 2.5, unit="s"),
         Figure("resident memory after the load", facts["resident_after_mb"], 260, unit="MB"),
         Figure("growth of it over the load",
@@ -218,19 +214,32 @@ def main() -> None:
     console = Console()
     with open_stage(given.var, options.leads) as stage, tempfile.TemporaryDirectory() as directory:
         lead_ids = sample_lead_ids(stage.url, min(_SAMPLE, options.leads), 0.5)
-        with start_all(stage, Path(directory), short=options.short) as servers:
+        with start_all(stage, Path(directory)) as servers:
             bench = Bench(servers, lead_ids, options)
             facts = uvloop.run(run(bench, options))
+        cost = [] if options.short else measure_cost(stage, Path(directory), lead_ids, options)
         bulk = measure_bulk(stage, options.leads)
         with start_service("again", stage, Path(directory)) as server:
             facts["start_seconds"] = server.seconds_to_ready
     print_cells(console, bench.samples)
     if not options.short:
-        print_figures(console, "figures", build_figures(bench, facts, bulk))
+        print_figures(console, "figures", [*build_figures(bench, facts, bulk), *cost])
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         cells, rates = describe_cells(bench.samples), {"service": bulk.service, "floor": bulk.floor}
         given.json.write_text(json.dumps({"cells": cells, "facts": facts, "bulk": rates}, indent=1))
+
+
+def measure_cost(stage: Stage, directory: Path, lead_ids: Sequence[str], options: Options) -> list[Figure]:
+    """Returns what safety costs.
+
+    Raises:
+        SystemExit: a service answers differently with it.
+    """
+    with start_trio(stage, directory) as trio:
+        if uvloop.run(trio.count_differences(lead_ids)):
+            raise SystemExit("with and without what makes it safe the service answers differently")
+        return uvloop.run(trio.measure(lead_ids, seconds=options.seconds, rounds=options.rounds))
 
 
 def describe_cells(samples: Mapping[Cell, Sample]) -> list[dict[str, Any]]:

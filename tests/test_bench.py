@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.all_proofs import prove
 from bench.figures import Figure
 from tests.service import ROOT
 
@@ -30,3 +31,23 @@ def test_a_figure_holds_on_its_own_side_of_the_limit() -> None:
     assert not Figure("ratio", 1.3, 1.25).holds
     assert Figure("rate", 0.9, 0.85, at_least=True).holds
     assert not Figure("rate", 0.8, 0.85, at_least=True).holds
+
+
+def test_a_figure_that_does_not_bind_is_still_told_when_it_misses_its_limit() -> None:
+    figure = Figure("p99 more", 2.0, 1.5, unit="ms", binding=False)
+    assert not figure.holds
+    assert figure.cells() == ("p99 more", "2 ms", "≤ 1.5 ms", "NO")
+
+
+def test_a_proof_that_breaks_off_does_not_hold(tmp_path: Path) -> None:
+    outcome = prove("of-nothing", [], tmp_path / "figures.json")
+    assert not outcome.held
+    assert outcome.figures == []
+
+
+def test_all_proofs_go_on_after_one_that_fails() -> None:
+    command = [sys.executable, "-m", "bench.all_proofs", "of-nothing", "of-little"]
+    run = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert "of-nothing" in run.stdout
+    assert "of-little" in run.stdout

@@ -1,0 +1,73 @@
+"""`make prove`: every proof, one after the other, and what came of each; one that fails stops none after it.
+
+python -m bench.all_proofs [--long] [--seed N] NAME...
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.figures import Figure
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a proof; without figures it broke off before it had any."""
+
+    name: str
+    seconds: float
+    held: bool
+    figures: Sequence[Figure]
+
+
+def main() -> None:
+    """Runs them and prints the table; exit status 1 if one of them does not hold."""
+    parser = argparse.ArgumentParser(prog="prove", description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="+", metavar="NAME", help="kill is the module bench.prove_kill")
+    parser.add_argument("--long", action="store_true", help="the long runs")
+    parser.add_argument("--seed", type=int, default=1, help="draw the same again")
+    given = parser.parse_args()
+    options = ["--seed", str(given.seed), *(["--long"] if given.long else [])]
+    with tempfile.TemporaryDirectory() as directory:
+        outcomes = [prove(name, options, Path(directory, name)) for name in given.names]
+    print_outcomes(Console(width=130), outcomes)
+    sys.exit(not all(outcome.held for outcome in outcomes))
+
+
+def prove(name: str, options: Sequence[str], result: Path) -> Outcome:
+    """Runs a proof in a process of its own, which prints what it finds and writes its figures to `result`."""
+    began = time.monotonic()
+    module = f"bench.prove_{name.replace('-', '_')}"
+    status = subprocess.run(
+        [sys.executable, "-m", module, *options, "--json", str(result)], check=False
+    ).returncode
+    figures = [Figure(**line) for line in json.loads(result.read_text())] if result.exists() else []
+    return Outcome(name, time.monotonic() - began, status == 0, figures)
+
+
+def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """Prints a line for each figure, and for each proof how long it took and whether it held."""
+    total = sum(outcome.seconds for outcome in outcomes)
+    table = Table(title=f"{len(outcomes)} proofs, {total:.0f} s", title_justify="left")
+    for heading in ("proof", "seconds", "figure", "reached", "to reach", "figure holds", "proof holds"):
+        table.add_column(heading, justify="left" if heading in ("proof", "figure") else "right")
+    for outcome in outcomes:
+        rows = [figure.cells() for figure in outcome.figures] or [("none: it broke off", "", "", "NO")]
+        for number, row in enumerate(rows):
+            first = (outcome.name, f"{outcome.seconds:.0f}") if number == 0 else ("", "")
+            table.add_row(*first, *row, ("yes" if outcome.held else "NO") if number == 0 else "")
+        table.add_section()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
