@@ -41,10 +41,7 @@ class Server:
             Path(f"/proc/{pid}/clear_refs").write_text("5")
 
     def _tree(self) -> list[int]:
-        found = [self.pid]
-        for pid in found:
-            found += _children(pid)
-        return found
+        return _descend(self.pid)
 
 
 @contextmanager
@@ -112,6 +109,18 @@ def worker_pids(pid: int) -> list[int]:
     """Returns the process IDs of a service's workers; with one worker there is no process but the service."""
     forking = [child for child in _children(pid) if b"forkserver" in _command(child)]
     return [worker for process in forking for worker in _children(process)]
+
+
+def proportional_megabytes(pid: int) -> float:
+    """Returns what a process and its descendants hold, a page that several share counted once, in MB."""
+    return sum(_read_kilobytes(member, "smaps_rollup", "Pss") for member in _descend(pid)) / 1000
+
+
+def _descend(pid: int) -> list[int]:
+    found = [pid]
+    for member in found:
+        found += _children(member)
+    return found
 
 
 def _command(pid: int) -> bytes:
