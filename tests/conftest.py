@@ -11,12 +11,19 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import structlog
 
 from app.db.embedded import open_embedded
 from app.db.migrations import upgrade
 
 DEMO_PEOPLE, DEMO_SEED = 600, 1
 DEMO_UNTIL = datetime(2026, 6, 1, tzinfo=UTC)
+
+
+@pytest.fixture(autouse=True)
+def _log_everything() -> None:
+    # An application that another test built in this process may have raised the level.
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -24,12 +24,6 @@ from tests.test_telemetry_events import make_predictions
 POST = "/ai/advanced-ml/predict-batch"
 
 
-@pytest.fixture(autouse=True)
-def _log_everything() -> None:
-    # An application that another test built in this process may have raised the level.
-    structlog.reset_defaults()
-
-
 UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
