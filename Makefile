@@ -41,7 +41,7 @@ prove-probabilities: .venv/.dev ## Measure the probabilities on real leads (REAL
 		--missing Select --exclude "$(TRAPS)" --order-by lead_number $(addprefix --target ,$(TARGETS)) $(if $(ONLY),--only $(ONLY))
 
 # Each is a module bench.prove_NAME, with a self-test of its own. LONG=1 does much more, SEED=n draws the same again.
-# `make prove-overload` is not among them: what it asks for is not reached yet (decision 22).
+# `make prove-overload` is not among them: what it asks for is not reached for certain (decision 24).
 PROOFS := kill power-loss log-failures artifacts hostile-input personal-data slow-clients restarts database-faults batching \
 	core memory cost
 

@@ -36,7 +36,7 @@ Details are written here or where the error is raised, in our own words: never a
 database sent, a path, or SQL.
 """
 
-import secrets
+import random
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -226,7 +226,7 @@ class OverloadedError(UnavailableError):
     default_detail = "The service has more requests than it can answer in time; try again shortly."
 
     def __init__(self) -> None:
-        super().__init__(retry_after=1 + secrets.randbelow(3))
+        super().__init__(retry_after=random.randint(1, 3))  # noqa: S311 - spreads callers out, nothing secret
 
 
 class KeysUnavailableError(UnavailableError):

@@ -19,6 +19,7 @@ from fastapi.routing import iter_route_contexts
 
 from app import __version__, health, model_cards
 from app.ai import advanced_ml, advanced_ml_hardened
+from app.ai.ml_telemetry import Telemetry
 from app.drain import Drain, begin_on_signals, end_with_supervisor
 from app.error_handlers import FRAMEWORK_ERRORS, ErrorBoundary, Problems
 from app.health import DatabaseProbe, Operations
@@ -27,8 +28,9 @@ from app.middleware.audit import AuditMiddleware
 from app.middleware.body_limit import BodyLimit
 from app.middleware.cors import ProblemCors
 from app.middleware.deprecation import Deprecation
-from app.middleware.in_flight import InFlightLimit
-from app.middleware.request_id import RequestIdMiddleware
+from app.middleware.in_flight import Admission, InFlightLimit
+from app.middleware.request_id import RequestIdMiddleware, build_record
+from app.middleware.shedding import Shedding
 from app.schemas.openapi import complete_document
 from app.security.access import GUARD_ERRORS, Guard, Scope
 from app.security.rate_limit import limit_rate
@@ -161,20 +163,22 @@ def _document(app: FastAPI, max_batch_size: int) -> None:
 def _wrap(app: FastAPI, settings: Settings) -> None:
     methods = _methods_by_path(app)
     problems = Problems(methods)
+    admission = Admission(settings.ai_max_requests_in_flight)
+    scoring = f"{advanced_ml_hardened.PREFIX}/predict-batch"
     for kind in FRAMEWORK_ERRORS:
         app.add_exception_handler(kind, problems.answer_framework_error)
     # Each call wraps what is there already: the last one is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.ai_max_body_bytes)
     app.add_middleware(
         InFlightLimit,
-        limit=settings.ai_max_requests_in_flight,
+        admission=admission,
         deadline_seconds=settings.ai_request_deadline_seconds,
     )
     app.add_middleware(ErrorBoundary, problems=problems)
     app.add_middleware(ProblemCors, origins=settings.cors_origins, problem=problems)
     app.add_middleware(
         AuditMiddleware,
-        telemetry=lambda scope: scope["state"]["telemetry"],
+        telemetry=_find_telemetry,
         problem=problems,
         static_routes=frozenset(methods),
     )
@@ -185,8 +189,21 @@ def _wrap(app: FastAPI, settings: Settings) -> None:
             prefix=advanced_ml.PREFIX,
             since=LEGACY_DEPRECATED_SINCE,
             sunset=settings.ai_legacy_sunset,
-            successor=f"{advanced_ml_hardened.PREFIX}/predict-batch",
+            successor=scoring,
         )
+    app.add_middleware(
+        Shedding,
+        path=scoring,
+        admission=admission,
+        telemetry=_find_telemetry,
+        problem=problems,
+        build_record=build_record,
+    )
+
+
+def _find_telemetry(scope: Mapping[str, Any]) -> Telemetry:
+    telemetry: Telemetry = scope["state"]["telemetry"]
+    return telemetry
 
 
 def _methods_by_path(app: FastAPI) -> Mapping[str, frozenset[str]]:

@@ -13,13 +13,14 @@ from uuid import uuid4
 import psycopg
 from psycopg.abc import Buffer
 from psycopg.pq.abc import PGresult
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import app.ai.model_bundle
 import app.ai.predictor
 import app.http_protocol
 import app.main
+import app.middleware.shedding
 import app.wiring
 from app.ai.events import Event
 from app.ai.inference import Scorer
@@ -29,8 +30,9 @@ from app.ai.model_bundle import ModelBundle
 from app.ai.model_registry import ModelRegistry
 from app.db.engine import Database, _Loan
 from app.db.session import Session
-from app.errors import DatabaseUnavailableError
+from app.errors import DatabaseUnavailableError, OverloadedError
 from app.middleware.body_limit import BodyLimit
+from app.middleware.in_flight import LONGEST_WAIT_SECONDS, Admission
 from app.serve import serve
 from app.settings import load_settings
 
@@ -88,14 +90,35 @@ def driver_timeout() -> None:
 def no_limit() -> None:
     """Every request is let in, however many wait."""
 
-    class LetIn:
-        def __init__(self, app: ASGIApp, **_: object) -> None:
-            self._app = app
+    class LetsAllIn(Admission):
+        def is_full(self, longest_wait: float = 0.0) -> bool:  # noqa: ARG002
+            return False
 
-        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            await self._app(scope, receive, send)
+    app.main.Admission = LetsAllIn  # type: ignore[misc,attr-defined]
 
-    app.main.InFlightLimit = LetIn  # type: ignore[misc,assignment]
+
+def leaking_places() -> None:
+    """Whoever is refused takes a place all the same, and never gives it back."""
+
+    class Leaks(Admission):
+        def is_full(self, longest_wait: float = LONGEST_WAIT_SECONDS) -> bool:
+            full = super().is_full(longest_wait)
+            if full:
+                self.enter()
+            return full
+
+    app.main.Admission = Leaks  # type: ignore[misc,attr-defined]
+
+
+def no_retry_after() -> None:
+    """Refusals that do not say when to come back."""
+
+    class SilentError(OverloadedError):
+        def __init__(self) -> None:
+            super().__init__()
+            self.retry_after = None
+
+    app.middleware.shedding.OverloadedError = SilentError  # type: ignore[misc,attr-defined]
 
 
 def unguarded() -> None:
@@ -208,6 +231,8 @@ PLANTS: dict[str, Callable[[], None]] = {
     "swap-in-place": swap_in_place,
     "driver-timeout": driver_timeout,
     "no-limit": no_limit,
+    "leaking-places": leaking_places,
+    "no-retry-after": no_retry_after,
     "hasty-telemetry": hasty_telemetry,
     "mixed-look-ups": mixed_look_ups,
     "batch-in-last-bit": batch_in_last_bit,

@@ -10,7 +10,14 @@ import pytest
 
 from app.ai.events import RequestRecord
 from app.errors import OverloadedError
-from app.middleware.in_flight import ALWAYS, LONGEST_WAIT_SECONDS, RECORD_SECONDS, InFlightLimit
+from app.middleware.in_flight import (
+    ALWAYS,
+    ARRIVED_WAIT_SECONDS,
+    LONGEST_WAIT_SECONDS,
+    RECORD_SECONDS,
+    Admission,
+    InFlightLimit,
+)
 from tests.fakes import FakeClock
 from tests.test_telemetry_events import make_predictions, make_record
 
@@ -23,7 +30,9 @@ def build_post(record: RequestRecord | None = None) -> dict[str, Any]:
 
 
 def limit_of(app: Any, limit: int, monotonic: Callable[[], float] = time.monotonic) -> InFlightLimit:
-    return InFlightLimit(app, limit=limit, deadline_seconds=DEADLINE_SECONDS, monotonic=monotonic)
+    return InFlightLimit(
+        app, admission=Admission(limit), deadline_seconds=DEADLINE_SECONDS, monotonic=monotonic
+    )
 
 
 class _Busy:
@@ -146,3 +155,15 @@ async def test_the_deadline_of_a_request_begins_when_it_has_arrived() -> None:
     rest.set()
     await slow
     assert record.answer_by == clock.now + DEADLINE_SECONDS - RECORD_SECONDS
+
+
+def test_one_that_has_arrived_whole_may_wait_longer_than_one_that_has_not() -> None:
+    admission = Admission(limit=100)
+    for _ in range(ALWAYS):
+        admission.enter()
+    for _ in range(200):  # until what is learnt has settled
+        admission.note(1.5 * LONGEST_WAIT_SECONDS / ALWAYS)
+    assert admission.is_full()
+    assert not admission.is_full(ARRIVED_WAIT_SECONDS)
+    admission.leave()
+    assert not admission.is_full()

@@ -18,7 +18,7 @@ from app.ai.prediction_cache import NullCache
 from app.ai.predictor import Predictor, ScoringPolicy
 from app.error_handlers import ErrorBoundary, Problems
 from app.middleware.audit import AuditMiddleware
-from app.middleware.in_flight import RECORD_SECONDS, InFlightLimit
+from app.middleware.in_flight import RECORD_SECONDS, Admission, InFlightLimit
 from app.middleware.request_id import RequestIdMiddleware
 from app.settings import Settings
 from tests.fakes import FakeLeadSource, FakeModels
@@ -48,7 +48,7 @@ def build_app(source: FakeLeadSource, telemetry: MlTelemetry, executor: ThreadPo
         await Response(b"{}", media_type="application/json")(scope, receive, send)
 
     problems = Problems({SCORE: frozenset({"POST"})})
-    limited = InFlightLimit(endpoint, limit=10, deadline_seconds=RECORD_SECONDS + 0.05)
+    limited = InFlightLimit(endpoint, admission=Admission(10), deadline_seconds=RECORD_SECONDS + 0.05)
     return RequestIdMiddleware(
         AuditMiddleware(
             ErrorBoundary(limited, problems=problems),

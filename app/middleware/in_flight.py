@@ -1,4 +1,4 @@
-"""Refuses scoring requests that could not be answered in time, so that nobody waits in vain.
+"""Decides which scoring requests a worker takes on, so that nobody waits in vain.
 
 How long a request would wait is how many are under way, times the time each of them has added to an answer of
 late. That covers every queue there is: for the processor, for the scoring thread, for a database connection.
@@ -6,7 +6,8 @@ Only good answers count: a database that does not answer makes nobody busy, and 
 while it is away. Only POST counts: whoever asks for health or metrics while the service is busy needs an
 answer most. And only a request that has arrived counts: one whose body trickles in must not take the place of
 another. When it has arrived its deadline begins, from which every later step draws: the predictor what it
-looks up, the audit what it records.
+looks up, the audit what it records. `shedding` asks first, and refuses most of a rush before
+any of it is read.
 """
 
 import time
@@ -17,11 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.ai.events import RequestRecord
 from app.errors import OverloadedError
 
-ALWAYS = 8
-"""Enough requests at once to keep a worker and its database connections busy."""
+ALWAYS = 4
+"""Enough of the dearest requests at once to keep a worker busy; more of them would only wait."""
 
-LONGEST_WAIT_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 0.5
 """Who would wait longer than this is better off asking again later, or somewhere else."""
+
+ARRIVED_WAIT_SECONDS = 2 * LONGEST_WAIT_SECONDS
+"""What has been let in and read meanwhile may wait longer: refusing it now would cost most."""
 
 RECORD_SECONDS = 1.0
 """The end of a request's deadline that is kept for its event."""
@@ -29,11 +33,41 @@ RECORD_SECONDS = 1.0
 _NEWEST_SHARE = 0.1
 
 
-class InFlightLimit:
-    """Plain ASGI middleware: `ALWAYS` POST requests at once in this worker, more if they need not wait long.
+class Admission:
+    """How many requests this worker has under way, and whether one more could be answered in time.
 
-    There are never more than `limit`. A request has `deadline_seconds` from its arrival, the last of them for
-    its event. `monotonic` gives seconds.
+    `ALWAYS` are let in, more if they need not wait long, never more than `limit`.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._in_flight = 0
+        self._seconds_each = 0.0
+
+    def is_full(self, longest_wait: float = LONGEST_WAIT_SECONDS) -> bool:
+        """Tells whether one more would have to wait longer than this, in seconds."""
+        waits = self._in_flight * self._seconds_each > longest_wait
+        return self._in_flight >= self._limit or (waits and self._in_flight >= ALWAYS)
+
+    def enter(self) -> int:
+        """Takes a place; returns how many are taken."""
+        self._in_flight += 1
+        return self._in_flight
+
+    def leave(self) -> None:
+        """Gives a place back."""
+        self._in_flight -= 1
+
+    def note(self, seconds_each: float) -> None:
+        """Learns from a good answer what each request under way has added to it."""
+        self._seconds_each += _NEWEST_SHARE * (seconds_each - self._seconds_each)
+
+
+class InFlightLimit:
+    """Plain ASGI middleware: no more POST requests at once than `admission` lets in.
+
+    A request has `deadline_seconds` from its arrival, the last of them for its event. `monotonic` gives
+    seconds.
 
     Raises:
         OverloadedError: from the call itself, or from `receive` with the end of the body.
@@ -43,47 +77,41 @@ class InFlightLimit:
         self,
         app: ASGIApp,
         *,
-        limit: int,
+        admission: Admission,
         deadline_seconds: float,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
-        self._limit = limit
+        self._admission = admission
         self._answer_seconds = deadline_seconds - RECORD_SECONDS
         self._monotonic = monotonic
-        self._in_flight = 0
-        self._seconds_each = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        self._check()
+        if self._admission.is_full():
+            raise OverloadedError
         place, began = 0, 0.0
 
         async def receive_counting() -> Message:
             nonlocal place, began
             message = await receive()
             if not place and not message.get("more_body", False):
-                self._check()
-                self._in_flight += 1
-                place, began = self._in_flight, self._monotonic()
+                if self._admission.is_full(ARRIVED_WAIT_SECONDS):
+                    raise OverloadedError
+                place, began = self._admission.enter(), self._monotonic()
                 scope["state"]["record"].answer_by = began + self._answer_seconds
             return message
 
         try:
             await self._app(scope, receive_counting, send)
             if place and _is_well_answered(scope["state"]["record"]):
-                each = (self._monotonic() - began) / place
-                self._seconds_each += _NEWEST_SHARE * (each - self._seconds_each)
+                self._admission.note((self._monotonic() - began) / place)
         finally:
-            self._in_flight -= place > 0
-
-    def _check(self) -> None:
-        waits = self._in_flight * self._seconds_each > LONGEST_WAIT_SECONDS
-        if self._in_flight >= self._limit or (waits and self._in_flight >= ALWAYS):
-            raise OverloadedError
+            if place:
+                self._admission.leave()
 
 
 def _is_well_answered(record: RequestRecord) -> bool:

@@ -48,7 +48,7 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = self._build_record(scope)
+        record = build_record(scope, now=self._now, monotonic=self._monotonic, new_id=self._new_id)
         scope.setdefault("state", {})["record"] = record
         status, name = CLIENT_CLOSED_REQUEST, record.request_id.encode()
 
@@ -70,15 +70,23 @@ class RequestIdMiddleware:
             _log.info("request", route=record.route, status=status, code=record.error_code, latency_ms=ms)
             structlog.contextvars.reset_contextvars(**bound)
 
-    def _build_record(self, scope: Scope) -> RequestRecord:
-        given = _match_only_header(scope, b"x-request-id", _REQUEST_ID)
-        trace = _match_only_header(scope, b"traceparent", _TRACEPARENT)
-        return RequestRecord(
-            request_id=given.group().decode() if given else self._new_id(),
-            started=self._monotonic(),
-            as_of=start_of_day(self._now()),
-            trace_id=trace.group(1).decode() if trace else None,
-        )
+
+def build_record(
+    scope: Scope,
+    *,
+    now: Callable[[], float] = time.time,
+    monotonic: Callable[[], float] = time.perf_counter,
+    new_id: Callable[[], str] = lambda: str(uuid7()),
+) -> RequestRecord:
+    """Returns the record of a request that has just come in, with the caller's own ID if that is valid."""
+    given = _match_only_header(scope, b"x-request-id", _REQUEST_ID)
+    trace = _match_only_header(scope, b"traceparent", _TRACEPARENT)
+    return RequestRecord(
+        request_id=given.group().decode() if given else new_id(),
+        started=monotonic(),
+        as_of=start_of_day(now()),
+        trace_id=trace.group(1).decode() if trace else None,
+    )
 
 
 def _match_only_header(scope: Scope, name: bytes, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
