@@ -131,9 +131,11 @@ def slow_telemetry() -> None:
     """Telemetry that takes 20 ms more for each event."""
 
     class SlowTelemetry(MlTelemetry):
-        async def record(self, event: Event, request_id: str | None = None, *, alone: bool = False) -> None:
+        async def record(
+            self, event: Event, request_id: str | None = None, *, deadline_seconds: float | None = None
+        ) -> None:
             await asyncio.sleep(SLOW_SECONDS)
-            await super().record(event, request_id, alone=alone)
+            await super().record(event, request_id, deadline_seconds=deadline_seconds)
 
     app.wiring.MlTelemetry = SlowTelemetry  # type: ignore[misc]
 

@@ -118,7 +118,6 @@ class FakeTelemetry:
         event: Event,
         request_id: str | None = None,
         *,
-        alone: bool = False,
         deadline_seconds: float | None = None,
     ) -> None:
         if self.error is not None:

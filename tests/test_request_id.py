@@ -41,7 +41,6 @@ class Journal:
         event: Event,
         request_id: str | None = None,
         *,
-        alone: bool = False,
         deadline_seconds: float | None = None,
     ) -> None:
         if self.broken:

@@ -61,6 +61,18 @@ class GatedLog(TelemetryLog):
         super().write(events)
 
 
+class WatchedLog(TelemetryLog):
+    """A log that knows which thread wrote to it."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.writers: list[str] = []
+
+    def write(self, events: Sequence[StoredEvent]) -> None:
+        self.writers.append(threading.current_thread().name)
+        super().write(events)
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():  # noqa: ASYNC110 - what is waited for happens on another thread
@@ -68,9 +80,17 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def opened(log: TelemetryLog, sink: Table, deadline_seconds: float = 5.0) -> AsyncIterator[MlTelemetry]:
+async def opened(
+    log: TelemetryLog, sink: Table, deadline_seconds: float = 5.0, quick_disk_seconds: float = 0.0
+) -> AsyncIterator[MlTelemetry]:
+    """Telemetry over a disk that is never quick, unless it says how quick a disk has to be."""
     telemetry = MlTelemetry(
-        log, sink, ship_interval_seconds=0.005, record_deadline_seconds=deadline_seconds, group_size=50
+        log,
+        sink,
+        ship_interval_seconds=0.005,
+        record_deadline_seconds=deadline_seconds,
+        quick_disk_seconds=quick_disk_seconds,
+        group_size=50,
     )
     await telemetry.open()
     try:
@@ -110,6 +130,21 @@ async def test_requests_that_wait_together_share_a_commit(tmp_path: Path) -> Non
         log.gate.set()
         await asyncio.gather(*recordings)
     assert log.commits <= 3
+
+
+async def test_requests_ready_at_once_share_a_commit_where_they_stand(tmp_path: Path) -> None:
+    log = WatchedLog(tmp_path)
+    async with opened(log, Table(), quick_disk_seconds=60) as telemetry:
+        await asyncio.gather(*(telemetry.record(EVENT, f"req-{n}") for n in range(40)))
+    assert log.writers == [threading.current_thread().name]
+
+
+async def test_a_disk_that_was_slow_is_waited_for_on_the_thread(tmp_path: Path) -> None:
+    log = WatchedLog(tmp_path)
+    async with opened(log, Table(), quick_disk_seconds=1e-9) as telemetry:
+        await telemetry.record(EVENT, "req-0")
+        await telemetry.record(EVENT, "req-1")
+    assert log.writers == [threading.current_thread().name, "telemetry-writer"]
 
 
 async def test_a_sink_that_fails_after_its_commit_makes_no_second_row(tmp_path: Path) -> None:

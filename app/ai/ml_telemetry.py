@@ -41,12 +41,10 @@ class Telemetry(Protocol):
         event: Event,
         request_id: str | None = None,
         *,
-        alone: bool = False,
         deadline_seconds: float | None = None,
     ) -> None:
         """Returns once the event is durable: on this machine, or else in the database.
 
-        `alone` says that no other request is under way, so that the event loop may wait for the disk.
         `deadline_seconds` is what the request has left. A caller that is cancelled while it waits leaves
         exactly one event behind.
 
@@ -76,7 +74,6 @@ class NullTelemetry:
         event: Event,
         request_id: str | None = None,
         *,
-        alone: bool = False,
         deadline_seconds: float | None = None,
     ) -> None:
         """Forgets the event."""
@@ -99,7 +96,7 @@ class MlTelemetry:
     `now` gives the time of an event, `new_id` its UUIDv7. `group_size` bounds one commit and one shipment.
     `ship_interval_seconds` is the pause between looks for events to ship; it doubles up to two seconds while
     the database is away. `record_deadline_seconds` bounds the wait for the disk, and that for the database
-    where the disk fails.
+    where the disk fails. The event loop itself waits for a disk that took less than `quick_disk_seconds`.
     """
 
     def __init__(
@@ -112,8 +109,9 @@ class MlTelemetry:
         group_size: int = 500,
         ship_interval_seconds: float = 0.25,
         record_deadline_seconds: float = 2.0,
+        quick_disk_seconds: float = 0.001,
     ) -> None:
-        self._writer = TelemetryWriter(log, group_size)
+        self._writer = TelemetryWriter(log, group_size, quick_disk_seconds)
         self._direct = DirectWriter(sink, group_size)
         self._sink = sink
         self._now = now
@@ -155,7 +153,6 @@ class MlTelemetry:
         event: Event,
         request_id: str | None = None,
         *,
-        alone: bool = False,
         deadline_seconds: float | None = None,
     ) -> None:
         """See `Telemetry.record`."""
@@ -165,7 +162,7 @@ class MlTelemetry:
         ends = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
         if self._writer.usable:
             with suppress(TelemetryUnavailableError):
-                await self._writer.write(stored, self._seconds_until(ends), alone=alone)
+                await self._writer.write(stored, self._seconds_until(ends))
                 return
         await self._direct.write(stored, self._seconds_until(ends))
 

@@ -1,8 +1,9 @@
-"""Everything done to the telemetry log, one thing after another: on a thread, or on an idle event loop.
+"""Everything done to the telemetry log, one thing after another: on the event loop, or on a thread.
 
-Requests that wait at the same time share one commit, on the thread. A request that is alone writes its event
-where it stands: the way to the thread and back takes longer than the disk. Runs in every worker that serves,
-started after the fork by `ml_telemetry`, its only caller, and knows nothing of the database.
+Requests that are ready in the same turn of the event loop share one commit, made where they stand: the way to
+a thread and back takes longer than a quick disk. A disk that is not quick is waited for on the thread. Runs
+in every worker that serves, started after the fork by `ml_telemetry`, its only caller, and knows nothing of
+the database.
 """
 
 import asyncio
@@ -22,9 +23,6 @@ from app.ai.telemetry_log import TelemetryLog
 from app.errors import TelemetryUnavailableError
 from app.metrics import TELEMETRY_EVENTS, TELEMETRY_FAILURES, TELEMETRY_RECORD_SECONDS
 
-_QUICK_SECONDS = 0.002
-"""A disk that took longer the last time is not waited for on the event loop."""
-
 _T = TypeVar("_T")
 _Written = asyncio.Future[BaseException | None]
 
@@ -41,11 +39,17 @@ class _Entry:
 
 
 class TelemetryWriter:
-    """Writes to a log in groups of at most `group_size` events; bound to the event loop that starts it."""
+    """Writes to a log; bound to the event loop that starts it.
 
-    def __init__(self, log: TelemetryLog, group_size: int) -> None:
+    The thread writes groups of at most `group_size` events. A disk that took `quick_seconds` or longer the
+    last time is not waited for on the event loop.
+    """
+
+    def __init__(self, log: TelemetryLog, group_size: int, quick_seconds: float) -> None:
         self._telemetry_log = log
         self._group_size = group_size
+        self._quick_seconds = quick_seconds
+        self._ready: list[_Entry] = []
         self._jobs: queue.SimpleQueue[_Entry | Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work_until_closed, name="telemetry-writer", daemon=True)
         self._log_free = threading.Lock()
@@ -63,45 +67,41 @@ class TelemetryWriter:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def write(self, event: StoredEvent, deadline_seconds: float, *, alone: bool = False) -> None:
+    async def write(self, event: StoredEvent, deadline_seconds: float) -> None:
         """Returns once the event is durable; it is written also if the caller is cancelled meanwhile.
-
-        With `alone` nobody else has anything to do on the event loop: it may wait for the disk itself.
 
         Raises:
             TelemetryUnavailableError: it is not durable within the deadline. An event that had already
                 reached the disk by then stays.
         """
         began = time.perf_counter()
-        try:
-            if not (alone and self._write_here(event)):
-                await self._write_there(event, deadline_seconds)
-        finally:
-            TELEMETRY_RECORD_SECONDS.observe(time.perf_counter() - began)
-
-    def _write_here(self, event: StoredEvent) -> bool:
-        """Writes the event at once, if the disk has been quick of late and the thread is not at it."""
-        if self._commit_seconds > _QUICK_SECONDS or not self._log_free.acquire(blocking=False):
-            return False
-        try:
-            error = self._write_group([_Entry(event)])
-        finally:
-            self._log_free.release()
-        if error is not None:
-            raise TelemetryUnavailableError from error
-        return True
-
-    async def _write_there(self, event: StoredEvent, deadline_seconds: float) -> None:
         written: _Written = self._loop.create_future()
         entry = _Entry(event, written)
-        self._jobs.put(entry)
+        if not self._ready:
+            self._loop.call_soon(self._write_ready)
+        self._ready.append(entry)
         timer = self._loop.call_later(deadline_seconds, self._withdraw, entry)
         try:
             error = await written
         finally:
             timer.cancel()
+            TELEMETRY_RECORD_SECONDS.observe(time.perf_counter() - began)
         if error is not None:
             raise TelemetryUnavailableError from error
+
+    def _write_ready(self) -> None:
+        """Writes what became ready in this turn, if the disk has been quick of late and the log is free."""
+        ready = [entry for entry in self._ready if not entry.withdrawn]
+        self._ready.clear()
+        if self._commit_seconds >= self._quick_seconds or not self._log_free.acquire(blocking=False):
+            for entry in ready:
+                self._jobs.put(entry)
+            return
+        try:
+            error = self._write_group(ready)
+        finally:
+            self._log_free.release()
+        _settle(_find_waiting(ready), error)
 
     def _withdraw(self, entry: _Entry) -> None:
         entry.withdrawn = True

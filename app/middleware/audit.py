@@ -46,7 +46,6 @@ class AuditMiddleware:
         self._problem = problem
         self._static_routes = static_routes
         self._monotonic = monotonic
-        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -54,7 +53,6 @@ class AuditMiddleware:
             await self._app(scope, receive, send)
             return
         answer = _Answer(self, scope, receive, send)
-        self._under_way += 1
         try:
             await self._app(scope, answer.receive, answer.send)
             if not answer.client_gone:
@@ -63,7 +61,6 @@ class AuditMiddleware:
             _log.exception("unhandled_exception")
             await answer.fail(InternalError())
         finally:
-            self._under_way -= 1
             answer.close()
 
     async def record(self, scope: Scope, status: int) -> None:
@@ -76,7 +73,7 @@ class AuditMiddleware:
         try:
             event = self._build_event(record, status)
             await self._telemetry(scope).record(
-                event, record.request_id, alone=self._under_way == 1, deadline_seconds=_seconds_left(record)
+                event, record.request_id, deadline_seconds=_seconds_left(record)
             )
         except TelemetryUnavailableError:
             raise
