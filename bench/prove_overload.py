@@ -4,7 +4,8 @@ In turns, a few seconds each: its peak, with as many requests under way as give 
 at ten times that rate, whether the requests before are answered or not; then what one caller finds when the
 rush is over. What cannot be answered must be refused at once, with a Retry-After, and as much as at the peak
 must be answered, in time. The request is a dear one, receipts for fifty leads, so that one client can ask ten
-times as much as a worker answers. Latencies are the median of the turns, so that something else on the machine has to last to be mistaken for the service.
+times as much as a worker answers. Latencies are the median of the turns, so that something else on the
+machine has to last to be mistaken for the service.
 
 make prove-overload [LONG=1] [SEED=n]
 """
