@@ -9,6 +9,7 @@ decided here. Heavy imports live inside the commands, so that `--help` and a wro
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -60,6 +61,10 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="leadscore")
 def cli() -> None:
     """Calibrated, audited lead scoring over PostgreSQL."""
+    import structlog
+
+    # What a command prints is its result, which may be read by a program; its log is not part of it.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 
 @cli.command()
