@@ -32,6 +32,7 @@ SCORED, SCORED_LONG, SCORED_PLANTED = 250_000, 5_000_000, 50_000
 SIZES = ((1, 8), (9, 64), (65, 2_000))
 WEIGHTS = (60, 30, 10)
 UNKNOWN_SHARE = 0.01
+PAUSE_SECONDS = 0.05
 
 
 class _Error(msgspec.Struct):
@@ -123,8 +124,11 @@ class _Callers:
 async def _exchange(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lead_ids: Sequence[str]
 ) -> _Answer:
-    writer.write(build_request(msgspec.json.encode(lead_ids)))
-    status, _, body = await read_answer(reader)
+    status, body = 503, b""
+    while status == 503:  # a busy service refuses, and says so
+        writer.write(build_request(msgspec.json.encode(lead_ids)))
+        status, _, body = await read_answer(reader)
+        await asyncio.sleep(PAUSE_SECONDS if status == 503 else 0)
     if status != 200:
         raise RuntimeError(f"not a 200 but {status}: {body[:500]!r}")
     return msgspec.json.decode(body, type=_Answer)

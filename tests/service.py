@@ -110,7 +110,7 @@ class Service:
             )
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if found := re.search(rb"listens on (?:unix|http://[^ ]*):([^ ]+)", line):
+            if found := re.search(rb"listens on (?:unix|http://[^ ]*):(\S+)", line):
                 self.port = int(found[1]) if found[1].isdigit() else 0
                 return self
         raise AssertionError(f"the service did not start: {self.stderr.read_text()[-3000:]}")

@@ -930,7 +930,7 @@ async def test_a_failing_compatibility_test_is_survived_and_tried_again(models, 
 
     registry = open_registry(incompatible=incompatible)
     with pytest.raises(ModelNotReadyError):
-        await registry.active()
+        registry.load()
     assert registry.status().reason == "internal_error"
     clock.now += 5
     assert (await registry.active()).ref.version == V1
