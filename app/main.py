@@ -29,7 +29,7 @@ from app.middleware.body_limit import BodyLimit
 from app.middleware.cors import ProblemCors
 from app.middleware.deprecation import Deprecation
 from app.middleware.in_flight import Admission, InFlightLimit
-from app.middleware.request_id import RequestIdMiddleware, build_record
+from app.middleware.request_id import RequestIdMiddleware
 from app.middleware.shedding import Shedding
 from app.schemas.openapi import complete_document
 from app.security.access import GUARD_ERRORS, Guard, Scope
@@ -192,12 +192,7 @@ def _wrap(app: FastAPI, settings: Settings) -> None:
             successor=scoring,
         )
     app.add_middleware(
-        Shedding,
-        path=scoring,
-        admission=admission,
-        telemetry=_find_telemetry,
-        problem=problems,
-        build_record=build_record,
+        Shedding, path=scoring, admission=admission, telemetry=_find_telemetry, problem=problems
     )
 
 

@@ -107,7 +107,7 @@ def _warn_unless_migrated(url: str) -> None:
 
 
 def _prepare_workers(settings: Settings, url: str) -> None:
-    """Leaves in the environment what the workers must find before they import anything."""
+    """Decides how workers start, and leaves in the environment what they must find before any import."""
     os.environ["DATABASE_URL"] = url
     if settings.workers > 1:
         # prometheus_client decides at import time whether counts are shared between processes.

@@ -56,7 +56,7 @@ class _Turns:
 
 
 def measure(run: ProofRun) -> Sequence[Figure]:
-    """Measures five turns, or thirty in the long run."""
+    """Measures three turns, or thirty in the long run."""
     return uvloop.run(_measure(run, TURNS_LONG if run.long else TURNS))
 
 

@@ -29,19 +29,16 @@ class Server:
 
     def resident_megabytes(self) -> float:
         """Returns the resident set of the whole process tree, in MB."""
-        return sum(_read_kilobytes(pid, "smaps_rollup", "Rss") for pid in self._tree()) / 1000
+        return sum(_read_kilobytes(pid, "smaps_rollup", "Rss") for pid in _descend(self.pid)) / 1000
 
     def peak_megabytes(self) -> float:
         """Returns the most its processes have held resident since `forget_peak`, in MB."""
-        return sum(_read_kilobytes(pid, "status", "VmHWM") for pid in self._tree()) / 1000
+        return sum(_read_kilobytes(pid, "status", "VmHWM") for pid in _descend(self.pid)) / 1000
 
     def forget_peak(self) -> None:
         """Has the kernel count each process's peak anew, from what it holds now."""
-        for pid in self._tree():
+        for pid in _descend(self.pid):
             Path(f"/proc/{pid}/clear_refs").write_text("5")
-
-    def _tree(self) -> list[int]:
-        return _descend(self.pid)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import psycopg
 
 from app.ai.domain import InputColumn
 from app.ai.features import FeatureSet, FeatureSpec
+from bench.servers import worker_pids
 from tests.model_files import publish
 
 ROOT = Path(__file__).parent.parent
@@ -146,9 +147,7 @@ class Service:
     def worker_pids(self) -> set[int]:
         """Returns the processes that serve, if there are several."""
         assert self._process is not None
-        started = _children(self._process.pid)
-        forking = {pid for pid in started if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()}
-        return set[int]().union(*map(_children, forking))
+        return set(worker_pids(self._process.pid))
 
     def _collect(self) -> int:
         assert self._process is not None
@@ -158,10 +157,6 @@ class Service:
         self._process.stdout.close()
         self._process = None
         return status
-
-
-def _children(pid: int) -> set[int]:
-    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 class Connection:

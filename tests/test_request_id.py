@@ -37,11 +37,7 @@ class Journal:
         self.gate: asyncio.Event | None = None
 
     async def record(
-        self,
-        event: Event,
-        request_id: str | None = None,
-        *,
-        deadline_seconds: float | None = None,
+        self, event: Event, request_id: str | None = None, *, deadline_seconds: float | None = None
     ) -> None:
         if self.broken:
             raise TelemetryUnavailableError

@@ -13,7 +13,6 @@ from app.ai.events import PredictionError
 from app.error_handlers import Problems
 from app.errors import TelemetryUnavailableError
 from app.middleware.in_flight import Admission
-from app.middleware.request_id import build_record
 from app.middleware.shedding import Shedding
 from tests.fakes import FakeTelemetry
 from tests.service import PREDICT, Connection, Service, add_leads, publish_crm_model
@@ -35,7 +34,6 @@ class _Caller:
             admission=admission,
             telemetry=lambda _scope: self.telemetry,
             problem=Problems({PREDICT: frozenset({"POST"})}),
-            build_record=build_record,
         )
 
     async def ask(self, method: str = "POST", path: str = PREDICT, **headers: str) -> None:

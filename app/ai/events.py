@@ -46,6 +46,10 @@ class RequestRecord:
     error_code: str | None = None
     answer_by: float | None = None
 
+    def latency_ms(self, now: float) -> float:
+        """Returns the milliseconds since it came in, rounded; `now` is on the clock of `started`."""
+        return round((now - self.started) * 1000, 3)
+
 
 class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the values of one batch lie; all None for a batch without finite values."""

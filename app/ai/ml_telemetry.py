@@ -37,11 +37,7 @@ class Telemetry(Protocol):
     """Where events are recorded."""
 
     async def record(
-        self,
-        event: Event,
-        request_id: str | None = None,
-        *,
-        deadline_seconds: float | None = None,
+        self, event: Event, request_id: str | None = None, *, deadline_seconds: float | None = None
     ) -> None:
         """Returns once the event is durable: on this machine, or else in the database.
 
@@ -70,11 +66,7 @@ class NullTelemetry:
     """Telemetry that is turned off: accepts everything, keeps nothing."""
 
     async def record(
-        self,
-        event: Event,
-        request_id: str | None = None,
-        *,
-        deadline_seconds: float | None = None,
+        self, event: Event, request_id: str | None = None, *, deadline_seconds: float | None = None
     ) -> None:
         """Forgets the event."""
 
@@ -149,11 +141,7 @@ class MlTelemetry:
         await self._writer.close(deadline_seconds)
 
     async def record(
-        self,
-        event: Event,
-        request_id: str | None = None,
-        *,
-        deadline_seconds: float | None = None,
+        self, event: Event, request_id: str | None = None, *, deadline_seconds: float | None = None
     ) -> None:
         """See `Telemetry.record`."""
         if not self._open:

@@ -101,8 +101,7 @@ class AuditMiddleware:
             scope["state"]["record"].route = template
 
     def _build_event(self, record: RequestRecord, status: int) -> PredictionSuccess | PredictionError:
-        latency_ms = round((self._monotonic() - record.started) * 1000, 3)
-        return build_prediction_event(record, status, latency_ms)
+        return build_prediction_event(record, status, record.latency_ms(self._monotonic()))
 
 
 class _Answer:

@@ -59,15 +59,11 @@ class RequestIdMiddleware:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
             await send(message)
 
-        traced = {} if record.trace_id is None else {"trace_id": record.trace_id}
-        bound = structlog.contextvars.bind_contextvars(request_id=record.request_id, **traced)
+        bound = structlog.contextvars.bind_contextvars(**_names(record))
         try:
             await self._app(scope, receive, send_named)
         finally:
-            seconds = self._monotonic() - record.started
-            observe_request(record.route, status, record.error_code, seconds)
-            ms = round(seconds * 1000, 3)
-            _log.info("request", route=record.route, status=status, code=record.error_code, latency_ms=ms)
+            close_record(record, status, self._monotonic())
             structlog.contextvars.reset_contextvars(**bound)
 
 
@@ -87,6 +83,24 @@ def build_record(
         as_of=start_of_day(now()),
         trace_id=trace.group(1).decode() if trace else None,
     )
+
+
+def close_record(record: RequestRecord, status: int, now: float) -> None:
+    """Counts a request that has ended, and writes its line; `now` is on the clock of its `started`."""
+    observe_request(record.route, status, record.error_code, now - record.started)
+    _log.info(
+        "request",
+        route=record.route,
+        status=status,
+        code=record.error_code,
+        latency_ms=record.latency_ms(now),
+        **_names(record),
+    )
+
+
+def _names(record: RequestRecord) -> dict[str, str]:
+    traced = {} if record.trace_id is None else {"trace_id": record.trace_id}
+    return {"request_id": record.request_id, **traced}
 
 
 def _match_only_header(scope: Scope, name: bytes, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:

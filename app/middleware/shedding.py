@@ -12,27 +12,24 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import structlog
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.ai.events import RequestRecord, build_prediction_event
 from app.ai.ml_telemetry import Telemetry
 from app.errors import LeadScoringError, OverloadedError, TelemetryUnavailableError
-from app.metrics import observe_request
 from app.middleware.in_flight import Admission
+from app.middleware.request_id import build_record, close_record
 
 GROUP_SECONDS = 0.01
 """So long a refusal waits for others."""
-
-_log = structlog.get_logger("app.request")
 
 
 class Shedding:
     """Plain ASGI middleware, outermost: refuses POSTs to `path` while `admission` is full.
 
-    `telemetry` finds the telemetry of this request's application, `problem` turns an error into its answer,
-    `build_record` names the request. `monotonic` gives the seconds of the record's `started`.
+    `telemetry` finds the telemetry of this request's application, `problem` turns an error into its answer.
+    `monotonic` gives seconds.
     """
 
     def __init__(
@@ -43,7 +40,6 @@ class Shedding:
         admission: Admission,
         telemetry: Callable[[Scope], Telemetry],
         problem: Callable[[Scope, LeadScoringError], Response],
-        build_record: Callable[[Scope], RequestRecord],
         monotonic: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._app = app
@@ -51,7 +47,6 @@ class Shedding:
         self._admission = admission
         self._telemetry = telemetry
         self._problem = problem
-        self._build_record = build_record
         self._monotonic = monotonic
         self._group: asyncio.Event | None = None
 
@@ -70,28 +65,21 @@ class Shedding:
         )
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record = self._build_record(scope)
+        record = build_record(scope, monotonic=self._monotonic)
         record.route = self._path
         scope["state"]["record"] = record
         await self._wait_for_others()
-        error: LeadScoringError = OverloadedError()
-        answer = self._problem(scope, error)
+        answer = self._problem(scope, OverloadedError())
         try:
-            await self._record(scope, record, error.status)
+            await self._record(scope, record, answer.status_code)
         except TelemetryUnavailableError as exc:
-            error, answer = exc, self._problem(scope, exc)
+            answer = self._problem(scope, exc)
         answer.raw_headers.append((b"x-request-id", record.request_id.encode()))
-        seconds = self._monotonic() - record.started
-        observe_request(record.route, error.status, error.code, seconds)
-        _log.info(
-            "request", route=record.route, status=error.status, code=error.code,
-            latency_ms=round(seconds * 1000, 3), request_id=record.request_id,
-        )  # fmt: skip
+        close_record(record, answer.status_code, self._monotonic())
         await answer(scope, receive, send)
 
     async def _record(self, scope: Scope, record: RequestRecord, status: int) -> None:
-        latency_ms = round((self._monotonic() - record.started) * 1000, 3)
-        event = build_prediction_event(record, status, latency_ms)
+        event = build_prediction_event(record, status, record.latency_ms(self._monotonic()))
         await self._telemetry(scope).record(event, record.request_id)
 
     async def _wait_for_others(self) -> None:
