@@ -69,6 +69,9 @@ async def run_load(
 
     async def keep_asking(connection: _Connection) -> None:
         while time.perf_counter() - began < seconds or len(sample.milliseconds) < goal:
+            if connection.is_closed():  # idle for longer than the server keeps one, while others began
+                connection = await _connect(port)
+                opened.append(connection)
             request = next(requests)
             sent = time.perf_counter()
             if await connection.exchange(request) is None:
@@ -154,6 +157,9 @@ class _Connection(asyncio.Protocol):
         self._parts, self._missing = [], -1
         self._transport.write(request)
         return await self._answer
+
+    def is_closed(self) -> bool:
+        return bool(self._transport.is_closing())
 
     def close(self) -> None:
         self._transport.close()
