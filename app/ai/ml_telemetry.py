@@ -200,15 +200,17 @@ class MlTelemetry:
                 pause = self._ship_interval_seconds
 
     async def _ship_all(self) -> None:
-        while await self._ship_group():
+        # A group that is not full was the last: to send after it the few events that came meanwhile, and after
+        # those the next few, would keep two processors and a disk busy without end.
+        while await self._ship_group() == self._group_size:
             pass
 
-    async def _ship_group(self) -> bool:
+    async def _ship_group(self) -> int:
         batch = await self._writer.run(lambda log: log.read_batch(self._group_size))
         if batch.events:
             await self._sink.write_events(batch.events)
             await self._writer.run(lambda log: log.delete(batch))
-        return bool(batch.events)
+        return len(batch.events)
 
     async def _look_at_log(self) -> None:
         if not self._writer.usable:
