@@ -78,6 +78,10 @@ def serve() -> None:
     # Numeric thread pools cost more than they give at these batch sizes; they read this at import.
     for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(pool, "1")
+    from app.ai.artifact_process import prepare
+
+    if settings.workers == 1:
+        prepare()  # it takes longest: beside all that is imported and opened from here on
     from app.serve import serve as run
 
     run(settings)

@@ -14,12 +14,15 @@ from typing import Any
 
 import httpx2
 
+from app.ai.artifact_process import dismiss
 from app.ai.circuit_breaker import CircuitBreaker
 from app.ai.domain import ColumnKind
 from app.ai.drift_window import DriftWindow
 from app.ai.events import ModelLoaded, ModelLoadFailed
 from app.ai.features import FeatureSet
+from app.ai.loaded_model import read_apart
 from app.ai.ml_telemetry import MlTelemetry, NullTelemetry, Telemetry
+from app.ai.model_bundle import load_bundle
 from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_manifest import ModelManifest
 from app.ai.model_registry import LoadReport, ModelRegistry
@@ -136,6 +139,7 @@ async def _warm_up(lead_source: PostgresLeadSource, registry: ModelRegistry) -> 
         await lead_source.fetch_schema()
     with suppress(ModelNotReadyError):
         await asyncio.to_thread(registry.load)
+    await asyncio.to_thread(dismiss)
 
 
 def _open_database(stack: AsyncExitStack, url: str, pool_size: int, deadline_seconds: float) -> Database:
@@ -162,6 +166,7 @@ def _open_registry(
         settings.ml_model_pattern,
         incompatible=lambda manifest: find_incompatibility(manifest, lead_source.source_columns()),
         trusted_keys=settings.ml_trusted_keys,
+        load=lambda manifest, data: load_bundle(manifest, data, read_apart),
     )
     registry = ModelRegistry(
         catalogue,

@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from app.ai.inference import build_scorer
+from app.ai.estimators import build_scorer
 from app.ai.score_kernels import installed_kernels
 
 Array = NDArray[np.float64]

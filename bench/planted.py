@@ -16,18 +16,20 @@ from psycopg.pq.abc import PGresult
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-import app.ai.model_bundle
+import app.ai.loaded_model
 import app.ai.predictor
 import app.http_protocol
 import app.main
 import app.middleware.shedding
 import app.wiring
 from app.ai.events import Event
+from app.ai.fitted_model import FittedModel
 from app.ai.inference import Scorer
 from app.ai.micro_batching import MicroBatching, Places, W
 from app.ai.ml_telemetry import MlTelemetry
 from app.ai.model_bundle import ModelBundle
 from app.ai.model_registry import ModelRegistry
+from app.ai.score_kernels import ScoreKernels
 from app.db.engine import Database, _Loan
 from app.db.session import Session
 from app.errors import DatabaseUnavailableError, OverloadedError
@@ -171,13 +173,13 @@ def mixed_look_ups() -> None:
 
 def batch_in_last_bit() -> None:
     """A scorer whose sums are rounded differently in a batch, as those of a matrix product are."""
-    build_scorer = app.ai.model_bundle.build_scorer  # type: ignore[attr-defined]
+    build_scorer = app.ai.loaded_model.build_compiled_scorer  # type: ignore[attr-defined]
 
-    def build(estimator: object) -> Scorer:
-        score = build_scorer(estimator)
+    def build(model: FittedModel, kernels: ScoreKernels) -> Scorer:
+        score = build_scorer(model, kernels)
         return lambda values: score(values) * (1 - (len(values) > 1) * 2**-52)
 
-    app.ai.model_bundle.build_scorer = build  # type: ignore[attr-defined]
+    app.ai.loaded_model.build_compiled_scorer = build  # type: ignore[attr-defined]
 
 
 def keeps_bodies() -> None:

@@ -14,9 +14,9 @@ from scipy.special import expit
 from scipy.stats import beta
 
 from app.ai.domain import Column, FloatArray, InputColumn, IntArray, LeadColumns
+from app.ai.estimators import build_scorer
 from app.ai.feature_safety import check_features
 from app.ai.features import build_features
-from app.ai.inference import build_scorer
 from app.ai.venn_abers import build_intervals, look_up
 from app.db.csv_import import import_csv
 from app.errors import TrainingError

@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from threadpoolctl import threadpool_limits
 
-from app.ai.inference import build_scorer
+from app.ai.estimators import build_scorer
 from app.ai.score_kernels import ScoreKernels, installed_kernels, load_kernels
 
 ROWS = np.random.default_rng(7).normal(size=(600, 6)) * [1, 10, 0.1, 1000, 1, 3]

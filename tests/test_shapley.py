@@ -14,11 +14,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import expit
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.naive_bayes import GaussianNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from app.ai.inference import build_scorer
+from app.ai.estimators import build_scorer, read_estimator
 from app.ai.score_shapley import ScoreExplainer, build_score_explainer
 
 RANDOM = np.random.default_rng(5)
@@ -121,7 +120,7 @@ def by_brute_force(walk: Any, model: Any, row: Any, groups: Any) -> tuple[float,
 
 
 def explain(model: Any, groups: Any = ALONE) -> ScoreExplainer:
-    return build_score_explainer(model, groups, MEANS)
+    return build_score_explainer(read_estimator(model), groups, MEANS)
 
 
 @pytest.mark.parametrize("groups", [ALONE, GROUPED])
@@ -220,8 +219,3 @@ def test_a_tree_whose_counts_of_rows_are_gone_is_refused() -> None:
     tree.__setstate__({**state, "nodes": nodes})
     with pytest.raises(ValueError, match="without training rows"):
         explain(model)
-
-
-def test_another_kind_of_model_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="GaussianNB"):
-        explain(GaussianNB().fit(ROWS, LABELS))

@@ -172,6 +172,11 @@ void sum_terms(const double *means, const double *scales, int64_t n_scalings, co
     }
 }
 
+/* Turns log-odds into probabilities, as SciPy's expit does. */
+void logistic(double *values, int64_t n) {
+    for (int64_t i = 0; i < n; i++) values[i] = 1 / (1 + exp(-values[i]));
+}
+
 /* Returns a number if it is usable, else NaN; `state` says which. */
 static inline double read_cell(const struct cell_column *column, double number, uint8_t *state) {
     uint64_t bits;

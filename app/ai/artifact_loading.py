@@ -1,26 +1,30 @@
-"""Deserialising an artifact: bytes in memory to an estimator, under an exact allow-list.
+"""Deserialising an artifact: bytes in memory to a fitted model, under an exact allow-list.
 
 The lists name what a random forest, histogram gradient boosting, a logistic regression and a pipeline with
 a standard scaler consist of, and nothing else; a file that names anything more is refused before the object
-it names is built. Never reads a file: the caller hands over the very bytes it has verified. Called by
-`model_bundle` and, to write an artifact, by `training.publish`.
+it names is built. Never reads a file: the caller hands over the very bytes it has verified. Run as a process
+of its own by `artifact_process`; called by training, and by whoever has no other process to spare.
 """
 
 import io
 import json
 import pickle
+import sys
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import joblib
+import msgspec
 import numpy as np
-import sklearn
-import skops
 import skops.io
 from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
 from sklearn.exceptions import InconsistentVersionWarning
 
+from app.ai.estimators import read_estimator
+from app.ai.fitted_model import encode_model
 from app.ai.model_manifest import ArtifactFormat
 from app.errors import ArtifactError
 
@@ -95,22 +99,6 @@ JOBLIB_GLOBALS: Final = frozenset({
 _WRAPPER_STATE = {"subclass", "shape", "order", "dtype", "allow_mmap", "numpy_array_alignment_bytes"}
 
 
-def library_versions(fmt: ArtifactFormat) -> dict[str, str]:
-    """Returns the versions an artifact of this format is bound to, as they are installed here."""
-    serialiser = {"skops": skops.__version__} if fmt == "skops" else {"joblib": joblib.__version__}
-    return {"scikit-learn": sklearn.__version__, "numpy": np.__version__, **serialiser}
-
-
-def verify_library_versions(recorded: dict[str, str], fmt: ArtifactFormat) -> None:
-    """Refuses an artifact that was written with other libraries than are installed.
-
-    Raises:
-        ArtifactError: `library_mismatch`.
-    """
-    if recorded != library_versions(fmt):
-        raise ArtifactError("library_mismatch", "The artifact was written with other library versions.")
-
-
 def dump_estimator(estimator: object, fmt: ArtifactFormat) -> bytes:
     """Returns the estimator as the bytes of an artifact; nothing is compressed."""
     if fmt == "skops":
@@ -119,6 +107,35 @@ def dump_estimator(estimator: object, fmt: ArtifactFormat) -> bytes:
     buffer = io.BytesIO()
     joblib.dump(estimator, buffer)
     return buffer.getvalue()
+
+
+def answer(question: bytes) -> bytes:
+    """Says what is in an artifact; the question is a line with its format, and the artifact.
+
+    The answer is `M` and the model, `-` for a classifier whose arrays are not known, or `E` and a JSON array
+    of the reason and the text of a refusal.
+    """
+    fmt, _, data = question.partition(b"\n")
+    try:
+        estimator = load_estimator(data, "skops" if fmt == b"skops" else "joblib")
+        with refusing_other_objects():
+            model = read_estimator(estimator)
+    except ArtifactError as exc:
+        return b"E" + msgspec.json.encode([exc.reason, str(exc)])
+    return b"-" if model is None else b"M" + encode_model(model)
+
+
+@contextmanager
+def refusing_other_objects() -> Iterator[None]:
+    """Says of whatever goes wrong with a deserialised object that it is no classifier.
+
+    Raises:
+        ArtifactError: `not_a_classifier`.
+    """
+    try:
+        yield
+    except Exception as exc:
+        raise ArtifactError("not_a_classifier", "The artifact is not a sound binary classifier.") from exc
 
 
 def load_estimator(data: bytes, fmt: ArtifactFormat) -> object:
@@ -207,3 +224,13 @@ class _AllowListUnpickler(NumpyUnpickler):  # type: ignore[misc]
         )
         if not plain:
             raise ArtifactError("not_allowed", "The artifact holds an array that is not plain numbers.")
+
+
+def main() -> None:
+    """Answers the question on standard input, if there is one: whoever asks may be gone."""
+    if question := sys.stdin.buffer.read():
+        sys.stdout.buffer.write(answer(question))
+
+
+if __name__ == "__main__":
+    main()

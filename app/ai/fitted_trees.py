@@ -1,11 +1,10 @@
-"""The trees of a fitted forest or booster as plain arrays, checked: nothing that follows them can go astray.
+"""The trees of a forest or booster as plain arrays, checked: nothing that follows them can go astray.
 
 scikit-learn follows a tree's indices without looking, and so does our own C code: a crafted file could make
-either read outside the tree or never end. What passes here is a tree. Pure. Called by `inference` and
-`score_shapley`.
+either read outside the tree or never end. What passes here is a tree. Pure. Called by `fitted_model`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,60 +27,12 @@ class Tree(NamedTuple):
     value: FloatArray
 
 
-def read_forest(model: Any) -> list[Tree]:
-    """Returns the trees of a fitted binary `RandomForestClassifier`; a leaf's value is its positive share.
+def check_tree(tree: Tree, n_features: int) -> None:
+    """Refuses what is no tree over `n_features` features.
 
     Raises:
-        ValueError: a tree is not sound, or has another shape than the forest.
+        ValueError: says why.
     """
-    trees = []
-    for tree in (member.tree_ for member in model.estimators_):
-        if tree.n_features != model.n_features_in_ or tree.n_outputs != 1 or int(tree.n_classes[0]) != 2:
-            raise ValueError("a tree of the forest has another shape than the forest")
-        trees.append(
-            Tree(
-                tree.children_left,
-                tree.children_right,
-                tree.feature,
-                tree.threshold,
-                tree.missing_go_to_left.astype(np.bool_),
-                # Rows, not weights: what is expected of a lead is the mean over the leads there are.
-                tree.n_node_samples.astype(np.float64),
-                tree.value[:, 0, 1],
-            )
-        )
-        _check_tree(trees[-1], model.n_features_in_)
-    return trees
-
-
-def read_boosting(model: Any) -> list[Tree]:
-    """Returns the trees of a fitted binary `HistGradientBoostingClassifier`; values are log-odds.
-
-    Raises:
-        ValueError: a tree is not sound, or splits on categories.
-    """
-    trees = []
-    for (predictor,) in model._predictors:  # noqa: SLF001  the fitted trees have no public name
-        nodes = predictor.nodes
-        if nodes["is_categorical"].any():
-            raise ValueError("categorical splits are not supported: encode categories as features")
-        leaf = nodes["is_leaf"].astype(np.bool_)
-        trees.append(
-            Tree(
-                np.where(leaf, -1, nodes["left"].astype(np.int64)),
-                np.where(leaf, -1, nodes["right"].astype(np.int64)),
-                nodes["feature_idx"].astype(np.int64),
-                nodes["num_threshold"],
-                nodes["missing_go_to_left"].astype(np.bool_),
-                nodes["count"].astype(np.float64),
-                nodes["value"],
-            )
-        )
-        _check_tree(trees[-1], model.n_features_in_)
-    return trees
-
-
-def _check_tree(tree: Tree, n_features: int) -> None:
     index = np.arange(len(tree.left))
     if not len(index) or any(column.shape != index.shape for column in tree):
         raise ValueError("a tree has no nodes, or not all of their parts")

@@ -200,8 +200,8 @@ class MlTelemetry:
                 pause = self._ship_interval_seconds
 
     async def _ship_all(self) -> None:
-        # A group that is not full was the last: to send after it the few events that came meanwhile, and after
-        # those the next few, would keep two processors and a disk busy without end.
+        # A group that is not full is the last one: to send the few events that came meanwhile, and then the
+        # next few, would keep two processors and a disk busy without end.
         while await self._ship_group() == self._group_size:
             pass
 

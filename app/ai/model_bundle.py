@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from app.ai.artifact_loading import load_estimator, verify_library_versions
 from app.ai.calibration import Calibrator, calibrate
 from app.ai.domain import FloatArray, InputColumn, ModelRef
 from app.ai.feature_safety import FeatureStatistics, SafetyRules, check_features
 from app.ai.features import CellState, FeatureMatrix, FeatureSet
-from app.ai.inference import Scorer, build_scorer
+from app.ai.inference import Scorer
+from app.ai.library_versions import verify_library_versions
+from app.ai.loaded_model import LoadedModel, ReadModel, read_here
 from app.ai.model_manifest import FeatureRow, ModelDescription, ModelManifest
 from app.ai.score_shapley import ScoreExplainer, build_score_explainer
 from app.ai.venn_abers import VennAbersTable
@@ -87,18 +88,17 @@ def build_parts(description: ModelDescription) -> ModelParts:
         ) from exc
 
 
-def load_bundle(manifest: ModelManifest, data: bytes) -> ModelBundle:
-    """Makes the bundle of a manifest and the verified bytes of its artifact.
+def load_bundle(manifest: ModelManifest, data: bytes, read: ReadModel = read_here) -> ModelBundle:
+    """Makes the bundle of a manifest and the verified bytes of its artifact, which `read` deserialises.
 
     Raises:
-        ArtifactError: `library_mismatch`, `manifest_invalid`, `not_a_classifier`, `golden_mismatch`, or see
-            `load_estimator`.
+        ArtifactError: `library_mismatch`, `manifest_invalid`, `golden_mismatch`, or see `loaded_model`.
     """
     verify_library_versions(manifest.library_versions, manifest.format)
     parts = build_parts(manifest)
     if parts.feature_set.fingerprint != manifest.feature_fingerprint:
         raise ArtifactError("manifest_invalid", "The feature set does not match its fingerprint.")
-    estimator = load_estimator(data, manifest.format)
+    model = read(data, manifest.format)
     means = np.array([entry.mean for entry in parts.statistics])
     bundle = ModelBundle(
         ref=ModelRef(manifest.model_id, manifest.version, manifest.sha256),
@@ -107,8 +107,8 @@ def load_bundle(manifest: ModelManifest, data: bytes) -> ModelBundle:
         statistics=parts.statistics,
         safety=SafetyRules.of(parts.feature_set, parts.statistics, manifest.feature_weights or None),
         calibrator=parts.calibrator,
-        scorer=_build_safe_scorer(estimator),
-        explainer=functools.cache(lambda: build_score_explainer(estimator, parts.feature_set.groups, means)),
+        scorer=model.scorer,
+        explainer=functools.cache(lambda: _build_explainer(model, parts.feature_set, means)),
         venn_abers=parts.venn_abers,
     )
     self_test(bundle)
@@ -149,8 +149,7 @@ def _build_venn_abers(description: ModelDescription) -> VennAbersTable | None:
     return None if isinstance(table, msgspec.UnsetType) else VennAbersTable.from_json(table)
 
 
-def _build_safe_scorer(estimator: object) -> Scorer:
-    try:
-        return build_scorer(estimator)
-    except Exception as exc:
-        raise ArtifactError("not_a_classifier", "The artifact is not a sound binary classifier.") from exc
+def _build_explainer(model: LoadedModel, feature_set: FeatureSet, means: FloatArray) -> ScoreExplainer:
+    if model.fitted is None:
+        raise ValueError("there are no exact contributions for this kind of model")
+    return build_score_explainer(model.fitted, feature_set.groups, means)

@@ -21,7 +21,7 @@ from app.ai.artifact_files import (
     read_signature_file,
     read_verified_artifact,
 )
-from app.ai.artifact_loading import verify_library_versions
+from app.ai.library_versions import verify_library_versions
 from app.ai.model_bundle import ModelBundle, load_bundle
 from app.ai.model_manifest import CardForm, ModelManifest, read_manifest
 from app.ai.model_signature import verify_manifest

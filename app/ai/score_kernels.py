@@ -93,6 +93,7 @@ class ScoreKernels:
             ]:
                 raise OSError("built from another version of its source")
             self._sum_trees, self._sum_terms = library.sum_trees, library.sum_terms
+            self._logistic = library.logistic
             self._build_features, self._check_features = library.build_features, library.check_features
         except (ValueError, AttributeError) as exc:
             raise OSError("not the library of the scoring loops") from exc
@@ -100,6 +101,7 @@ class ScoreKernels:
         self._sum_trees.restype = _I32
         self._sum_terms.argtypes = [_POINTER] * 2 + [_I64, _POINTER, _POINTER, _I64, _I64, _POINTER]
         self._sum_terms.restype = None
+        self._logistic.argtypes, self._logistic.restype = [_POINTER, _I64], None
         self._build_features.argtypes = [_POINTER] * 7 + [_I64] * 3 + [_POINTER] * 2
         self._build_features.restype = None
         self._check_features.argtypes = [_POINTER, *[_I64] * 3, *[_POINTER] * 2, _I64, *[_POINTER] * 2]
@@ -157,6 +159,11 @@ class ScoreKernels:
             return sums
 
         return sum_rows
+
+    def logistic(self, log_odds: FloatArray) -> FloatArray:
+        """Returns the probabilities of log-odds (n,), written over them: 1 / (1 + exp(-x))."""
+        self._logistic(log_odds.ctypes.data, len(log_odds))
+        return log_odds
 
     def build_features(
         self,

@@ -14,17 +14,11 @@ Pure: never loads an estimator. Called by `model_bundle`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from scipy.special import expit
-from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline
 
 from app.ai.domain import FloatArray, IntArray
-from app.ai.fitted_trees import read_boosting, read_forest
-from app.ai.inference import split_pipeline
+from app.ai.fitted_model import FittedModel
 from app.ai.tree_shapley import build_tree_game
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -43,37 +37,32 @@ class ScoreExplainer:
 
 
 def build_score_explainer(
-    estimator: object, groups: Sequence[Sequence[int]], means: FloatArray
+    model: FittedModel, groups: Sequence[Sequence[int]], means: FloatArray
 ) -> ScoreExplainer:
-    """Returns the explainer of an estimator that `build_scorer` takes; `means` (k,) are the training means.
+    """Returns the explainer of a model; `means` (k,) are the training means of its features.
 
     Raises:
-        ValueError: not such an estimator, or a tree without its counts of training rows.
+        ValueError: a tree without its counts of training rows.
     """
     player_of = np.empty(len(means), np.int64)
     for player, group in enumerate(groups):
         player_of[list(group)] = player
-    model: Any = estimator
-    if isinstance(model, Pipeline):
-        scale, last = split_pipeline(model)
-        inner = _explain(last, player_of, scale(means[None])[0])
-        return ScoreExplainer(inner.baseline, lambda values: inner.contributions(scale(values)))
-    return _explain(model, player_of, means)
+    inner = _explain(model, player_of, model.scaling(means[None])[0])
+    return ScoreExplainer(inner.baseline, lambda values: inner.contributions(model.scaling(values)))
 
 
-def _explain(model: Any, player_of: IntArray, means: FloatArray) -> ScoreExplainer:
-    if type(model) is RandomForestClassifier:
+def _explain(model: FittedModel, player_of: IntArray, means: FloatArray) -> ScoreExplainer:
+    if model.kind == "forest":
         return _explain_forest(model, player_of)
-    if type(model) is HistGradientBoostingClassifier:
-        return _explain_boosting(model, player_of)
-    if type(model) is LogisticRegression:
-        return _explain_logistic(model, player_of, means)
-    raise ValueError(f"there are no exact contributions for {type(model).__name__}")
+    if model.kind == "boosting":
+        game = build_tree_game(model.trees, player_of)
+        return _link(game.baseline + model.start, game.values)
+    return _explain_logistic(model, player_of, means)
 
 
-def _explain_forest(model: Any, player_of: IntArray) -> ScoreExplainer:
-    trees = read_forest(model)
-    game = build_tree_game([tree._replace(value=tree.value / len(trees)) for tree in trees], player_of)
+def _explain_forest(model: FittedModel, player_of: IntArray) -> ScoreExplainer:
+    count = len(model.trees)
+    game = build_tree_game([tree._replace(value=tree.value / count) for tree in model.trees], player_of)
 
     def contributions(values: FloatArray) -> FloatArray:
         # As the scorer does: trees compare in single precision.
@@ -82,15 +71,9 @@ def _explain_forest(model: Any, player_of: IntArray) -> ScoreExplainer:
     return ScoreExplainer(game.baseline, contributions)
 
 
-def _explain_boosting(model: Any, player_of: IntArray) -> ScoreExplainer:
-    game = build_tree_game(read_boosting(model), player_of)
-    start = game.baseline + float(model._baseline_prediction[0, 0])  # noqa: SLF001
-    return _link(start, game.values)
-
-
-def _explain_logistic(model: Any, player_of: IntArray, means: FloatArray) -> ScoreExplainer:
-    weights = model.coef_[0].astype(np.float64)
-    start = float(model.intercept_[0]) + float((weights * means).sum())
+def _explain_logistic(model: FittedModel, player_of: IntArray, means: FloatArray) -> ScoreExplainer:
+    weights = model.weights
+    start = model.start + float((weights * means).sum())
 
     def contributions(values: FloatArray) -> FloatArray:
         phi = np.zeros((len(values), int(player_of.max()) + 1))
@@ -103,19 +86,25 @@ def _explain_logistic(model: Any, player_of: IntArray, means: FloatArray) -> Sco
 
 def _link(start: float, log_odds: Callable[[FloatArray], FloatArray]) -> ScoreExplainer:
     """Brings contributions to the log-odds, which begin at `start`, to the scale of scores."""
-    baseline = float(expit(start))
+    baseline = float(_logistic(np.array(start)))
 
     def contributions(values: FloatArray) -> FloatArray:
         phi = log_odds(values)
         way = np.zeros(len(phi))
         for column in range(phi.shape[1]):
             way += phi[:, column]
-        middle = expit(start + way / 2)
+        middle = _logistic(start + way / 2)
         near = np.abs(way) < 1e-5
         slope = np.where(
-            near, middle * (1 - middle), (expit(start + way) - baseline) / np.where(near, 1.0, way)
+            near, middle * (1 - middle), (_logistic(start + way) - baseline) / np.where(near, 1.0, way)
         )
         points: FloatArray = phi * slope[:, None]
         return points
 
     return ScoreExplainer(baseline, contributions)
+
+
+def _logistic(log_odds: FloatArray) -> FloatArray:
+    with np.errstate(over="ignore"):
+        probability: FloatArray = 1 / (1 + np.exp(-log_odds))
+    return probability

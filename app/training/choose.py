@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # c
 
 from app.ai.calibration import calibration_statistics, shift_log_odds
 from app.ai.domain import BoolArray, FloatArray, IntArray, JsonObject
-from app.ai.inference import build_scorer
+from app.ai.estimators import build_scorer
 from app.ai.venn_abers import build_table
 from app.training.calibrators import choose_calibrator, cross_fit, fit_calibrator
 from app.training.candidates import Candidate

@@ -15,9 +15,10 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # c
 
 from app.ai.calibration import Calibrator, calibrate
 from app.ai.domain import FloatArray, IntArray, JsonObject
+from app.ai.estimators import build_scorer
 from app.ai.feature_safety import FeatureStatistics, build_statistics, check_features
 from app.ai.features import FeatureMatrix, FeatureSet, build_features
-from app.ai.inference import Scorer, build_scorer
+from app.ai.inference import Scorer
 from app.ai.venn_abers import VennAbersTable
 from app.training.candidates import Candidate, build_estimator
 from app.training.recency import recency_weights

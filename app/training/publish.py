@@ -13,8 +13,9 @@ from pathlib import Path
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from app.ai.artifact_loading import dump_estimator, library_versions
-from app.ai.inference import build_scorer
+from app.ai.artifact_loading import dump_estimator
+from app.ai.estimators import build_scorer
+from app.ai.library_versions import library_versions
 from app.ai.model_bundle import build_parts, load_bundle, score_rows
 from app.ai.model_manifest import (
     ArtifactFormat,
