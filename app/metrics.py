@@ -119,6 +119,16 @@ def _stage_seconds(stage: str) -> Histogram:
     return STAGE_SECONDS.labels(stage)
 
 
+def observe_event(action: str) -> None:
+    """Counts one event that has been made durable."""
+    _events(action).inc()
+
+
+@cache
+def _events(action: str) -> Counter:
+    return TELEMETRY_EVENTS.labels(action)
+
+
 def observe_model_load(result: str, *, ready: bool) -> None:
     """Counts one attempt to load a model; `ready` tells whether a verified model is active now."""
     MODEL_LOADS.labels(result).inc()

@@ -89,6 +89,7 @@ def test_each_row_is_summarised_by_itself() -> None:
     rising, constant = build_summaries(np.array([np.arange(11.0)[::-1], np.full(11, 0.5)]))
     assert rising == Summary(min=0.0, p10=1.0, p50=5.0, p90=9.0, max=10.0, mean=5.0)
     assert constant == Summary(min=0.5, p10=0.5, p50=0.5, p90=0.5, max=0.5, mean=0.5)
+    assert build_summaries(np.array([[0.25], [1.0]])) == [Summary(*[0.25] * 6), Summary(*[1.0] * 6)]
     assert [summary.p50 for summary in build_summaries(np.empty((2, 0)))] == [None, None]
 
 

@@ -7,7 +7,7 @@ import asyncio
 
 from app.ai.domain import EventSink, StoredEvent
 from app.errors import TelemetryUnavailableError
-from app.metrics import TELEMETRY_EVENTS, TELEMETRY_FAILURES
+from app.metrics import TELEMETRY_FAILURES, observe_event
 
 _Waiting = tuple[StoredEvent, asyncio.Future[Exception | None]]
 
@@ -44,7 +44,7 @@ class DirectWriter:
         if error is not None:
             TELEMETRY_FAILURES.labels("direct").inc()
             raise TelemetryUnavailableError from error
-        TELEMETRY_EVENTS.labels(event.action).inc()
+        observe_event(event.action)
 
     async def check(self) -> None:
         """Finds out whether the sink takes events, by giving it none."""

@@ -21,7 +21,7 @@ import structlog
 from app.ai.domain import StoredEvent
 from app.ai.telemetry_log import TelemetryLog
 from app.errors import TelemetryUnavailableError
-from app.metrics import TELEMETRY_EVENTS, TELEMETRY_FAILURES, TELEMETRY_RECORD_SECONDS
+from app.metrics import TELEMETRY_FAILURES, TELEMETRY_RECORD_SECONDS, observe_event
 
 _T = TypeVar("_T")
 _Written = asyncio.Future[BaseException | None]
@@ -35,6 +35,7 @@ class _Entry:
 
     event: StoredEvent
     written: "_Written | None" = None
+    deadline_seconds: float = 0.0
     withdrawn: bool = False
 
 
@@ -76,32 +77,34 @@ class TelemetryWriter:
         """
         began = time.perf_counter()
         written: _Written = self._loop.create_future()
-        entry = _Entry(event, written)
         if not self._ready:
             self._loop.call_soon(self._write_ready)
-        self._ready.append(entry)
-        timer = self._loop.call_later(deadline_seconds, self._withdraw, entry)
+        self._ready.append(_Entry(event, written, deadline_seconds))
         try:
             error = await written
         finally:
-            timer.cancel()
             TELEMETRY_RECORD_SECONDS.observe(time.perf_counter() - began)
         if error is not None:
             raise TelemetryUnavailableError from error
 
     def _write_ready(self) -> None:
         """Writes what became ready in this turn, if the disk has been quick of late and the log is free."""
-        ready = [entry for entry in self._ready if not entry.withdrawn]
-        self._ready.clear()
+        ready, self._ready = self._ready, []
         if self._commit_seconds >= self._quick_seconds or not self._log_free.acquire(blocking=False):
             for entry in ready:
-                self._jobs.put(entry)
+                self._hand_over(entry)
             return
         try:
             error = self._write_group(ready)
         finally:
             self._log_free.release()
         _settle(_find_waiting(ready), error)
+
+    def _hand_over(self, entry: _Entry) -> None:
+        if entry.written is not None:
+            timer = self._loop.call_later(entry.deadline_seconds, self._withdraw, entry)
+            entry.written.add_done_callback(lambda _: timer.cancel())
+        self._jobs.put(entry)
 
     def _withdraw(self, entry: _Entry) -> None:
         entry.withdrawn = True
@@ -197,7 +200,7 @@ class TelemetryWriter:
             self._commit_seconds = time.perf_counter() - began
         self._note_usable()
         for entry in group:
-            TELEMETRY_EVENTS.labels(entry.event.action).inc()
+            observe_event(entry.event.action)
         return None
 
     def _tell_loop(self, call: Callable[[], None]) -> None:
