@@ -1,5 +1,8 @@
 """`make prove`: every proof, one after the other, and what came of each; one that fails stops none after it.
 
+A proof that misses figures of time and no other is run once more, and the table says so: what else the
+machine does can make an answer late, but cannot lose an event or let a hostile file through.
+
 python -m bench.all_proofs [--long] [--seed N] NAME...
 """
 
@@ -10,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +31,12 @@ class Outcome:
     held: bool
     figures: Sequence[Figure]
 
+    @property
+    def was_late(self) -> bool:
+        """Whether it failed by figures of time alone."""
+        missed = [figure for figure in self.figures if figure.binding and not figure.holds]
+        return not self.held and bool(missed) and all(figure.of_time for figure in missed)
+
 
 def main() -> None:
     """Runs them and prints the table; exit status 1 if one of them does not hold."""
@@ -38,9 +47,18 @@ def main() -> None:
     given = parser.parse_args()
     options = ["--seed", str(given.seed), *(["--long"] if given.long else [])]
     with tempfile.TemporaryDirectory() as directory:
-        outcomes = [prove(name, options, Path(directory, name)) for name in given.names]
+        outcomes = [prove_twice_if_late(name, options, Path(directory, name)) for name in given.names]
     print_outcomes(Console(width=130), outcomes)
     sys.exit(not all(outcome.held for outcome in outcomes))
+
+
+def prove_twice_if_late(name: str, options: Sequence[str], result: Path) -> Outcome:
+    """Runs a proof, and once more if only figures of time were missed."""
+    first = prove(name, options, result)
+    if not first.was_late:
+        return first
+    second = prove(name, options, result)
+    return replace(second, name=f"{name}, 2nd run", seconds=first.seconds + second.seconds)
 
 
 def prove(name: str, options: Sequence[str], result: Path) -> Outcome:

@@ -26,6 +26,11 @@ class Figure:
         """Whether the limit is kept."""
         return self.reached >= self.limit if self.at_least else self.reached <= self.limit
 
+    @property
+    def of_time(self) -> bool:
+        """Whether it is of how fast something went, which other work on the machine can spoil."""
+        return self.unit in {"s", "ms", "x"}
+
     def cells(self) -> tuple[str, str, str, str]:
         """Returns its row of a table: name, reached, to reach, holds."""
         sign = "≥" if self.at_least else "≤"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.all_proofs import prove
+from bench.all_proofs import Outcome, prove
 from bench.figures import Figure
 from tests.service import ROOT
 
@@ -43,6 +43,26 @@ def test_a_proof_that_breaks_off_does_not_hold(tmp_path: Path) -> None:
     outcome = prove("of-nothing", [], tmp_path / "figures.json")
     assert not outcome.held
     assert outcome.figures == []
+
+
+LATE, LOST = Figure("answered after", 90, 50, unit="ms"), Figure("events lost", 1, 0, unit="")
+KEPT, SHOWN = Figure("answers", 5, 5, unit=""), Figure("rate", 0.5, 0.9, at_least=True, binding=False)
+
+
+@pytest.mark.parametrize(
+    ("figures", "late"),
+    [
+        ([KEPT, LATE, SHOWN], True),
+        ([LATE, LOST], False),
+        ([KEPT, LOST], False),
+        ([KEPT, SHOWN], False),
+        ([], False),
+    ],
+    ids=["only time", "time and an event", "an event", "a bug that got by", "it broke off"],
+)
+def test_only_a_proof_that_missed_nothing_but_time_is_late(figures: list[Figure], late: bool) -> None:
+    assert Outcome("any", 1.0, held=False, figures=figures).was_late == late
+    assert not Outcome("any", 1.0, held=True, figures=figures).was_late
 
 
 def test_all_proofs_go_on_after_one_that_fails() -> None:
