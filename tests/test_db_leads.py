@@ -158,6 +158,16 @@ def test_a_page_without_references_has_none(url: str) -> None:
     assert page.leads.columns["visits"].present.tolist() == [True, False, True, True]
 
 
+def test_a_page_tells_the_reference_of_each_lead_apart_from_its_texts(url: str) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("UPDATE leads SET external_ref = NULL WHERE lead_id = %s", [C])
+    [page] = fetch_all_chunks(url, "leads", [InputColumn("city", "text"), InputColumn("tint", "text")])
+    assert page.external_refs is not None
+    assert page.external_refs.values.tolist() == ["lead_1", "lead_2", "", "twice"]
+    assert page.external_refs.present.tolist() == [True, True, False, True]
+    assert page.leads.columns["city"].values.tolist() == ["Zürich", "", "", "a b"]
+
+
 async def test_a_hostile_id_is_only_an_unknown_lead(url: str, connect: Connect) -> None:
     asked = ["x' OR '1'='1", "{a,b}", '"', "\\", "%(ids)s", "NULL"]
     found = await connect(url).fetch(asked, COLUMNS)
