@@ -85,7 +85,7 @@ class Segment:
         self._descriptor = descriptor
         self._header = _HEADER.format(path.stem).encode()
         self._seed = zlib.crc32(self._header)
-        self._size = 0
+        self._size: int  # of the file; whichever makes the segment tells
         self._end = len(self._header)
         self._starts = array("I")  # where each record begins
         self._shipped = 0  # how many of them are safe elsewhere
@@ -114,8 +114,8 @@ class Segment:
         segment = cls(files, path, os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
         try:
             segment._lock()
-            size = os.fstat(segment._descriptor).st_size
-            segment._find_records(files.pread(segment._descriptor, size, 0))
+            segment._size = os.fstat(segment._descriptor).st_size
+            segment._find_records(files.pread(segment._descriptor, segment._size, 0))
         except OSError:
             segment.close()
             raise
@@ -214,10 +214,9 @@ class Segment:
     def _read_record(self, content: bytes, content_starts: int, start: int) -> bytes | None:
         if start + _HEAD.size > len(content):
             return None
-        mark, length, check = _HEAD.unpack_from(content, start)
+        _, length, check = _HEAD.unpack_from(content, start)
         payload = content[start + _HEAD.size : start + _HEAD.size + length]
-        good = mark == _MARK and len(payload) == length
-        return payload if good and self._check(content_starts + start, payload) == check else None
+        return payload if self._check(content_starts + start, payload) == check else None
 
     def _check(self, position: int, payload: bytes) -> int:
         return zlib.crc32(payload, zlib.crc32(_PLACE.pack(position, len(payload)), self._seed))
