@@ -100,6 +100,23 @@ def ship_all(log: TelemetryLog, limit: int = 7) -> list[StoredEvent]:
     return shipped
 
 
+def measure_first_event(directory: Path) -> tuple[int, int]:
+    """Tells how many bytes a segment with one event in it uses, and how many of them are the event's."""
+    origin = TelemetryLog(directory, segment_bytes=SEGMENT)
+    origin.write(make_events(0, 1))
+    origin.close()
+    (path,) = list_segments(directory)
+    used = len(path.read_bytes().rstrip(b"\0"))
+    path.unlink()
+    return used, used - len(f"leadscore telemetry log 1 {path.stem}\n")
+
+
+def list_open_files(directory: Path) -> list[Path]:
+    """Tells what this process has open in a directory, the removed files, too, and the directory itself."""
+    opened = (link.resolve() for link in Path("/proc/self/fd").iterdir())
+    return [path for path in opened if path.is_relative_to(directory)]
+
+
 # --- events go in and come out ---------------------------------------------------------------------------
 
 
@@ -164,19 +181,15 @@ def test_by_default_it_holds_half_a_gigabyte_in_segments_of_four_megabytes(tmp_p
     log.close()
 
 
-def test_a_segment_is_used_to_its_last_byte_and_not_beyond(directory: Path) -> None:
-    events = make_events(0, 2)
-    origin = TelemetryLog(directory, segment_bytes=SEGMENT)
-    origin.write(events[:1])
-    origin.close()
-    (path,) = list_segments(directory)
-    used = len(path.read_bytes().rstrip(b"\0"))
-    path.unlink()
-    record = used - len(f"leadscore telemetry log 1 {path.stem}\n")
-    for room, segments in ((used + record, 1), (used + record - 1, 2)):
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_segment_is_used_to_its_last_byte_and_not_beyond(directory: Path, group: int) -> None:
+    events = make_events(0, 1 + group)
+    used, record = measure_first_event(directory)
+    for room, segments in ((used + group * record, 1), (used + group * record - 1, 2)):
         log = TelemetryLog(directory, segment_bytes=room)
-        write_one_by_one(log, events)
-        assert len(list_segments(directory)) == segments
+        log.write(events[:1])
+        log.write(events[1:])
+        assert [path.stat().st_size for path in list_segments(directory)] == [room] * segments
         assert ship_all(log) == events
         log.close()
 
@@ -209,6 +222,29 @@ def test_names_are_durable_before_the_first_event_is(
     assert operations[-4:] == ["fdatasync", "sync_directory", "pwrite", "fdatasync"]
 
 
+def test_an_event_that_was_written_is_on_the_disk_with_all_names_that_lead_to_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk: dict[Path, bytes | None] = {}
+
+    def watch(synchronise: Callable[[int], None]) -> Callable[[int], None]:
+        def watched(descriptor: int) -> None:
+            synchronise(descriptor)
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
+            on_disk[path] = path.read_bytes() if path.is_file() else None
+
+        return watched
+
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, watch(getattr(os, name)))
+    log = TelemetryLog(directory, segment_bytes=SEGMENT)
+    log.write(make_events(0, 1))
+    (path,) = list_segments(directory)
+    assert on_disk.pop(path) == path.read_bytes()
+    assert set(on_disk) == {directory.parent.parent, directory.parent, directory}
+    log.close()
+
+
 def test_the_next_segment_is_made_ahead_once_and_then_used(
     log: TelemetryLog, directory: Path, files: FailingFiles
 ) -> None:
@@ -224,6 +260,18 @@ def test_the_next_segment_is_made_ahead_once_and_then_used(
     write_one_by_one(log, make_events(8, 10))
     assert {operation for operation, _ in files.calls} == {"pwrite", "fdatasync"}
     assert read_all(log) == make_events(0, 18)
+
+
+@pytest.mark.parametrize(("more", "segments"), [(0, 2), (1, 1)])
+def test_the_next_segment_is_made_once_half_of_the_current_one_is_used(
+    directory: Path, more: int, segments: int
+) -> None:
+    used, _ = measure_first_event(directory)
+    log = TelemetryLog(directory, segment_bytes=2 * (used + more))
+    log.write(make_events(0, 1))
+    log.prepare_next()
+    assert len(list_segments(directory)) == segments
+    log.close()
 
 
 def test_a_segment_made_ahead_goes_when_the_log_is_closed(log: TelemetryLog, directory: Path) -> None:
@@ -280,7 +328,46 @@ def test_a_worker_leaves_the_segments_of_a_living_one_alone_and_takes_over_those
     assert sorted(read_all(other), key=lambda event: event.id) == make_events(0, 3)
     assert other.count() == 3
     assert len(ship_all(other)) == 3
+    assert list(directory.iterdir()) == list_segments(directory)
     assert len(list_segments(directory)) == 1
+
+
+def test_the_segment_of_a_living_worker_does_not_hide_a_later_one_of_a_dead_one(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog], directory: Path
+) -> None:
+    dead = open_log()
+    log.write(make_events(0, 1))
+    dead.write(make_events(1, 1))
+    dead.close()
+    assert read_all(open_log()) == make_events(1, 1)
+    assert len(list_segments(directory)) == 2
+
+
+def test_a_worker_whose_own_events_fill_the_batch_leaves_those_of_the_dead_to_others(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog]
+) -> None:
+    dead = open_log()
+    dead.write(make_events(0, 1))
+    dead.close()
+    log.write(make_events(1, 2))
+    assert log.read_batch(2).events == make_events(1, 2)
+    assert read_all(open_log()) == make_events(0, 1)
+
+
+def test_closed_logs_leave_no_file_open_whatever_they_met(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog], tmp_path: Path
+) -> None:
+    living, dead = open_log(), open_log()
+    living.write(make_events(0, 1))
+    dead.write(make_events(1, 1))
+    dead.close()
+    write_one_by_one(log, make_events(2, 20))
+    log.prepare_next()
+    assert len(ship_all(log)) == 21
+    assert list_open_files(tmp_path)
+    log.close()
+    living.close()
+    assert list_open_files(tmp_path) == []
 
 
 def test_an_orphan_that_never_held_an_event_goes_at_once(log: TelemetryLog, directory: Path) -> None:
@@ -354,6 +441,15 @@ def test_a_log_that_cannot_be_made_says_so_and_recovers(tmp_path: Path) -> None:
     log.close()
 
 
+def test_segments_never_take_more_room_than_the_log_may(
+    open_log: Callable[..., TelemetryLog], directory: Path
+) -> None:
+    log = open_log(3 * SEGMENT - 1)
+    with pytest.raises(TelemetryUnavailableError):
+        write_one_by_one(log, make_events(0, 1000))
+    assert sum(path.stat().st_size for path in list_segments(directory)) == 2 * SEGMENT
+
+
 @pytest.mark.parametrize("operation", ["pwrite", "fdatasync"])
 def test_a_segment_that_failed_is_never_written_to_again_and_still_read(
     log: TelemetryLog, files: FailingFiles, operation: str
@@ -399,11 +495,16 @@ def test_a_segment_made_ahead_whose_first_write_fails_is_given_up_too(
 ) -> None:
     log.write(make_events(0, 8))
     log.prepare_next()
+    files.calls.clear()
     files.failing["pwrite"] = errno.EIO
     with pytest.raises(TelemetryUnavailableError):
         log.write(make_events(8, 1))
     files.failing.clear()
+    given_up = {descriptor for _, descriptor in files.calls}
+    assert len(given_up) == 2
+    files.calls.clear()
     log.write(make_events(9, 1))
+    assert given_up.isdisjoint(subject for _, subject in files.calls)
     assert read_all(log) == make_events(0, 8) + make_events(9, 1)
     ship_all(log)
     assert len(list_segments(directory)) == 1
@@ -539,6 +640,15 @@ def test_a_file_that_is_no_segment_is_set_aside(
     assert lines == [told]
     assert [path.name for path in directory.glob("damaged-*")] == [f"damaged-{path.name}"]
     assert ship_all(log) == []
+
+
+def test_a_file_whose_first_line_is_damaged_is_set_aside_and_its_events_are_shipped(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog], directory: Path
+) -> None:
+    path = leave_segment(open_log, directory, make_events(0, 3))
+    overwrite(path, 0, b"L")
+    assert ship_all(log) == make_events(0, 3)
+    assert [path.name for path in directory.iterdir()] == [f"damaged-{path.name}"]
 
 
 @pytest.mark.parametrize("damage", [os.urandom(512), bytes(512)], ids=["noise", "zeros"])
