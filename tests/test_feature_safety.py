@@ -189,6 +189,13 @@ def test_an_indicator_of_something_absent_does_not_count_as_data() -> None:
     assert checked.values[:, 1].tolist() == [1.0, 0.0, 0.0]
 
 
+def test_an_indicator_of_a_text_counts_as_data_where_there_is_a_text() -> None:
+    features = FeatureSet((spec("is_present", ("source", "text")),))
+    built = build_features(leads(source=column("text", "web", None)), features, AS_OF)
+    checked = check_features(built, features, build_statistics(built))
+    assert checked.coverage.tolist() == checked.weighted_coverage.tolist() == [1.0, 0.0]
+
+
 def test_a_rare_text_with_a_number_of_its_own_counts_as_data_and_no_text_does_not() -> None:
     params = {"levels": {"web": 1.0}, "unseen": 0.5, "missing": 0.25}
     features = FeatureSet((spec("level", ("source", "text"), params=params),))
@@ -392,6 +399,13 @@ def test_weighted_coverage_counts_what_the_present_features_are_worth() -> None:
     assert checked.weighted_coverage == pytest.approx([1.0, 0.75, 0.25, 0.0])
     assert checked.weighted_coverage[0] == 1.0
     assert checked.coverage == pytest.approx([1.0, 1 / 3, 2 / 3, 0.0])
+
+
+def test_a_feature_that_is_worth_a_millionth_counts_for_a_millionth() -> None:
+    rows = matrix([[1, 2], [1, NAN], [NAN, 2]])
+    weights = [1 - 1e-6, 1e-6]
+    checked = check_features(rows, number_features("a", "b"), build_statistics(rows), weights)
+    assert checked.weighted_coverage.tolist() == pytest.approx([1.0, *weights], rel=1e-5, abs=0)
 
 
 def test_without_weights_all_features_are_worth_the_same() -> None:

@@ -279,8 +279,8 @@ def _describe(values: FloatArray, present_share: float) -> FeatureStatistics:
     fence = high - low if high > low else np.inf
     # Below the smallest value lies an empty bin, so that a sample that leaves the range downwards is seen.
     floor = np.nextafter(numbers[0], -np.inf)
-    deciles = np.quantile(numbers, np.arange(1, 10) / 10, method="inverted_cdf")
-    edges = np.unique(np.concatenate([[floor], deciles, [numbers[-1]]]))
+    deciles = np.quantile(numbers, np.arange(1, 11) / 10, method="inverted_cdf")
+    edges = np.unique(np.concatenate([[floor], deciles]))
     return FeatureStatistics(
         impute=float(median),
         lower=float(max(numbers[0], low - fence)),
