@@ -142,6 +142,14 @@ def test_a_logarithm_has_the_same_bits_alone_and_among_others(numbers: list[floa
         assert alone.tobytes() == many[row].tobytes()
 
 
+@pytest.mark.parametrize("find_kernels", [installed_kernels, without])
+def test_a_zero_that_is_made_safe_has_no_sign(find_kernels) -> None:
+    trained = matrix([[-1.0], [1.0]])
+    for strategy in ("clip", "keep", "impute"):
+        rules = SafetyRules.of(number_features("x", out_of_range=strategy), build_statistics(trained))
+        assert not np.signbit(apply_rules(matrix([[-0.0], [0.0]]), rules, find_kernels).values).any()
+
+
 @needs_kernels
 def test_states_and_rows_that_do_not_fit_the_rules_never_reach_the_loops() -> None:
     features = number_features("a", "b")
