@@ -13,7 +13,7 @@ serve: .venv/.serve ## Start the service, with its own PostgreSQL and demo CRM u
 	@$(BIN)/leadscore serve
 
 test: check ## Everything that must pass
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: .venv/.dev ## Read-only checks: format, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -42,11 +42,13 @@ prove-probabilities: .venv/.dev ## Measure the probabilities on real leads (REAL
 
 # Each is a module bench.prove_NAME, with a self-test of its own. LONG=1 does much more, SEED=n draws the same again.
 # `make prove-overload` is not among them: what it asks for is not reached for certain (decision 24).
-PROOFS := kill power-loss log-failures artifacts hostile-input personal-data slow-clients restarts database-faults batching \
-	core memory cost
+# Those that measure time have the machine to themselves; of the others, two run at a time.
+PROOFS := restarts kill power-loss log-failures artifacts hostile-input personal-data batching core
+TIMED_PROOFS := slow-clients database-faults memory cost
 
 prove: .venv/.dev ## Prove every promise of reliability and security (short runs)
-	@$(BIN)/python -m bench.all_proofs $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(PROOFS)
+	@$(BIN)/python -m bench.all_proofs $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(PROOFS) \
+		$(addprefix --alone ,$(TIMED_PROOFS))
 
 prove-%: .venv/.dev
 	@$(BIN)/python -m bench.prove_$(subst -,_,$*) $(if $(LONG),--long) $(if $(SEED),--seed $(SEED))

@@ -1,9 +1,10 @@
-"""`make prove`: every proof, one after the other, and what came of each; one that fails stops none after it.
+"""`make prove`: every proof, and what came of each; one that fails stops none after it.
 
+Those named first run two at a time; those named with `--alone` come after them, one by one.
 A proof that misses figures of time and no other is run once more, and the table says so: what else the
 machine does can make an answer late, but cannot lose an event or let a hostile file through.
 
-python -m bench.all_proofs [--long] [--seed N] NAME...
+python -m bench.all_proofs [--long] [--seed N] NAME... [--alone NAME]...
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.figures import Figure
+
+AT_A_TIME = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Outcome:
     seconds: float
     held: bool
     figures: Sequence[Figure]
+    printed: str = ""
 
     @property
     def was_late(self) -> bool:
@@ -41,14 +46,26 @@ class Outcome:
 def main() -> None:
     """Runs them and prints the table; exit status 1 if one of them does not hold."""
     parser = argparse.ArgumentParser(prog="prove", description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="+", metavar="NAME", help="kill is the module bench.prove_kill")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="kill is the module bench.prove_kill")
+    parser.add_argument(
+        "--alone", action="append", default=[], metavar="NAME", help="nothing else runs meanwhile"
+    )
     parser.add_argument("--long", action="store_true", help="the long runs")
     parser.add_argument("--seed", type=int, default=1, help="draw the same again")
     given = parser.parse_args()
     options = ["--seed", str(given.seed), *(["--long"] if given.long else [])]
+    console, began = Console(width=130), time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
-        outcomes = [prove_twice_if_late(name, options, Path(directory, name)) for name in given.names]
-    print_outcomes(Console(width=130), outcomes)
+
+        def run(name: str) -> Outcome:
+            outcome = prove_twice_if_late(name, options, Path(directory, name))
+            print(outcome.printed, end="", flush=True)
+            return outcome
+
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            outcomes = list(pool.map(run, given.names))
+        outcomes += map(run, given.alone)
+    print_outcomes(console, outcomes, time.monotonic() - began)
     sys.exit(not all(outcome.held for outcome in outcomes))
 
 
@@ -58,24 +75,32 @@ def prove_twice_if_late(name: str, options: Sequence[str], result: Path) -> Outc
     if not first.was_late:
         return first
     second = prove(name, options, result)
-    return replace(second, name=f"{name}, 2nd run", seconds=first.seconds + second.seconds)
+    return replace(
+        second,
+        name=f"{name}, 2nd run",
+        seconds=first.seconds + second.seconds,
+        printed=first.printed + second.printed,
+    )
 
 
 def prove(name: str, options: Sequence[str], result: Path) -> Outcome:
-    """Runs a proof in a process of its own, which prints what it finds and writes its figures to `result`."""
+    """Runs a proof in a process of its own, which writes its figures to `result`."""
     began = time.monotonic()
     module = f"bench.prove_{name.replace('-', '_')}"
-    status = subprocess.run(
-        [sys.executable, "-m", module, *options, "--json", str(result)], check=False
-    ).returncode
+    done = subprocess.run(
+        [sys.executable, "-m", module, *options, "--json", str(result)],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     figures = [Figure(**line) for line in json.loads(result.read_text())] if result.exists() else []
-    return Outcome(name, time.monotonic() - began, status == 0, figures)
+    return Outcome(name, time.monotonic() - began, done.returncode == 0, figures, done.stdout)
 
 
-def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
+def print_outcomes(console: Console, outcomes: Sequence[Outcome], seconds: float) -> None:
     """Prints a line for each figure, and for each proof how long it took and whether it held."""
-    total = sum(outcome.seconds for outcome in outcomes)
-    table = Table(title=f"{len(outcomes)} proofs, {total:.0f} s", title_justify="left")
+    table = Table(title=f"{len(outcomes)} proofs, {seconds:.0f} s", title_justify="left")
     for heading in ("proof", "seconds", "figure", "reached", "to reach", "figure holds", "proof holds"):
         table.add_column(heading, justify="left" if heading in ("proof", "figure") else "right")
     for outcome in outcomes:

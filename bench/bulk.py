@@ -89,7 +89,7 @@ def _score_leanly(stage: Stage) -> None:
                 rows = np.empty(len(row[0]) // 16, _ROW)
                 rows["fields"], rows["id_size"], rows["size"] = 2, 16, 8
                 rows["id"] = np.frombuffer(row[0], "V16")
-                rows["probability"] = floor.score(row[1:])
+                rows["probability"] = floor.score(row[1:])[0]
                 copy.write(rows.tobytes())
                 last = rows["id"][-1].tobytes().hex()
             copy.write(b"\xff\xff")

@@ -2,7 +2,9 @@
 
 - `echo`: reads the body and answers a constant, on the framework the service uses: no answer can beat it.
 - `floor`: the leanest pipeline we can write: one columnar SELECT, hand-written features, the compiled model,
-  a fast encoder. No validation beyond the JSON, no telemetry, no cache, no deadline, no verdicts.
+  a fast encoder for the fields the frontend reads, and a row for each answer, inserted in groups some time
+  later and lost if the process ends before. No guarantee: no validation beyond the JSON, nothing durable, no
+  deadline, no rules of safety, no limits.
 - `textbook`: what a tutorial builds: ORM rows, a dictionary of features a lead, `predict_proba`, pydantic.
 - `row_by_row`: a query, a data frame and a `predict_proba` call for each lead.
 
@@ -14,6 +16,7 @@ python -m bench.contenders NAME DATABASE_URL MODEL_DIR
 import asyncio
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +46,7 @@ from bench.data import RELATION
 
 PATH = "/ai/advanced-ml/predict-batch"
 _DAY = 86_400.0
+_RECORD_SECONDS = 0.25
 _CONNECTIONS = 16  # to the database, of each contender: more than two cores can make use of
 
 Row = Mapping[str, Any]
@@ -80,9 +84,21 @@ class _PackedDumper(Dumper):
 psycopg.adapters.register_dumper(_Packed, _PackedDumper)
 
 
+_INSERT = """
+    WITH recorded AS (
+        INSERT INTO ai_events (id, action, meta, created_at)
+        SELECT gen_random_uuid(), 'bench.floor', unnest(%b::text[]::jsonb[]), now()
+        RETURNING 1
+    ) SELECT count(*) FROM recorded
+"""
+
+
 class _Answer(msgspec.Struct):
     lead_id: str
     probability: float
+    confidence: float
+    calibrated_probability: float
+    features_present_ratio: float
     prediction: bool
 
 
@@ -102,6 +118,8 @@ class Floor:
         self._url = url
         self._idle: list[psycopg.AsyncConnection[Any]] = []
         self._slots = asyncio.Semaphore(_CONNECTIONS)
+        self._events: list[str] = []
+        self._recording: asyncio.Task[None] | None = None
         self._bundle = ModelRegistry(ModelCatalogue(model_dir)).load()
         names = self._bundle.feature_set.names
         self._texts = [self._bundle.feature_set.specs[names.index(text)].params for text in self._TEXTS]
@@ -123,30 +141,49 @@ class Floor:
         while more:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
+        began = time.perf_counter()
         answer = await self._answer(msgspec.json.decode(body, type=list[str]))
+        self._events.append(f'{{"seconds": {time.perf_counter() - began}}}')
+        self._recording = self._recording or asyncio.create_task(self._record())
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
 
     async def _answer(self, lead_ids: list[str]) -> bytes:
-        async with self._slots:
-            connection = self._idle.pop() if self._idle else await self._connect()
-            async with connection.cursor(binary=True) as cursor:
-                await cursor.execute(self._statement, [_Packed(pack_uuids(lead_ids))], prepare=True)
-                row: Any = await cursor.fetchone()
-            self._idle.append(connection)
+        row: Any = await self._ask(self._statement, [_Packed(pack_uuids(lead_ids))])
         found = row[0].hex()
-        probability = self.score(row[1:])
+        probability, present = self.score(row[1:])
         place = {found[at : at + 32]: at // 32 for at in range(0, len(found), 32)}
         order = [place[lead_id.replace("-", "")] for lead_id in lead_ids]
         chosen = probability[order]
+        numbers = chosen.tolist()
         answers = map(
-            _Answer, lead_ids, chosen.tolist(), (chosen >= self._bundle.manifest.threshold).tolist()
-        )
+            _Answer, lead_ids, numbers, np.maximum(chosen, 1 - chosen).tolist(), numbers,
+            present[order].tolist(), (chosen >= self._bundle.manifest.threshold).tolist(),
+        )  # fmt: skip
         return msgspec.json.encode({"predictions": list(answers)})
 
-    def score(self, cells: Any) -> FloatArray:
-        """Returns the probabilities (n,) of the values of `columns` after the first, one value a column."""
+    async def _ask(self, statement: str, parameters: list[Any]) -> Any:
+        async with self._slots:
+            connection = self._idle.pop() if self._idle else await self._connect()
+            async with connection.cursor(binary=True) as cursor:
+                await cursor.execute(statement, parameters, prepare=True)
+                row = await cursor.fetchone()
+            self._idle.append(connection)
+        return row
+
+    async def _record(self) -> None:
+        while True:
+            await asyncio.sleep(_RECORD_SECONDS)
+            if self._events:
+                events, self._events = self._events, []
+                await self._ask(_INSERT, [events])
+
+    def score(self, cells: Any) -> tuple[FloatArray, FloatArray]:
+        """Scores the values of `columns` after the first, one value a column.
+
+        Returns the probabilities (n,), and of each lead the share of features that are there (n,).
+        """
         numbers = [np.frombuffer(cell, ">f8").astype(np.float64) for cell in cells[: len(self._NUMBERS)]]
         (created, touched, intake, fee, gpa, response, phone, newsletter,
          touches, inbound, opened, calls, events, minutes, prior) = numbers  # fmt: skip
@@ -162,10 +199,10 @@ class Floor:
                 (intake - now) / _DAY, *levels, fee, gpa, np.log1p(response), phone, newsletter,
                 np.log1p(touches), share, np.log1p(opened), np.log1p(calls), events, np.log1p(minutes), prior,
             ])  # fmt: skip
-        values = np.where(
-            np.isnan(values), self._impute, np.minimum(np.maximum(values, self._lower), self._upper)
-        )
-        return calibrate(self._bundle.scorer(np.ascontiguousarray(values.T)), self._bundle.calibrator)
+        gaps = np.isnan(values)
+        values = np.where(gaps, self._impute, np.minimum(np.maximum(values, self._lower), self._upper))
+        raw = self._bundle.scorer(np.ascontiguousarray(values.T))
+        return calibrate(raw, self._bundle.calibrator), 1 - gaps.mean(axis=0)
 
     async def _connect(self) -> psycopg.AsyncConnection[Any]:
         connection = await psycopg.AsyncConnection.connect(self._url, autocommit=True)

@@ -6,6 +6,7 @@ of depth 10 and about 120,000 nodes, whatever type the shipped one is: it costs 
 it has learnt is what a small forest says of these leads. Both are made once, then kept where they lie.
 """
 
+import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,11 +50,13 @@ def open_stage(directory: Path, leads: int) -> Iterator[Stage]:
     """Yields a database with `leads` leads in `bench_leads`, and the model."""
     stage_dir, models = directory / f"{leads}", directory / f"{leads}" / "models"
     with open_embedded(stage_dir) as url:
-        upgrade(url)
-        if _count(url) != leads:
-            _fill(url, leads)
-        if not list(models.glob("*.manifest.json")):
-            _publish_forest(url, models, stage_dir / "small")
+        with (stage_dir / "preparing").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two proofs may want the same stage
+            upgrade(url)
+            if _count(url) != leads:
+                _fill(url, leads)
+            if not list(models.glob("*.manifest.json")):
+                _publish_forest(url, models, stage_dir / "small")
         yield Stage(url, models)
 
 

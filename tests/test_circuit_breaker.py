@@ -204,6 +204,19 @@ async def test_a_probe_whose_task_is_cancelled_gives_its_place_back() -> None:
     assert breaker.state == "closed"
 
 
+def test_a_call_from_before_the_circuit_opened_does_not_free_the_probes_place_when_it_is_cancelled() -> None:
+    breaker, clock = build_breaker()
+    early = Call(breaker)
+    fail(breaker, LIMIT)
+    clock.now += OPEN_SECONDS
+    probe = Call(breaker)
+    early.end(asyncio.CancelledError())
+    with pytest.raises(CircuitOpenError):
+        Call(breaker)
+    probe.end(None)
+    assert breaker.state == "closed"
+
+
 class BreakerModel(RuleBasedStateMachine):
     """The rules, told once more in the plainest way, beside the real thing."""
 

@@ -8,12 +8,13 @@ of its own by `artifact_process`; called by training, and by whoever has no othe
 
 import io
 import json
+import os
 import pickle
 import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import joblib
@@ -229,7 +230,8 @@ class _AllowListUnpickler(NumpyUnpickler):  # type: ignore[misc]
 def main() -> None:
     """Answers the question on standard input, if there is one: whoever asks may be gone."""
     if question := sys.stdin.buffer.read():
-        sys.stdout.buffer.write(answer(question))
+        with suppress(BrokenPipeError), os.fdopen(sys.stdout.fileno(), "wb", closefd=False) as output:
+            output.write(answer(question))
 
 
 if __name__ == "__main__":
