@@ -21,7 +21,7 @@ from app.errors import LeadScoringError, OverloadedError, TelemetryUnavailableEr
 from app.middleware.in_flight import Admission
 from app.middleware.request_id import build_record, close_record
 
-GROUP_SECONDS = 0.01
+GROUP_SECONDS = 0.02
 """So long a refusal waits for others."""
 
 
