@@ -28,9 +28,12 @@ MOST_MORE_MS = {1: 1.5, 16: 1.5, 64: 12.0}
 LEAST_SPEED = 0.9
 TOLERANCE = 1e-9
 COMPARED = 200
+LARGER = ((50, 16), (2000, 1))
+"""Leads in a request, and connections, of the requests that ask for more than one lead."""
+
 CELLS: Sequence[Cell] = (
     *((name, 1, clients) for name in ("all", "silent", "none") for clients in CLIENTS),
-    *((name, 2000, 1) for name in ("all", "none")),
+    *((name, *cell) for name in ("all", "none") for cell in LARGER),
 )
 
 
@@ -81,7 +84,7 @@ def build_figures(samples: Mapping[Cell, Sample]) -> list[Figure]:
     }
     speed = {
         (size, clients): samples["all", size, clients].rate / samples["none", size, clients].rate
-        for size, clients in (*((1, clients) for clients in CLIENTS), (2000, 1))
+        for size, clients in (*((1, clients) for clients in CLIENTS), *LARGER)
     }
     return [
         *(

@@ -49,7 +49,7 @@ def without_drain(run: ProofRun) -> Sequence[Figure]:
 
 def swap_in_place(run: ProofRun) -> Sequence[Figure]:
     """The same with a registry that turns one model into the other while it answers."""
-    return asyncio.run(_measure(run, 10, 0, plant="swap-in-place"))
+    return asyncio.run(_measure(run, 6, 0, plant="swap-in-place"))
 
 
 async def _measure(
