@@ -101,6 +101,7 @@ def read_limits(pid: int) -> str:
 
 async def test_what_was_answered_before_sigquit_is_recorded_once(database_url: str, tmp_path: Path) -> None:
     """SIGQUIT is not heard: it ends the service where it stands, as SIGKILL does, and leaves no core."""
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a shell ignores it for what it starts in the background
     load = Load("quit", add_leads(database_url, 10))
     with Service(tmp_path, database_url, publish_crm_model(tmp_path / "models")) as service:
         await load.run(service.port, 200)
