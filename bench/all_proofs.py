@@ -86,6 +86,7 @@ def prove_twice_if_late(name: str, options: Sequence[str], result: Path) -> Outc
 def prove(name: str, options: Sequence[str], result: Path) -> Outcome:
     """Runs a proof in a process of its own, which writes its figures to `result`."""
     began = time.monotonic()
+    result.unlink(missing_ok=True)  # of a run before
     module = f"bench.prove_{name.replace('-', '_')}"
     done = subprocess.run(
         [sys.executable, "-m", module, *options, "--json", str(result)],
