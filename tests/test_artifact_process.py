@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -51,11 +50,9 @@ def artifact_of(name):
     return dump_estimator(MODELS[name].fit(ROWS, LABELS), "skops")
 
 
-@contextmanager
-def another_reader(monkeypatch, program):
+def stand_in(monkeypatch, program):
     """Lets a program of ours stand where scikit-learn is asked."""
     monkeypatch.setattr(artifact_process, "_COMMAND", (sys.executable, "-c", program))
-    yield
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -123,7 +120,8 @@ def test_the_process_that_reads_is_told_nothing_the_service_knows(monkeypatch):
     monkeypatch.setenv("DATABASE_URL", "postgresql://user:secret@host/db")
     monkeypatch.setenv("AUTH_KEY_PEPPER", "secret")
     told = "import json, os; print('E' + json.dumps(['not_loadable', str(dict(os.environ))]))"
-    with another_reader(monkeypatch, told), pytest.raises(ArtifactError) as refusal:
+    stand_in(monkeypatch, told)
+    with pytest.raises(ArtifactError) as refusal:
         read_apart(b"", "skops")
     assert "PATH" in str(refusal.value)
     assert "secret" not in str(refusal.value)
@@ -143,7 +141,8 @@ def test_the_process_that_reads_is_told_nothing_the_service_knows(monkeypatch):
     ],
 )
 def test_a_process_that_breaks_off_or_talks_nonsense_cannot_load_an_artifact(monkeypatch, program):
-    with another_reader(monkeypatch, program), pytest.raises(ArtifactError) as refusal:
+    stand_in(monkeypatch, program)
+    with pytest.raises(ArtifactError) as refusal:
         read_apart(artifact_of("logistic"), "skops")
     assert refusal.value.reason == "not_loadable"
 
@@ -152,7 +151,8 @@ def test_an_artifact_is_not_blamed_for_a_process_that_was_killed_or_took_too_lon
     monkeypatch.setattr(artifact_process, "DEADLINE_SECONDS", 5.0)
     causes = []
     for program in ("import os; os.kill(os.getpid(), 9)", "import time; time.sleep(60)"):
-        with another_reader(monkeypatch, program), pytest.raises(ArtifactError) as refusal:
+        stand_in(monkeypatch, program)
+        with pytest.raises(ArtifactError) as refusal:
             read_apart(b"", "skops")
         causes.append(type(refusal.value.__cause__))
     assert causes == [ChildProcessError, TimeoutError]
@@ -238,6 +238,6 @@ def test_no_change_of_a_byte_makes_a_model_that_would_crash_the_process():
 
 
 def test_a_refusal_keeps_its_reason_on_the_way():
-    kind, content = answer(b"joblib\nno pickle")[:1], answer(b"joblib\nno pickle")[1:]
-    assert kind == b"E"
-    assert msgspec.json.decode(content)[0] == "compressed"
+    said = answer(b"joblib\nno pickle")
+    assert said[:1] == b"E"
+    assert msgspec.json.decode(said[1:])[0] == "compressed"

@@ -37,7 +37,11 @@ def build_scorer(
     Raises:
         ValueError: not a fitted binary classifier, or its arrays contradict each other.
     """
-    fitted, kernels = read_estimator(estimator), find_kernels()
+    return build_scorer_of(estimator, read_estimator(estimator), find_kernels())
+
+
+def build_scorer_of(estimator: object, fitted: FittedModel | None, kernels: ScoreKernels | None) -> Scorer:
+    """Returns the scorer of a classifier whose arrays, if they are known, have been read."""
     if fitted is None:
         name = type(_split_pipeline(estimator)[1]).__name__
         _LOG.warning("no deterministic scorer for %s: batches may differ in the last bits", name)

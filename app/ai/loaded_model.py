@@ -39,11 +39,12 @@ def read_here(data: bytes, fmt: ArtifactFormat) -> LoadedModel:
         ArtifactError: `not_a_classifier`, or see `artifact_loading.load_estimator`.
     """
     from app.ai.artifact_loading import load_estimator, refusing_other_objects  # noqa: PLC0415 - see above
-    from app.ai.estimators import build_scorer, read_estimator  # noqa: PLC0415
+    from app.ai.estimators import build_scorer_of, read_estimator  # noqa: PLC0415
 
     estimator = load_estimator(data, fmt)
     with refusing_other_objects():
-        return LoadedModel(read_estimator(estimator), build_scorer(estimator))
+        fitted = read_estimator(estimator)
+        return LoadedModel(fitted, build_scorer_of(estimator, fitted, installed_kernels()))
 
 
 def read_apart(data: bytes, fmt: ArtifactFormat) -> LoadedModel:
