@@ -90,13 +90,13 @@ def test_what_is_refused_here_is_refused_apart_for_the_same_reason_in_the_same_w
 
 
 def test_a_classifier_whose_arrays_are_not_known_is_scored_by_scikit_learn_and_has_no_receipt():
-    _, description = describe_model()
+    description = msgspec.structs.replace(describe_model()[1], model_type="decision_tree")
     rows = np.nan_to_num(np.array(description.golden_inputs * 20, float))
     tree = DecisionTreeClassifier(max_depth=2).fit(rows, np.arange(len(rows)) % 2)
     data = dump_estimator(tree, "skops")
     bundle = load_bundle(build_manifest(tree, description, data, "skops"), data, read_apart)
     np.testing.assert_array_equal(bundle.scorer(rows), tree.predict_proba(rows)[:, 1])
-    with pytest.raises(ValueError, match="no exact contributions"):
+    with pytest.raises(ValueError, match="no exact contributions for decision_tree"):
         bundle.explainer()
 
 

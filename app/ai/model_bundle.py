@@ -108,7 +108,7 @@ def load_bundle(manifest: ModelManifest, data: bytes, read: ReadModel = read_her
         safety=SafetyRules.of(parts.feature_set, parts.statistics, manifest.feature_weights or None),
         calibrator=parts.calibrator,
         scorer=model.scorer,
-        explainer=functools.cache(lambda: _build_explainer(model, parts.feature_set, means)),
+        explainer=functools.cache(lambda: _build_explainer(model, manifest, parts.feature_set, means)),
         venn_abers=parts.venn_abers,
     )
     self_test(bundle)
@@ -149,7 +149,9 @@ def _build_venn_abers(description: ModelDescription) -> VennAbersTable | None:
     return None if isinstance(table, msgspec.UnsetType) else VennAbersTable.from_json(table)
 
 
-def _build_explainer(model: LoadedModel, feature_set: FeatureSet, means: FloatArray) -> ScoreExplainer:
+def _build_explainer(
+    model: LoadedModel, manifest: ModelManifest, feature_set: FeatureSet, means: FloatArray
+) -> ScoreExplainer:
     if model.fitted is None:
-        raise ValueError("there are no exact contributions for this kind of model")
+        raise ValueError(f"there are no exact contributions for {manifest.model_type}")
     return build_score_explainer(model.fitted, feature_set.groups, means)
