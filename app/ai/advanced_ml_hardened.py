@@ -1,14 +1,14 @@
 """The hardened edge: lead IDs in, the full answer out. Reads, calls the predictor, maps; decides nothing."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from app.ai.dependencies import predictor_of, record_of
+from app.ai.dependencies import DirectRoute, predictor_of, record_of
 from app.ai.domain import VERDICTS, Extra, Predictions, Receipt, RequestContext
 from app.ai.scoring_requests import SCORING_ERRORS, read_lead_ids
 from app.schemas.ai_ml import PredictBatchResponse
@@ -18,11 +18,16 @@ PREFIX = "/ai/advanced-ml"
 
 
 def build_router(
-    max_batch_size: int, max_reasons_batch: int, clock: Callable[[], float] = time.perf_counter
+    max_batch_size: int,
+    max_reasons_batch: int,
+    dependencies: Sequence[Any] = (),
+    clock: Callable[[], float] = time.perf_counter,
 ) -> APIRouter:
     """Returns the routes; `clock` is the one `RequestRecord.started` was taken from."""
     offered: dict[Extra, int] = {"interval": max_batch_size, "reasons": max_reasons_batch}
-    router = APIRouter(prefix=PREFIX, tags=["Advanced ML (hardened)"])
+    router = APIRouter(
+        prefix=PREFIX, tags=["Advanced ML (hardened)"], route_class=DirectRoute, dependencies=dependencies
+    )
 
     @router.post(
         "/predict-batch",
@@ -93,7 +98,7 @@ def encode_answer(predictions: Predictions, request_id: str, elapsed_ms: float) 
                 "calibration_method": predictions.calibration_method,
                 "raw_probabilities_count": answered,
                 "calibrated_probabilities_count": answered,
-                "avg_feature_coverage": float(predictions.coverage.mean()) if answered else 0.0,
+                "avg_feature_coverage": float(predictions.coverage.sum()) / answered if answered else 0.0,
                 "confidence_method": predictions.confidence_method,
                 "bounds": predictions.bounds,
             },

@@ -29,8 +29,9 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         _check_host(scope)
-        if any(_parse_length(value) > self._max_bytes for value in _values(scope, b"content-length")):
-            raise BodyTooLargeError
+        for value in _values(scope, b"content-length"):
+            if _parse_length(value) > self._max_bytes:
+                raise BodyTooLargeError
         read = 0
 
         async def receive_counting() -> Message:

@@ -42,9 +42,9 @@ class ProblemCors(CORSMiddleware):
         await super().__call__(scope, receive, send)
 
     def _is_refused_preflight(self, scope: Scope) -> bool:
-        headers = Headers(scope=scope)
-        if scope["method"] != "OPTIONS" or "origin" not in headers:
+        if scope["method"] != "OPTIONS":
             return False
-        if "access-control-request-method" not in headers:
+        headers = Headers(scope=scope)
+        if "origin" not in headers or "access-control-request-method" not in headers:
             return False
         return self.preflight_response(headers).status_code >= 400
