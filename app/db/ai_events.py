@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import psycopg
 
 from app.ai.domain import StoredEvent
-from app.db.engine import Connection, Database
+from app.db.array_parameters import pack_texts
+from app.db.engine import Database
 from app.errors import DatabaseUnavailableError
 
 _INSERT = """
     INSERT INTO ai_events (id, action, meta, request_id, created_at)
     SELECT * FROM unnest(
-        %b::text[]::uuid[], %b::text[], %b::text[]::jsonb[], %b::text[], %b::text[]::timestamptz[]
+        $1::text[]::uuid[], $2::text[], $3::text[]::jsonb[], $4::text[], $5::text[]::timestamptz[]
     )
     ON CONFLICT (id) DO NOTHING
 """
@@ -35,7 +36,7 @@ class PostgresEventSink:
         Raises:
             DatabaseUnavailableError: no answer within the deadline, or the table is not there yet.
         """
-        columns = [
+        columns: list[Sequence[str | None]] = [
             [event.id for event in events],
             [event.action for event in events],
             [event.meta for event in events],
@@ -43,11 +44,8 @@ class PostgresEventSink:
             [event.created_at for event in events],
         ]
 
-        async def insert(connection: Connection) -> None:
-            await connection.execute(_INSERT, columns, prepare=True)
-
         try:
-            await self._database.run(insert)
+            await self._database.query(_INSERT, [pack_texts(column) for column in columns])
         except (psycopg.ProgrammingError, psycopg.InternalError) as exc:
             # The table is missing, not ours to write, or on a standby: that ends, and no event is at fault.
             raise DatabaseUnavailableError from exc

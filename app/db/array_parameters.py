@@ -1,11 +1,12 @@
 """Packs many IDs as one array parameter in PostgreSQL's binary format.
 
-The driver would build an object for each UUID first, which takes longer than reading the leads. Called by
-`app.db.leads`.
+The driver would build an object for each UUID first, which takes longer than reading the leads, and call
+a few functions for each text. Called by `app.db.leads` and `app.db.ai_events`.
 """
 
 import struct
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -32,8 +33,9 @@ def pack_uuids(uuids: Sequence[str]) -> bytes:
     return header + elements.tobytes()
 
 
-def pack_texts(texts: Sequence[str]) -> bytes:
-    """Returns a `text[]`; there is at least one text, and none has a NUL character."""
-    encoded = [text.encode() for text in texts]
-    elements = b"".join(_LENGTH.pack(len(text)) + text for text in encoded)
-    return _HEADER.pack(1, 0, _TEXT, len(encoded), 1) + elements
+def pack_texts(texts: Sequence[str | None]) -> bytes:
+    """Returns a `text[]`, of texts without a NUL character, or None for NULL."""
+    encoded = [b"" if text is None else text.encode() for text in texts]
+    lengths = [-1 if text is None else len(content) for text, content in zip(texts, encoded, strict=True)]
+    elements = chain.from_iterable(zip(map(_LENGTH.pack, lengths), encoded, strict=True))
+    return _HEADER.pack(1, None in texts, _TEXT, len(encoded), 1) + b"".join(elements)

@@ -2,8 +2,8 @@
 
 The driver's own way to give up is to ask the server to cancel, and a frozen server does not answer. So a call
 that is late is abandoned instead: its socket is shut down, which ends the driver's wait at once, and its
-connection is thrown away. A read whose connection breaks is asked once more, within the same deadline. No SQL
-that reads or writes anything is known here. Built by `app.wiring`, used by `leads` and `ai_events`.
+connection is thrown away. A query whose connection breaks is asked once more, within the same deadline. No
+SQL that reads or writes anything is known here. Built by `app.wiring`, used by `leads` and `ai_events`.
 """
 
 import asyncio
@@ -87,7 +87,7 @@ class Database:
     async def query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
         """Returns the rows of a prepared statement with parameters `$1`, `$2`, ..., all values binary.
 
-        The statement only reads: when its connection breaks it is asked once more, over a new one.
+        The statement may be repeated: when its connection breaks it is asked once more, over a new one.
 
         Raises:
             DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
@@ -120,12 +120,12 @@ class Database:
     async def _query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
         session = None if self._slots.locked() else self._take_idle()
         if session is None:
-            return await self._run(lambda opened: opened.query(statement, parameters))
+            return await self._run(lambda opened: opened.query(statement, parameters, self._deadline))
         # Nothing to wait for but the answer, which can be given up where we stand: no task is needed.
         self._asked.add(session)
         try:
-            async with self._slots, asyncio.timeout(self._deadline):
-                return await session.query(statement, parameters)
+            async with self._slots:
+                return await session.query(statement, parameters, self._deadline)
         except (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError) as exc:
             raise (_ConnectionLostError if session.is_lost() else DatabaseUnavailableError) from exc
         finally:

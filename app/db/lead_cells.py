@@ -185,22 +185,22 @@ def join_rows(
     values: Sequence[Sequence[bytes | None]], columns: Sequence[InputColumn], *, with_refs: bool
 ) -> list[bytes | None]:
     """Returns the one row `batch_statement` would give in one row, from the values of its columns."""
-    texts = [False, with_refs, *(column.kind == "text" for column in columns)]
+    kinds = ["id", "text" if with_refs else "none", *[kind for _, kind in columns]]
     return [
-        (b"\0" if is_text else b"").join([value or b"" for value in cells])
-        for cells, is_text in zip(values, texts, strict=True)
+        None if kind == "none" else (b"\0" if kind == "text" else b"").join(cells)  # type: ignore[arg-type]
+        for kind, cells in zip(kinds, values, strict=True)
     ]
 
 
 def decode_batch(columns: Sequence[InputColumn], cells: Sequence[bytes | None], n: int) -> LeadColumns:
     """Decodes the values of a batch row, one for each column: those of the `n` leads it found."""
     found = list(zip(columns, cells, strict=True))
-    numbers = [cell for cell in found if cell[0].kind != "text"]
-    texts = [cell for cell in found if cell[0].kind == "text"]
-    bits = np.frombuffer(b"".join([value or b"" for _, value in numbers]), ">u8").astype(np.uint64)
-    words = decode_texts(b"\0".join([value or b"" for _, value in texts])) if n else []
+    numbers = [(column, cell or b"") for column, cell in found if column.kind != "text"]
+    texts = [(column, cell or b"") for column, cell in found if column.kind == "text"]
+    bits = np.frombuffer(b"".join([cell for _, cell in numbers]), ">u8").astype(np.uint64)
+    words = decode_texts(b"\0".join([cell for _, cell in texts])) if n else []
     blocks = ColumnBlocks(
-        tuple(column for column, _ in numbers + texts),
+        tuple([column for column, _ in numbers + texts]),
         bits.view(np.float64).reshape(len(numbers), n),
         [words[row * n : (row + 1) * n] for row in range(len(texts))],
     )

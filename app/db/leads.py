@@ -126,7 +126,7 @@ class PostgresLeadSource:
             return [None] * (2 + len(columns))
         few = len(uuids) + len(refs) <= _FEW_LEADS
         statement = self._statement(columns, by_id=bool(uuids), by_ref=bool(refs), in_one_row=not few)
-        parameters = [pack_uuids(uuids)] * bool(uuids) + [pack_texts(refs)] * bool(refs)
+        parameters = [pack(ids) for pack, ids in ((pack_uuids, uuids), (pack_texts, refs)) if ids]
         try:
             result = await self._database.query(statement, parameters)
         except psycopg.Error as exc:

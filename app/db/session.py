@@ -8,6 +8,7 @@ parameters, wait once, take the values. It knows no SQL. Called by `engine`.
 import asyncio
 import select
 from collections.abc import Sequence
+from itertools import product, starmap
 from typing import Any
 
 import psycopg
@@ -35,24 +36,26 @@ class Session:
         self._input = select.poll()
         self._input.register(self._descriptor, select.POLLIN)
 
-    async def query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
+    async def query(self, statement: str, parameters: Sequence[Buffer], deadline_seconds: float) -> PGresult:
         """Returns the rows of a statement with parameters `$1`, `$2`, ..., all values binary.
 
-        Prepared the first time. Whoever is cancelled meanwhile leaves a session that is not idle.
+        Prepared the first time. Whoever is late, or cancelled meanwhile, leaves a session that is not idle.
 
         Raises:
+            TimeoutError: there is no answer within the deadline.
             psycopg.Error: the connection is lost, or the statement is at fault.
         """
+        ends = self._loop.time() + deadline_seconds
         name = self._names.get(statement)
         if name is None:
             name = b"q%d" % len(self._names)
             self._pgconn.send_prepare(name, statement.encode())
-            await self._result()
+            await self._result(ends)
             self._names[statement] = name
         self._pgconn.send_query_prepared(
             name, parameters, param_formats=[_BINARY] * len(parameters), result_format=_BINARY
         )
-        return await self._result()
+        return await self._result(ends)
 
     def driver(self) -> Connection:
         """Returns the connection for the driver's own use, which joins the event loop by itself."""
@@ -82,7 +85,7 @@ class Session:
         """Returns the number of the socket."""
         return self._descriptor
 
-    async def _result(self) -> PGresult:
+    async def _result(self, ends: float) -> PGresult:
         if self._pgconn.flush():
             self._loop.add_writer(self._descriptor, self._flush)
         last: PGresult | None = None
@@ -90,7 +93,12 @@ class Session:
             while self._pgconn.is_busy():
                 self._listen()
                 self._arrival = self._loop.create_future()
-                await self._arrival
+                # All there is to wait for is one future, so one timer does what `asyncio.timeout` does.
+                timer = self._loop.call_at(ends, self._arrive, TimeoutError())
+                try:
+                    await self._arrival
+                finally:
+                    timer.cancel()
             result = self._pgconn.get_result()
             if result is None:
                 break
@@ -131,7 +139,7 @@ class Session:
             self._arrive(exc)
         self._loop.remove_writer(self._descriptor)
 
-    def _arrive(self, error: psycopg.Error | None) -> None:
+    def _arrive(self, error: Exception | None) -> None:
         arrival, self._arrival = self._arrival, None
         if arrival is None or arrival.done():
             return
@@ -143,5 +151,6 @@ class Session:
 
 def column_values(result: PGresult) -> list[list[bytes | None]]:
     """Returns the values of each column, row by row."""
-    rows = range(result.ntuples)
-    return [[result.get_value(row, column) for row in rows] for column in range(result.nfields)]
+    rows, columns = range(result.ntuples), range(result.nfields)
+    values = list(starmap(result.get_value, product(rows, columns)))
+    return [values[column :: len(columns)] for column in columns]
