@@ -166,7 +166,7 @@ def mixed_look_ups() -> None:
     class MixesUp(MicroBatching[W, T]):
         async def look_up(self, world: W, lead_ids: Sequence[str]) -> tuple[T, Places]:
             found, places = await super().look_up(world, lead_ids)
-            return found, places if isinstance(places, slice) else [max(place - 1, 0) for place in places]
+            return found, None if places is None else [max(place - 1, 0) for place in places]
 
     app.ai.predictor.MicroBatching = MixesUp  # type: ignore[misc,attr-defined]
 

@@ -33,7 +33,7 @@ async def ask(
     batching: MicroBatching[str, list[str]], lead_ids: Sequence[str], world: str = "w"
 ) -> list[str]:
     found, places = await batching.look_up(world, lead_ids)
-    return found[places] if isinstance(places, slice) else [found[place] for place in places]
+    return found if places is None else [found[place] for place in places]
 
 
 async def settle() -> None:

@@ -156,7 +156,7 @@ def _build_success(
 ) -> PredictionSuccess:
     verdicts = np.bincount(predictions.verdict, minlength=len(VERDICTS))
     coverage, probability, confidence = build_summaries(
-        np.stack([predictions.coverage, predictions.probability, predictions.confidence])
+        np.array([predictions.coverage, predictions.probability, predictions.confidence])
     )
     return PredictionSuccess(
         route=record.route,

@@ -78,18 +78,6 @@ class Transform(NamedTuple):
     optional: frozenset[str] = frozenset()
 
 
-class _Codes(dict[str, int]):
-    """The codes of the texts met so far, as they are stored; a text is normalised once."""
-
-    def __init__(self, known: Mapping[str, int]) -> None:
-        super().__init__()
-        self._known = known
-
-    def __missing__(self, text: str) -> int:
-        code = self[text] = self._known.get(normalise_text(text), OTHER)
-        return code
-
-
 def number_texts(texts: Sequence[str]) -> dict[str, int]:
     """Returns the codes of named texts, which are distinct and as they are compared, and of no text."""
     return dict(zip(texts, range(FIRST_KNOWN, FIRST_KNOWN + len(texts)), strict=True)) | {
@@ -100,7 +88,8 @@ def number_texts(texts: Sequence[str]) -> dict[str, int]:
 
 def code_texts(texts: Sequence[str], known: Mapping[str, int]) -> "map[int]":
     """Returns the code of each text as it is stored; `known` is what `number_texts` gives."""
-    return map(_Codes(known).__getitem__, texts)
+    codes = {text: known.get(normalise_text(text), OTHER) for text in set(texts)}
+    return map(codes.__getitem__, texts)
 
 
 def named_texts(params: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,8 @@ from app.errors import PredictionFailedError
 
 W = TypeVar("W", bound=Hashable)
 T = TypeVar("T")
-Places = slice | list[int]
+Places = list[int] | None
+"""Where the answers of a request are among those of a shared look-up; None if it was not shared."""
 
 SLOTS = 2
 """So many look-ups keep the database busy with one while the other is being scored."""
@@ -53,9 +54,9 @@ class MicroBatching(Generic[W, T]):
         Look-ups are shared within one `world` (model, as-of time), never across.
         """
         if len(lead_ids) > MOST_LEADS:
-            return await self._look_up(world, lead_ids), slice(None)
+            return await self._look_up(world, lead_ids), None
         if self._under_way < SLOTS:
-            return await self._run(world, lead_ids), slice(None)
+            return await self._run(world, lead_ids), None
         loop = asyncio.get_running_loop()
         joined = _Joined[T](lead_ids, loop.create_future())
         waiting = self._waiting.setdefault(world, [])

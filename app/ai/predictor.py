@@ -212,8 +212,8 @@ class Predictor:
         cache: AnswerCache = NullCache() if "reasons" in context.include else self._cache
         hit, answers = cache.find(bundle.ref, context.as_of, distinct)
         watch.lap("cache")
-        fate = np.full(len(distinct), _ANSWERED)
-        missing = np.flatnonzero(~hit)
+        fate = np.zeros(len(distinct), np.int64)  # _ANSWERED
+        missing = (~hit).nonzero()[0]
         found: _Found | None = None
         age: float | None = None
         if missing.size:
@@ -259,6 +259,8 @@ class Predictor:
         if "reasons" in context.include:
             return await self._answer(bundle, context.as_of, lead_ids, explain=True)
         found, places = await self._look_ups.look_up((bundle, context.as_of), lead_ids)
+        if places is None:
+            return found
         return found._replace(answers=found.answers[places], fate=found.fate[places])
 
     async def _answer(
@@ -275,7 +277,7 @@ class Predictor:
         if fetched.leads.n:
             scored = await self._score(bundle, fetched.leads, as_of, watch.lap)
             self._drift.add(scored.features, bundle.feature_set.fingerprint)
-            found = np.flatnonzero(fate == _ANSWERED)
+            found = (fate == _ANSWERED).nonzero()[0]
             rows = fetched.row_of[found]
             answers.view(ANSWER_BYTES)[found] = scored.answers.view(ANSWER_BYTES)[rows]
             fate[found] = np.where(scored.rejected[rows], _FEATURES_REJECTED, _ANSWERED)
@@ -283,7 +285,7 @@ class Predictor:
                 told = await self._explain(bundle, fetched.leads, as_of, scored.answers)
                 explanations = [told[max(row, 0)] for row in fetched.row_of.tolist()]
                 watch.lap("reasons")
-        answered = np.flatnonzero(fate == _ANSWERED)
+        answered = (fate == _ANSWERED).nonzero()[0]
         self._cache.remember(
             bundle.ref,
             as_of,
@@ -312,7 +314,7 @@ class Predictor:
         self, bundle: ModelBundle, lead_ids: Sequence[str], outcome: _Outcome, stages_ms: dict[str, float]
     ) -> Predictions:
         answered = outcome.fate == _ANSWERED
-        declined = np.flatnonzero(~answered).tolist()
+        declined = (~answered).nonzero()[0].tolist()
         kept = outcome.kept()
         return Predictions(
             asked=len(lead_ids),
@@ -361,8 +363,7 @@ def score_leads(
     lap("safety")
     raw = bundle.scorer(checked.values)
     lap("scoring")
-    base_rate = np.clip(bundle.manifest.base_rate, bundle.calibrator.lower, bundle.calibrator.upper)
-    probability = np.where(verdict == _ABSTAIN, base_rate, calibrate(raw, bundle.calibrator))
+    probability = np.where(verdict == _ABSTAIN, bundle.base_rate, calibrate(raw, bundle.calibrator))
     answers = np.empty(leads.n, ANSWER)
     answers["raw_score"] = raw
     answers["probability"] = probability
