@@ -14,7 +14,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.ai.events import PredictionError, PredictionSuccess, RequestRecord, build_prediction_event
 from app.ai.ml_telemetry import Telemetry
 from app.errors import InternalError, LeadScoringError, TelemetryUnavailableError
-from app.metrics import observe_batch
 from app.middleware.in_flight import RECORD_SECONDS
 from app.middleware.request_id import CLIENT_CLOSED_REQUEST
 
@@ -152,7 +151,6 @@ class _Answer:
         # Noted before waiting: a cancelled wait has handed its event over all the same.
         self._handed_over = True
         await self._audit.record(self._scope, status)
-        _count_batch(self._scope["state"]["record"])
 
     async def _replace(self, error: LeadScoringError, withheld: Message) -> None:
         # The withheld answer has been through the CORS layer, which lies further in: its headers are kept.
@@ -183,16 +181,3 @@ def _is_audited(scope: Scope, status: int) -> bool:
     if scope["method"] in _READING_METHODS:
         return record.error_code is not None
     return status >= 400 or record.predictions is not None
-
-
-def _count_batch(record: RequestRecord) -> None:
-    predictions = record.predictions
-    if predictions is None:
-        return
-    observe_batch(
-        answered=len(predictions.lead_ids),
-        coverage_sum=float(predictions.coverage.sum()),
-        rejections=predictions.count_rejections(),
-        cache_hits=predictions.cache_hits,
-        stages_ms=predictions.stages_ms,
-    )

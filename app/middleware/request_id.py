@@ -4,6 +4,7 @@ Outermost of the middleware. It leaves a `RequestRecord` in `scope["state"]["rec
 It never looks at a body, a query or a path: those are the caller's text.
 """
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -12,9 +13,9 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils import uuid7
 
-from app.ai.domain import start_of_day
+from app.ai.domain import Predictions, start_of_day
 from app.ai.events import RequestRecord
-from app.metrics import observe_request
+from app.metrics import observe_batch, observe_request
 
 CLIENT_CLOSED_REQUEST = 499
 """The status recorded for a request that ended before it had an answer."""
@@ -63,7 +64,8 @@ class RequestIdMiddleware:
         try:
             await self._app(scope, receive, send_named)
         finally:
-            close_record(record, status, self._monotonic())
+            # In the loop's next turn: the answer leaves at the end of this one, and need not wait for it.
+            asyncio.get_running_loop().call_soon(close_record, record, status, self._monotonic())
             structlog.contextvars.reset_contextvars(**bound)
 
 
@@ -88,6 +90,8 @@ def build_record(
 def close_record(record: RequestRecord, status: int, now: float) -> None:
     """Counts a request that has ended, and writes its line; `now` is on the clock of its `started`."""
     observe_request(record.route, status, record.error_code, now - record.started)
+    if record.predictions is not None and status < 400:
+        _count_batch(record.predictions)
     _log.info(
         "request",
         route=record.route,
@@ -95,6 +99,16 @@ def close_record(record: RequestRecord, status: int, now: float) -> None:
         code=record.error_code,
         latency_ms=record.latency_ms(now),
         **_names(record),
+    )
+
+
+def _count_batch(predictions: Predictions) -> None:
+    observe_batch(
+        answered=len(predictions.lead_ids),
+        coverage_sum=float(predictions.coverage.sum()),
+        rejections=predictions.count_rejections(),
+        cache_hits=predictions.cache_hits,
+        stages_ms=predictions.stages_ms,
     )
 
 
