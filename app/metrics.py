@@ -6,7 +6,7 @@ module is imported: the library decides then whether counts are shared between p
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def observe_batch(
     coverage_sum: float,
     rejections: Mapping[str, int],
     cache_hits: int,
-    stages_ms: Mapping[str, float],
+    stages_ms: Iterable[tuple[str, float]],
 ) -> None:
     """Counts one answered batch; `coverage_sum` is over its answered leads, `rejections` counts by code."""
     _ANSWERED.inc(answered)
@@ -99,7 +99,7 @@ def observe_batch(
         LEADS.labels(code).inc(count)
     _HITS.inc(cache_hits)
     _MISSES.inc(answered - cache_hits)
-    for stage, milliseconds in stages_ms.items():
+    for stage, milliseconds in stages_ms:
         _stage_seconds(stage).observe(milliseconds / 1000)
 
 

@@ -49,7 +49,7 @@ def make_predictions(
         calibration_method="sigmoid",
         confidence_method="max_probability",
         bounds=(0.01, 0.99),
-        stages_ms={"database": 1.25, "score": 0.5},
+        stages_ms={"database": 1.25, "scoring": 0.5},
     )
 
 
@@ -66,7 +66,7 @@ def test_an_answered_batch_is_told_in_counts_and_summaries_without_a_single_lead
     assert (event.asked, event.answered, event.rejections) == (3, 2, {"LEAD_NOT_FOUND": 1})
     assert (event.positives, event.cache_hits, event.verdicts.ok) == (1, 1, 2)
     assert (event.probability.min, event.probability.max, event.probability.mean) == (0.25, 0.75, 0.5)
-    assert event.stages_ms == {"database": 1.25, "score": 0.5}
+    assert event.stages_ms == {"database": 1.25, "scoring": 0.5}
     stored = encode_event(event, "id", "2026-01-01T00:00:00Z", "req-1")
     assert "example" not in stored.meta
     assert "lead_2" not in stored.meta

@@ -18,7 +18,7 @@ from app import metrics
 metrics.observe_request("/ai/advanced-ml/predict-batch", 200, None, 0.01)
 metrics.observe_request("/ai/advanced-ml/predict-batch", 422, "EMPTY_BATCH", 0.01)
 metrics.observe_batch(
-    answered=4, coverage_sum=3.0, rejections={"LEAD_NOT_FOUND": 2}, cache_hits=1, stages_ms={"score": 2.0}
+    answered=4, coverage_sum=3.0, rejections={"LEAD_NOT_FOUND": 2}, cache_hits=1, stages_ms=[("scoring", 2.0)]
 )
 metrics.observe_model_load("ok", ready=sys.argv[1] == "ready")
 metrics.observe_breaker(sys.argv[2])

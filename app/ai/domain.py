@@ -22,6 +22,8 @@ TextArray = NDArray[np.object_]
 ColumnKind = Literal["number", "boolean", "timestamp", "text"]
 ConfidenceMethod = Literal["max_probability", "margin", "entropy", "interval"]
 Extra = Literal["interval", "reasons"]
+Stage = Literal["model", "cache", "database", "features", "safety", "scoring", "calibration", "reasons"]
+"""What a batch is taken through, one after the other."""
 Verdict = Literal["ok", "caution", "abstain"]
 
 VERDICTS: tuple[Verdict, ...] = ("ok", "caution", "abstain")
@@ -231,7 +233,7 @@ class Predictions:
     calibration_method: str
     confidence_method: ConfidenceMethod
     bounds: tuple[float, float]
-    stages_ms: Mapping[str, float]
+    stages_ms: Mapping[Stage, float]
     intervals: FloatArray | None = None
     explanations: Sequence[Explanation] | None = None
     degraded_age_seconds: float | None = None

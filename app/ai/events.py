@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from app.ai.domain import VERDICTS, ConfidenceMethod, FloatArray, Predictions, StoredEvent
+from app.ai.domain import VERDICTS, ConfidenceMethod, FloatArray, Predictions, Stage, StoredEvent
 
 Text = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
 Route = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9/_.{}:-]{1,120}\Z")]
@@ -77,7 +77,7 @@ class PredictionSuccess(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     status: Count
     trace_id: TraceId | None
     latency_ms: Milliseconds
-    stages_ms: Mapping[Word, Milliseconds]
+    stages_ms: Mapping[Stage, Milliseconds]
     asked: Count
     answered: Count
     rejections: dict[Code, Count]

@@ -35,6 +35,7 @@ from app.ai.domain import (
     Predictions,
     Rejection,
     RequestContext,
+    Stage,
     canonical_lead_ids,
 )
 from app.ai.drift_window import DriftWindow
@@ -72,7 +73,7 @@ INLINE_LEADS = 500
 would cost 0.06 ms more on an idle machine and three to eight on a busy one, where processor and interpreter
 lock change hands; and the loop would wait for that lock all the same."""
 
-Lap = Callable[[str], None]
+Lap = Callable[[Stage], None]
 
 _World = tuple[ModelBundle, float]
 """What an answer depends on besides its lead: the model, and the as-of time."""
@@ -103,7 +104,7 @@ class _Found(NamedTuple):
     answers: AnswerArray
     fate: IntArray
     explanations: list[Explanation]
-    stages_ms: Mapping[str, float]
+    stages_ms: Mapping[Stage, float]
 
 
 class _Outcome(NamedTuple):
@@ -125,9 +126,9 @@ class Stopwatch:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._last = clock()
-        self.stages_ms: dict[str, float] = {}
+        self.stages_ms: dict[Stage, float] = {}
 
-    def lap(self, stage: str) -> None:
+    def lap(self, stage: Stage) -> None:
         """Ends a stage and begins the next."""
         now = self._clock()
         self.stages_ms[stage] = (now - self._last) * 1000
@@ -311,7 +312,7 @@ class Predictor:
         )
 
     def _assemble(
-        self, bundle: ModelBundle, lead_ids: Sequence[str], outcome: _Outcome, stages_ms: dict[str, float]
+        self, bundle: ModelBundle, lead_ids: Sequence[str], outcome: _Outcome, stages_ms: dict[Stage, float]
     ) -> Predictions:
         answered = outcome.fate == _ANSWERED
         declined = (~answered).nonzero()[0].tolist()

@@ -108,7 +108,7 @@ def _count_batch(predictions: Predictions) -> None:
         coverage_sum=float(predictions.coverage.sum()),
         rejections=predictions.count_rejections(),
         cache_hits=predictions.cache_hits,
-        stages_ms=predictions.stages_ms,
+        stages_ms=predictions.stages_ms.items(),
     )
 
 
