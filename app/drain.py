@@ -2,7 +2,7 @@
 
 Connections that are in use are thereby given up one by one by their clients, who know what is coming, and
 none is cut off. Begun by a signal: SIGUSR1 announces the end, SIGTERM is the end. Held by `main`, read by
-`http_protocol` and `health`.
+`http_protocol` and `health`. Only a worker without memory ends at once.
 """
 
 import asyncio
@@ -12,9 +12,17 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
+
+import structlog
 
 ANNOUNCEMENT = signal.SIGUSR1
 """Sent to every worker of a service that will end: fail readiness, go on answering."""
+
+OUT_OF_MEMORY = 70
+"""The exit status of a worker that ran out of memory: EX_SOFTWARE of sysexits.h."""
+
+_log = structlog.get_logger("app.drain")
 
 
 class Drain:
@@ -55,6 +63,28 @@ def end_with_supervisor() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     loop.add_reader(supervisor.sentinel, end)
+
+
+def end_without_memory() -> None:
+    """Has this worker end at once when its event loop cannot take a connection for want of memory.
+
+    The loop would offer no other connection after that one, however much memory there is again: the worker
+    would live on and hear nobody. What was answered is on disk; whoever watches the process starts another.
+    """
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        # What fails in a connection, a task or a callback names it, and ends there; the rest is of the loop.
+        own = context.keys() <= {"message", "exception"}
+        deaf = own and isinstance(context.get("exception"), MemoryError)
+        try:
+            loop.default_exception_handler(context)
+            if deaf:
+                _log.critical("out_of_memory", meaning="this worker ends", remedy="raise its limit on memory")
+        finally:
+            if deaf:
+                os._exit(OUT_OF_MEMORY)
+
+    asyncio.get_running_loop().set_exception_handler(handle)
 
 
 def begin_on_signals(drain: Drain) -> None:

@@ -20,7 +20,7 @@ from fastapi.routing import iter_route_contexts
 from app import __version__, health, model_cards
 from app.ai import advanced_ml, advanced_ml_hardened
 from app.ai.ml_telemetry import Telemetry
-from app.drain import Drain, begin_on_signals, end_with_supervisor
+from app.drain import Drain, begin_on_signals, end_with_supervisor, end_without_memory
 from app.error_handlers import FRAMEWORK_ERRORS, ErrorBoundary, Problems
 from app.health import DatabaseProbe, Operations
 from app.log_setup import configure_logging
@@ -112,6 +112,7 @@ def _build_lifespan(settings: Settings) -> Lifespan:
             _settle_memory()
             begin_on_signals(drain)
             end_with_supervisor()
+            end_without_memory()
             yield {
                 "client_deadline_seconds": settings.ai_client_deadline_seconds,
                 "drain": drain,

@@ -1,4 +1,4 @@
-"""A client that sends at a rate, whether the answers keep up or not (open loop).
+"""A client that sends at a rate, whether the answers keep up or not (open loop), or comes back at once.
 
 It is lean, so that on two cores it takes as little as possible from the server it floods: bare sockets,
 requests encoded beforehand, connections kept and used again, nothing read of an answer but status, length and
@@ -55,6 +55,18 @@ class Rush:
                 caller = self._free.pop() if self._free else await self._connect()
                 caller.ask(next(self._requests))
                 sent += 1
+            await asyncio.sleep(_TICK_SECONDS)
+        self.outcomes = Outcomes()
+        return outcomes
+
+    async def storm(self, callers: int, seconds: float) -> Outcomes:
+        """Has so many callers ask again the moment they are answered or refused; returns what came back."""
+        self.outcomes = outcomes = Outcomes()
+        self._free += [await self._connect() for _ in range(callers)]
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            while self._free:
+                self._free.pop().ask(next(self._requests))
             await asyncio.sleep(_TICK_SECONDS)
         self.outcomes = Outcomes()
         return outcomes

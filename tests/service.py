@@ -122,6 +122,10 @@ class Service:
         assert self._process is not None
         return self._process.pid
 
+    def has_ended(self) -> bool:
+        """Tells whether the process that was started is no more."""
+        return self._process is None or self._process.poll() is not None
+
     def kill(self) -> None:
         """Kills every process of the service with SIGKILL."""
         if self._process is None:

@@ -195,6 +195,50 @@ async def test_without_descriptors_the_last_good_model_serves_on_and_nothing_nee
     assert set(events.values()) == {1}
 
 
+@contextmanager
+def without_new_memory(pid: int) -> Iterator[None]:
+    """What the process has it keeps, and it gets no more."""
+    pages = int((Path("/proc") / str(pid) / "statm").read_text().split()[0])
+    before = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (pages * resource.getpagesize(), before[1]))
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_AS, before)
+
+
+async def test_without_memory_no_answer_is_without_its_event_and_nobody_is_left_waiting(
+    database_url: str, tmp_path: Path
+) -> None:
+    """A worker that ends for want of memory is started again, as whoever watches it would."""
+    leads = add_leads(database_url, 2000)
+    models = publish_crm_model(tmp_path / "models")
+    batch = json.dumps(leads).encode()
+    answers: dict[str, int] = {}
+
+    async def keep_asking(port: int, client: int) -> None:
+        for number in range(5):
+            name = f"client-{client}-{number}"
+            with suppress(OSError, asyncio.IncompleteReadError):
+                async with asyncio.timeout(PATIENCE_SECONDS), connected(port) as connection:
+                    status, _, _ = await connection.ask("POST", PREDICT, batch, [("X-Request-ID", name)])
+                    answers[name] = status
+
+    with Service(tmp_path, database_url, models) as service:
+        with without_new_memory(service.pid):
+            await asyncio.gather(*(keep_asking(service.port, client) for client in range(8)))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while await ask_anew(service.port, leads[0]) != 200:
+                if service.has_ended():
+                    assert service.wait() != 0
+                    await asyncio.to_thread(service.start)
+        assert service.stop() == 0
+    events = count_events(database_url)
+    assert {name: events.get(name) for name in answers} == dict.fromkeys(answers, 1)
+    assert set(answers.values()) <= {200, 500, 503}
+
+
 async def ask_anew(port: int, lead_id: str) -> int | None:
     """Asks over a new connection; None when the service could not take it."""
     with suppress(OSError, asyncio.IncompleteReadError):
