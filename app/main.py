@@ -173,6 +173,7 @@ def _wrap(app: FastAPI, settings: Settings) -> None:
     app.add_middleware(BodyLimit, max_bytes=settings.ai_max_body_bytes)
     app.add_middleware(
         InFlightLimit,
+        paths={path for path, known in methods.items() if "POST" in known},
         admission=admission,
         deadline_seconds=settings.ai_request_deadline_seconds,
     )

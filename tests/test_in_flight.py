@@ -21,17 +21,22 @@ from app.middleware.in_flight import (
 from tests.fakes import FakeClock
 from tests.test_telemetry_events import make_predictions, make_record
 
-GET = {"type": "http", "method": "GET"}
+PATH = "/ai/advanced-ml/predict-batch"
+GET = {"type": "http", "method": "GET", "path": PATH}
 DEADLINE_SECONDS = 5.0
 
 
 def build_post(record: RequestRecord | None = None) -> dict[str, Any]:
-    return {"type": "http", "method": "POST", "state": {"record": record or make_record()}}
+    return {"type": "http", "method": "POST", "path": PATH, "state": {"record": record or make_record()}}
 
 
 def limit_of(app: Any, limit: int, monotonic: Callable[[], float] = time.monotonic) -> InFlightLimit:
     return InFlightLimit(
-        app, admission=Admission(limit), deadline_seconds=DEADLINE_SECONDS, monotonic=monotonic
+        app,
+        paths={PATH},
+        admission=Admission(limit),
+        deadline_seconds=DEADLINE_SECONDS,
+        monotonic=monotonic,
     )
 
 
@@ -43,7 +48,7 @@ class _Busy:
         self.may_end = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, _send: Any) -> None:
-        if scope["method"] == "POST":
+        if "state" in scope:
             await receive()
         self.begun.put_nowait(None)
         await self.may_end.wait()
@@ -72,8 +77,9 @@ async def test_one_more_than_the_limit_is_refused_and_the_place_is_given_back() 
         with pytest.raises(OverloadedError) as refused:
             await limit(build_post(), _arrive, _ignore)
         assert refused.value.retry_after in (1, 2, 3)
-        group.create_task(limit(GET, _never, _ignore))
-        await busy.begun.get()
+        for asks_for_none in (GET, GET | {"method": "POST", "path": "/docs"}):
+            group.create_task(limit(asks_for_none, _never, _ignore))
+            await busy.begun.get()
         busy.may_end.set()
     await limit(build_post(), _arrive, _ignore)
 

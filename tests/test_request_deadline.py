@@ -45,7 +45,9 @@ def build_app(source: FakeLeadSource, telemetry: MlTelemetry, executor: ThreadPo
         await Response(b"{}", media_type="application/json")(scope, receive, send)
 
     problems = Problems({SCORE: frozenset({"POST"})})
-    limited = InFlightLimit(endpoint, admission=Admission(10), deadline_seconds=RECORD_SECONDS + 0.05)
+    limited = InFlightLimit(
+        endpoint, paths={SCORE}, admission=Admission(10), deadline_seconds=RECORD_SECONDS + 0.05
+    )
     return RequestIdMiddleware(
         AuditMiddleware(
             ErrorBoundary(limited, problems=problems),

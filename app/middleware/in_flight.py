@@ -3,15 +3,15 @@
 How long a request would wait is how many are under way, times the time each of them has added to an answer of
 late. That covers every queue there is: for the processor, for the scoring thread, for a database connection.
 Only good answers count: a database that does not answer makes nobody busy, and remembered leads are answered
-while it is away. Only POST counts: whoever asks for health or metrics while the service is busy needs an
-answer most. And only a request that has arrived counts: one whose body trickles in must not take the place of
-another. When it has arrived its deadline begins, from which every later step draws: the predictor what it
-looks up, the audit what it records. `shedding` asks first, and refuses most of a rush before
-any of it is read.
+while it is away. Only what may ask for predictions counts: whoever asks for health or metrics while the
+service is busy needs an answer most. And only a request that has arrived counts: one whose body trickles in
+must not take the place of another. When it has arrived its deadline begins, from which every later step
+draws: the predictor what it looks up, the audit what it records. `shedding` asks first, and refuses most of
+a rush before any of it is read.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -64,7 +64,7 @@ class Admission:
 
 
 class InFlightLimit:
-    """Plain ASGI middleware: no more POST requests at once than `admission` lets in.
+    """Plain ASGI middleware: no more POST requests to `paths` at once than `admission` lets in.
 
     A request has `deadline_seconds` from its arrival, the last of them for its event. `monotonic` gives
     seconds.
@@ -77,18 +77,20 @@ class InFlightLimit:
         self,
         app: ASGIApp,
         *,
+        paths: Collection[str],
         admission: Admission,
         deadline_seconds: float,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
+        self._paths = paths
         self._admission = admission
         self._answer_seconds = deadline_seconds - RECORD_SECONDS
         self._monotonic = monotonic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
             await self._app(scope, receive, send)
             return
         if self._admission.is_full():
