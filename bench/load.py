@@ -15,6 +15,9 @@ PATH = "/ai/advanced-ml/predict-batch"
 Cell = tuple[str, int, int]
 """Contender, leads in a request, connections."""
 _PAUSE_SECONDS = 0.05  # of a client that was refused
+_KEPT_SECONDS = (
+    4.0  # a connection that was idle for longer may be closed at any moment: servers keep it for 5
+)
 
 
 @dataclass
@@ -69,7 +72,7 @@ async def run_load(
 
     async def keep_asking(connection: _Connection) -> None:
         while time.perf_counter() - began < seconds or len(sample.milliseconds) < goal:
-            if connection.is_closed():  # idle for longer than the server keeps one, while others began
+            if connection.is_stale():
                 connection = await _connect(port)
                 opened.append(connection)
             request = next(requests)
@@ -126,6 +129,7 @@ class _Connection(asyncio.Protocol):
         self._refused = False
         self._parts: list[bytes] = []
         self._missing = -1
+        self._answered = time.perf_counter()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -146,6 +150,7 @@ class _Connection(asyncio.Protocol):
         else:
             self._missing -= len(data)
         if self._missing == 0 and not self._answer.done():
+            self._answered = time.perf_counter()
             self._answer.set_result(None if self._refused else b"".join(self._parts))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -158,8 +163,9 @@ class _Connection(asyncio.Protocol):
         self._transport.write(request)
         return await self._answer
 
-    def is_closed(self) -> bool:
-        return bool(self._transport.is_closing())
+    def is_stale(self) -> bool:
+        idle = time.perf_counter() - self._answered
+        return bool(self._transport.is_closing()) or idle > _KEPT_SECONDS
 
     def close(self) -> None:
         self._transport.close()
