@@ -106,9 +106,11 @@ def test_values_beyond_float32_are_scored_and_the_score_stays_in_bounds(name, wa
 
 def test_the_input_is_left_as_it_was(way):
     for name in ESTIMATORS:
-        rows = ROWS.copy()
-        build_scorer(fitted(name), way)(rows)
+        score, rows = build_scorer(fitted(name), way), ROWS.copy()
+        scores = score(rows)
         assert_array_equal(rows, ROWS)
+        rows.setflags(write=False)
+        assert_array_equal(score(rows), scores)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
