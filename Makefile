@@ -42,8 +42,8 @@ prove-probabilities: .venv/.dev ## Measure the probabilities on real leads (REAL
 
 # Each is a module bench.prove_NAME, with a self-test of its own. LONG=1 does much more, SEED=n draws the same again.
 # Those that measure time have the machine to themselves; of the others, two run at a time.
-PROOFS := restarts kill power-loss log-failures artifacts hostile-input personal-data batching core
-TIMED_PROOFS := overload slow-clients database-faults memory cost
+PROOFS := restarts kill power-loss log-failures artifacts hostile-input personal-data batching core memory
+TIMED_PROOFS := overload slow-clients database-faults cost
 
 prove: .venv/.dev ## Prove every promise of reliability and security (short runs; WITHOUT="name ...")
 	@$(BIN)/python -m bench.all_proofs $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(filter-out $(WITHOUT),$(PROOFS)) \
