@@ -155,14 +155,19 @@ async def test_too_little_processor_is_not_mistaken_for_a_broken_dependency(
 
 
 @contextmanager
-def without_new_descriptors(pid: int) -> Iterator[None]:
-    """What is open stays open, and nothing more can be opened."""
-    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+def limited(pid: int, resource_number: int, soft: int) -> Iterator[None]:
+    """What the process has it keeps; beyond the limit it gets nothing more. It may end meanwhile."""
+    before = resource.prlimit(pid, resource_number)
+    resource.prlimit(pid, resource_number, (soft, before[1]))
     try:
         yield
     finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, resource_number, before)
+
+
+def bytes_mapped(pid: int) -> int:
+    return int((Path("/proc") / str(pid) / "statm").read_text().split()[0]) * resource.getpagesize()
 
 
 async def test_without_descriptors_the_last_good_model_serves_on_and_nothing_needs_a_restart(
@@ -175,7 +180,7 @@ async def test_without_descriptors_the_last_good_model_serves_on_and_nothing_nee
         known = await stack.enter_async_context(connected(service.port))
         status, answer = await ask(known, leads[0], name="before")
         assert (status, answer["model_version"]) == (200, V1)
-        with without_new_descriptors(service.pid):
+        with limited(service.pid, resource.RLIMIT_NOFILE, 3):
             publish(models, V2, feature_set=FEATURES.to_json())
             for number, lead_id in enumerate(leads):
                 status, answer = await ask(known, lead_id, name=f"during-{number}")
@@ -195,19 +200,6 @@ async def test_without_descriptors_the_last_good_model_serves_on_and_nothing_nee
     assert set(events.values()) == {1}
 
 
-@contextmanager
-def without_new_memory(pid: int) -> Iterator[None]:
-    """What the process has it keeps, and it gets no more."""
-    pages = int((Path("/proc") / str(pid) / "statm").read_text().split()[0])
-    before = resource.prlimit(pid, resource.RLIMIT_AS)
-    resource.prlimit(pid, resource.RLIMIT_AS, (pages * resource.getpagesize(), before[1]))
-    try:
-        yield
-    finally:
-        with suppress(ProcessLookupError):
-            resource.prlimit(pid, resource.RLIMIT_AS, before)
-
-
 async def test_without_memory_no_answer_is_without_its_event_and_nobody_is_left_waiting(
     database_url: str, tmp_path: Path
 ) -> None:
@@ -220,13 +212,13 @@ async def test_without_memory_no_answer_is_without_its_event_and_nobody_is_left_
     async def keep_asking(port: int, client: int) -> None:
         for number in range(5):
             name = f"client-{client}-{number}"
-            with suppress(OSError, asyncio.IncompleteReadError):
+            with suppress(ConnectionError, asyncio.IncompleteReadError):  # but nobody waits in vain
                 async with asyncio.timeout(PATIENCE_SECONDS), connected(port) as connection:
                     status, _, _ = await connection.ask("POST", PREDICT, batch, [("X-Request-ID", name)])
                     answers[name] = status
 
     with Service(tmp_path, database_url, models) as service:
-        with without_new_memory(service.pid):
+        with limited(service.pid, resource.RLIMIT_AS, bytes_mapped(service.pid)):
             await asyncio.gather(*(keep_asking(service.port, client) for client in range(8)))
         async with asyncio.timeout(PATIENCE_SECONDS):
             while await ask_anew(service.port, leads[0]) != 200:
