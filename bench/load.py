@@ -15,9 +15,7 @@ PATH = "/ai/advanced-ml/predict-batch"
 Cell = tuple[str, int, int]
 """Contender, leads in a request, connections."""
 _PAUSE_SECONDS = 0.05  # of a client that was refused
-_KEPT_SECONDS = (
-    4.0  # a connection that was idle for longer may be closed at any moment: servers keep it for 5
-)
+_KEPT_SECONDS = 4.0  # servers keep an idle connection for 5, and may close it just as it is used again
 
 
 @dataclass

@@ -85,12 +85,13 @@ async def _measure(
         requests = cycle([build_request(body, f"{PATH}?include=reasons") for body in bodies])
         alone = Sample()
         await run_load(server.port, requests, alone, connections=1, seconds=1, at_least=10)
+        normal_seconds = 2 * max(alone.milliseconds) / 1000
         for _ in range(count):
-            await _take_turn(server.port, requests, turns, turn_seconds, 2 * max(alone.milliseconds) / 1000)
+            await _take_turn(server.port, requests, turns, turn_seconds, normal_seconds)
         storm = Rush(server.port, requests)
         stormed = await storm.storm(STORM_CALLERS, 0 if plant else STORM_SECONDS)
         storm.close()
-        calm = await _wait_until_normal(server.port, requests, 2 * max(alone.milliseconds) / 1000)
+        calm = await _wait_until_normal(server.port, requests, normal_seconds)
     peak_rate, rush_rate = statistics.mean(turns.peak_rates), statistics.mean(turns.rush_rates)
     return (
         Figure(

@@ -63,7 +63,7 @@ class ModelBundle:
         return self.feature_set.input_columns
 
     @property
-    def base_rate(self) -> float:
+    def bounded_base_rate(self) -> float:
         """The share of positives in training, within the bounds of probabilities."""
         return min(max(self.manifest.base_rate, self.calibrator.lower), self.calibrator.upper)
 

@@ -364,7 +364,7 @@ def score_leads(
     lap("safety")
     raw = bundle.scorer(checked.values)
     lap("scoring")
-    probability = np.where(verdict == _ABSTAIN, bundle.base_rate, calibrate(raw, bundle.calibrator))
+    probability = np.where(verdict == _ABSTAIN, bundle.bounded_base_rate, calibrate(raw, bundle.calibrator))
     answers = np.empty(leads.n, ANSWER)
     answers["raw_score"] = raw
     answers["probability"] = probability
