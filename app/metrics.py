@@ -74,6 +74,15 @@ TELEMETRY_RECORD_SECONDS = Histogram(
     "leadscore_telemetry_record_seconds", "Time until an event is durable.", buckets=_LATENCY_BUCKETS
 )
 
+# At 0 from the start: whoever watches a count sees it rise only if it was there before.
+for _counter, _labels in {
+    MODEL_LOADS: ("loaded", "refused"),
+    AUTH_REFRESH_FAILURES: ("api_keys", "key_set"),
+    TELEMETRY_FAILURES: ("check", "deadline", "direct", "lost", "ship", "write"),
+}.items():
+    for _label in _labels:
+        _counter.labels(_label)
+
 _ANSWERED = LEADS.labels("answered")
 _HITS, _MISSES = CACHE_LOOKUPS.labels("hit"), CACHE_LOOKUPS.labels("miss")
 _BREAKER_LEVELS = {"closed": 0, "half_open": 1, "open": 2}

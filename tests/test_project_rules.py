@@ -66,6 +66,20 @@ def test_every_metric_is_documented() -> None:
     assert not [name for name in metrics if not re.search(f"`{name}(_total)?`", _read("docs/runbook.md"))]
 
 
+def test_every_alert_has_a_test_metrics_that_exist_and_a_place_in_the_runbook() -> None:
+    rules, tests, runbook = map(_read, ("docs/alerts/rules.yml", "docs/alerts/tests.yml", "docs/runbook.md"))
+    alerts = re.findall(r"- alert: (\w+)", rules)
+    assert len(set(alerts)) == len(alerts) > 15
+    assert set(re.findall(r"- name: (\w+)", tests)) == set(alerts)
+    metrics = set(re.findall(r'"(leadscore_[a-z_]+)"', _read("app/metrics.py")))
+    used = {re.sub("_(total|bucket)$", "", name) for name in re.findall(r"leadscore_[a-z_]+", rules)}
+    assert used
+    assert used <= metrics
+    places = [place.strip("'") for place in re.findall(r"^ +see: (.*)$", rules, re.MULTILINE)]
+    assert len(places) == len(alerts)
+    assert not [place for place in places if f"| {place} |" not in runbook and f"## {place}" not in runbook]
+
+
 def test_every_reason_to_refuse_an_artifact_is_documented() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "app").rglob("*.py"))
     reasons = set(re.findall(r'ArtifactError\(\s*"([a-z_]+)"', source)) - {"refused"}
