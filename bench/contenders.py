@@ -106,8 +106,8 @@ class Floor:
     """Bare ASGI; its SELECT returns one value a column, which NumPy reads in place."""
 
     _NUMBERS = (
-        "extract(epoch FROM created_at)", "extract(epoch FROM last_touch_at)",
-        "extract(epoch FROM intake_at)", "tuition_fee", "gpa", "first_response_minutes",
+        "date_part('epoch', created_at)", "date_part('epoch', last_touch_at)",
+        "date_part('epoch', intake_at)", "tuition_fee", "gpa", "first_response_minutes",
         "has_phone::int", "newsletter_opt_in::int",
         "touchpoint_count", "inbound_count", "emails_opened", "calls_answered", "events_attended",
         "minutes_on_site", "prior_applications",

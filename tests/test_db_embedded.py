@@ -266,6 +266,13 @@ def test_it_listens_on_a_socket_only_in_a_session_of_its_own(kept: Path) -> None
         assert os.getsid(postmaster(kept)) != os.getsid(0)
 
 
+def test_it_keeps_pages_in_an_eighth_of_the_memory_within_limits(kept: Path) -> None:
+    eighth = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    with open_embedded(kept) as url:
+        [(size,)] = execute(url, "SELECT pg_size_bytes(current_setting('shared_buffers'))")
+    assert size == min(max(eighth >> 20, 128), 512) << 20
+
+
 def test_no_value_of_a_failing_row_reaches_the_servers_log(kept: Path) -> None:
     with open_embedded(kept) as url:
         execute(url, "CREATE TABLE people (email text UNIQUE CHECK (email LIKE '%@%'))")

@@ -22,17 +22,17 @@ _LEADS = f"""
     CREATE TABLE leads (
         lead_id uuid, external_ref text, amount numeric, price float8, visits integer, points score,
         opted boolean, seen timestamptz, born date, city text, tint colour, "Odd ""name" text, document jsonb,
-        fee numeric(10, 2), wide numeric(600, 350)
+        fee numeric(10, 2), wide numeric(600, 350), noted timestamp
     );
     INSERT INTO leads VALUES
         ('{A}', 'lead_1', 12.5, 1e-320, 3, 4, true, '2026-01-01 00:00:00.123456+00', '1970-01-02', 'Zürich',
-            'red', 'x', NULL, 99999999.99, 1e-340),
+            'red', 'x', NULL, 99999999.99, 1e-340, '2026-01-01 00:00:00.999999'),
         ('{B}', 'lead_2', 'NaN', 'NaN', NULL, NULL, false, 'infinity', NULL, '', NULL, E'\\x01',
-            NULL, 'NaN', NULL),
+            NULL, 'NaN', NULL, '-infinity'),
         ('{C}', 'twice', 1e400, '-Infinity', -2147483648, 0, NULL, NULL, 'infinity', NULL, 'green', NULL,
-            NULL, NULL, 'NaN'),
+            NULL, NULL, 'NaN', '4000-01-01'),
         ('{D}', 'twice', 1e-400, NULL, 0, 1, true, '1969-12-31 23:59:59+00', '1899-12-30', 'a b', 'red', '🙂',
-            NULL, -0.01, 2.5)
+            NULL, -0.01, 2.5, NULL)
 """
 
 COLUMNS = [
@@ -48,6 +48,7 @@ COLUMNS = [
     InputColumn('Odd "name', "text"),
     InputColumn("fee", "number"),
     InputColumn("wide", "number"),
+    InputColumn("noted", "timestamp"),
 ]
 
 
@@ -96,6 +97,7 @@ async def test_every_kind_of_value_arrives_as_it_is_stored(url: str, connect: Co
     assert cells('Odd "name') == ["x", "\x01", None, "🙂"]
     assert str(cells("fee")) == "[99999999.99, nan, None, -0.01]"
     assert str(cells("wide")) == "[0.0, None, nan, 2.5]"
+    assert cells("noted") == [1767225600.999999, -math.inf, 64060588800.0, None]
 
 
 async def test_missing_numbers_are_nan_and_missing_texts_empty(url: str, connect: Connect) -> None:

@@ -29,6 +29,7 @@ from app.errors import CommandError
 _SOCKET = ".s.PGSQL.5432"
 _LONGEST_SOCKET_PATH = 103  # bytes; the smallest `sun_path` in use, macOS's, less its NUL
 _START_SECONDS, _STOP_SECONDS = 60.0, 30.0
+_LEAST_BUFFER_MB, _MOST_BUFFER_MB = 128, 512
 
 
 @contextmanager
@@ -191,6 +192,7 @@ class _Server:
             "timezone": "UTC",
             "log_timezone": "UTC",
             "jit": "off",
+            "shared_buffers": f"{_buffer_megabytes()}MB",
             # Values of failing rows and statements are personal data, and the log is not the place for them.
             # The message of an error quotes them too, so what is logged begins above errors: whoever sent
             # the statement is told of it, and the service logs its SQLSTATE.
@@ -247,6 +249,12 @@ class _Server:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         fatal = [line.partition("FATAL:")[2].strip() for line in lines if "FATAL:" in line]
         return fatal[-1] if fatal else f"its log is {self._log}"
+
+
+def _buffer_megabytes() -> int:
+    """Returns an eighth of the machine's memory, within limits: what a request reads should lie there."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(max(memory // 8 >> 20, _LEAST_BUFFER_MB), _MOST_BUFFER_MB)
 
 
 def _open(path: Path) -> int:

@@ -168,8 +168,11 @@ def _cell(column: InputColumn, types: ColumnTypes) -> sql.Composed:
         return sql.SQL("coalesce(convert_to({}::text, 'UTF8'), {})").format(name, _NULL_TEXT_SQL)
     if column.kind == "boolean":
         number = sql.SQL("{}::int::float8").format(name)
-    elif column.kind == "timestamp":
+    elif types[column.name] == "date":
         number = sql.SQL("extract(epoch FROM {})::float8").format(name)
+    elif column.kind == "timestamp":
+        # The same number without the way round by a numeric; but there are dates it cannot name.
+        number = sql.SQL("date_part('epoch', {})").format(name)
     elif types[column.name] == "numeric":
         # A numeric may be too large or too small for a float8, and the cast would fail the whole batch.
         number = sql.SQL(
