@@ -1,6 +1,6 @@
 """`make prove`: every proof, and what came of each; one that fails stops none after it.
 
-Those named first run two at a time; those named with `--alone` come after them, one by one.
+Those named first run three at a time; those named with `--alone` come after them, one by one.
 A proof that misses figures of time and no other is run once more, and the table says so: what else the
 machine does can make an answer late, but cannot lose an event or let a hostile file through.
 
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench.figures import Figure
 
-AT_A_TIME = 2
+AT_A_TIME = 3
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from bench.small_models import publish_small_model, remove_small_model
 PROMISE = "hot swaps and restarts drop no request, and no answer mixes two models"
 LEADS = 10_000
 CLIENTS = 4
-PAUSE_SECONDS = 0.02
+PAUSE_SECONDS = 0.05
 SWAP_SECONDS = 0.1
 KEPT_MODELS = 4
 LOOK_SECONDS = 0.2
