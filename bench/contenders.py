@@ -41,7 +41,7 @@ from app.ai.domain import FloatArray
 from app.ai.model_bundle import ModelBundle
 from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
-from app.db.array_parameters import pack_uuids
+from app.db.array_parameters import join_uuids, pack_uuids
 from bench.data import RELATION
 
 PATH = "/ai/advanced-ml/predict-batch"
@@ -150,7 +150,7 @@ class Floor:
         await send({"type": "http.response.body", "body": answer})
 
     async def _answer(self, lead_ids: list[str]) -> bytes:
-        row: Any = await self._ask(self._statement, [_Packed(pack_uuids(lead_ids))])
+        row: Any = await self._ask(self._statement, [_Packed(pack_uuids(join_uuids(lead_ids)))])
         found = row[0].hex()
         probability, present = self.score(row[1:])
         place = {found[at : at + 32]: at // 32 for at in range(0, len(found), 32)}

@@ -96,7 +96,8 @@ async def refused_in(database: Database, call: Callable[..., object] = ask) -> f
 def connections(url: str) -> int:
     with psycopg.connect(url) as connection:
         row = connection.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'lead-scoring'"
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE application_name = 'lead-scoring' AND datname = current_database()"
         ).fetchone()
         assert row is not None
         return int(row[0])

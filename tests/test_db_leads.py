@@ -119,6 +119,25 @@ async def test_leads_are_found_by_either_id_and_the_others_are_told_apart(url: s
     assert found.leads.columns["tint"].values[rows[6]] == "green"
 
 
+@pytest.mark.parametrize("twice", [[], [7]], ids=["distinct", "one-twice"])
+@pytest.mark.parametrize("shift", [0, 64, 100], ids=["last half", "first half", "ends"])
+async def test_many_leads_are_matched_wherever_their_ids_differ(
+    url: str, connect: Connect, shift: int, twice: list[int]
+) -> None:
+    ids = [str(UUID(int=number << shift | 1 << 127)) for number in range(1, 61)]
+    known = [*range(40), *twice]
+    with psycopg.connect(url) as connection, connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO leads (lead_id, visits) VALUES (%s, %s)", [(ids[at], at) for at in known]
+        )
+    asked = [*reversed(ids), A]
+    found = await connect(url).fetch(asked, [InputColumn("visits", "number")])
+    visits = found.leads.columns["visits"].values.tolist()
+    answers = [row if row < 0 else visits[row] for row in found.row_of.tolist()]
+    expected = [*[UNKNOWN_LEAD] * 20, *reversed(range(40)), 3]
+    assert answers == [AMBIGUOUS_LEAD if answer in twice else answer for answer in expected]
+
+
 async def test_each_id_is_told_the_lead_it_stands_for(url: str, connect: Connect) -> None:
     asked = ["nobody", A, "lead_2", str(UUID(int=99)), "twice", "lead_1"]
     found = await connect(url).fetch(asked, COLUMNS)

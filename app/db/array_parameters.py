@@ -16,13 +16,17 @@ _LENGTH = struct.Struct(">i")
 _FEW = 8
 
 
-def pack_uuids(uuids: Sequence[str]) -> bytes:
-    """Returns a `uuid[]` of UUIDs in the form 8-4-4-4-12; there is at least one.
+def join_uuids(uuids: Sequence[str]) -> bytes:
+    """Returns UUIDs in the form 8-4-4-4-12 as PostgreSQL has them, sixteen bytes each."""
+    return bytes.fromhex("".join(uuids).replace("-", ""))
+
+
+def pack_uuids(content: bytes) -> bytes:
+    """Returns a `uuid[]` of joined UUIDs; there is at least one.
 
     Each element is its length, as four bytes, and the sixteen bytes of the UUID.
     """
-    n = len(uuids)
-    content = bytes.fromhex("".join(uuids).replace("-", ""))
+    n = len(content) // 16
     header = _HEADER.pack(1, 0, _UUID, n, 1)
     if n <= _FEW:
         length = _LENGTH.pack(16)
