@@ -270,7 +270,7 @@ def test_it_keeps_pages_in_an_eighth_of_the_memory_within_limits(kept: Path) -> 
     eighth = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
     with open_embedded(kept) as url:
         [(size,)] = execute(url, "SELECT pg_size_bytes(current_setting('shared_buffers'))")
-    assert size == min(max(eighth >> 20, 128), 512) << 20
+    assert size == min(max(eighth >> 20, 128), 4096) << 20
 
 
 def test_no_value_of_a_failing_row_reaches_the_servers_log(kept: Path) -> None:

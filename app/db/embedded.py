@@ -29,7 +29,7 @@ from app.errors import CommandError
 _SOCKET = ".s.PGSQL.5432"
 _LONGEST_SOCKET_PATH = 103  # bytes; the smallest `sun_path` in use, macOS's, less its NUL
 _START_SECONDS, _STOP_SECONDS = 60.0, 30.0
-_LEAST_BUFFER_MB, _MOST_BUFFER_MB = 128, 512
+_LEAST_BUFFER_MB, _MOST_BUFFER_MB = 128, 4096
 
 
 @contextmanager
