@@ -12,8 +12,9 @@ help: ## List these targets
 serve: .venv/.serve ## Start the service, with its own PostgreSQL and demo CRM unless DATABASE_URL is set
 	@$(BIN)/leadscore serve
 
+# Tests wait as much as they compute: one process more than there are processors.
 test: check ## Everything that must pass
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile
 
 check: .venv/.dev ## Read-only checks: format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -82,7 +82,7 @@ _watching: list[Watch] = []
 
 
 def _listen(event: str, args: tuple[object, ...]) -> None:
-    for watch in _watching:
+    for watch in _watching or ():  # None when the interpreter ends
         watch.see_event(event, args)
 
 

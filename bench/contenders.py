@@ -340,6 +340,7 @@ def main() -> None:
         loop="uvloop", http="httptools", lifespan="off",
     )  # fmt: skip
     listener = config.bind_socket()
+    listener.listen()  # whoever reads the line below may connect at once
     print(f"listens on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     uvicorn.Server(config).run([listener])
 
