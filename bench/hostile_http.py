@@ -34,6 +34,9 @@ _BODY = b'["lead_1"]'
 _KIND = b"Content-Type: application/json"
 _LENGTH = b"Content-Length: %d" % len(_BODY)
 _STATUS = re.compile(rb"^HTTP/1\.1 (\d{3}) ", re.MULTILINE)
+_VALID_REQUEST_ID = re.compile(
+    rb"^x-request-id:[ \t]*([a-z0-9._-]{1,64})[ \t]*\r$", re.MULTILINE | re.IGNORECASE
+)
 
 
 class Probe(NamedTuple):
@@ -138,7 +141,7 @@ def fuzz_socket(address: Address, seed: int, count: int) -> Findings:
         answers = executor.map(lambda case: exchange(address, case[0]), drawn)
         for (sent, mark), answer in zip(drawn, answers, strict=True):
             # Without a whole request there is nothing to answer.
-            kind = None if not answer else ECHO if mark in answer.lower() else _judge(answer)
+            kind = None if not answer else ECHO if is_echoed(mark, sent, answer) else _judge(answer)
             findings.note(kind, (sent, answer[:300]))
     return findings
 
@@ -150,6 +153,17 @@ def _draw_bytes(random: Random, count: int) -> Iterator[tuple[bytes, bytes]]:
         body = json.dumps([f"{mark.decode()} x", "lead_1"]).encode()
         headers = (b"Content-Length: %d" % len(body), b"x-request-id: " + mark + b"!", b"cookie: " + mark)
         yield mutate(random, _post(*headers, body=body, path=path)), mark
+
+
+def is_echoed(mark: bytes, sent: bytes, answer: bytes) -> bool:
+    """Whether an answer repeats the mark of what was sent, where it may not.
+
+    A changed byte may make a lead ID of it, which a 200 names, or a request ID, which every answer carries.
+    """
+    told = answer.partition(b"\r\n\r\n")[0] if _first_status(answer) == 200 else answer
+    for request_id in _VALID_REQUEST_ID.findall(sent):
+        told = told.replace(request_id, b"")
+    return mark in told.lower()
 
 
 def exchange(address: Address, sent: bytes) -> bytes:

@@ -7,7 +7,7 @@ import pytest
 
 from app.schemas.openapi import complete_document
 from bench.hostile_cases import JSON, SCORE, Case, draw_cases
-from bench.hostile_http import list_probes
+from bench.hostile_http import is_echoed, list_probes
 from bench.hostile_oracle import (
     ACCEPTED_NEGATIVE,
     ECHO,
@@ -83,6 +83,24 @@ def answer(status: int, code: str = "INVALID_PAYLOAD_FORMAT", detail: str = "") 
 def test_the_judge_finds_what_is_wrong(body: bytes, given: HttpAnswer, finding: str | None) -> None:
     case = Case(HttpRequest("POST", SCORE, b"", (JSON,), body), MARK)
     assert Oracle(DOCUMENT).judge(case, given) == finding
+
+
+@pytest.mark.parametrize(
+    ("status", "request_id", "body", "found"),
+    [
+        (422, MARK + b"-1", b"{}", False),
+        (422, MARK + b"!", b"{}", True),
+        (422, MARK + b"-1", MARK.upper() + b" x", True),
+        (200, b"r", MARK, False),
+        (200, MARK + b"!", b"{}", True),
+    ],
+)
+def test_a_valid_request_id_and_the_lead_of_an_answer_may_be_repeated_and_nothing_else(
+    status: int, request_id: bytes, body: bytes, found: bool
+) -> None:
+    named = b"x-request-id: %b\r\n\r\n" % request_id
+    sent, answered = b"POST / HTTP/1.1\r\n" + named, b"HTTP/1.1 %d x\r\n" % status + named + body
+    assert is_echoed(MARK, sent, answered) == found
 
 
 def test_answers_that_name_a_version_link_to_its_card() -> None:
