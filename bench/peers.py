@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.ai.calibration import calibrate
-from app.ai.domain import FloatArray
+from app.ai.domain import FetchedLeads, FloatArray
 from app.ai.feature_safety import apply_rules
 from app.ai.features import build_features
 from app.ai.model_bundle import ModelBundle
@@ -54,12 +54,17 @@ _DEADLINE_SECONDS = 60
 async def fetch_features(stage: Stage, bundle: ModelBundle, lead_ids: Sequence[str]) -> FloatArray:
     """Returns what the model is given for these leads (n, k), as the service would give it today."""
     database = Database(stage.url, pool_size=1, deadline_seconds=_DEADLINE_SECONDS)
+    values: list[FloatArray] = []
+
+    def use_part(_first: int, found: FetchedLeads) -> None:
+        matrix = build_features(found.leads, bundle.feature_set, start_of_day().timestamp())
+        values.append(apply_rules(matrix, bundle.safety).values[found.row_of])
+
     try:
-        found = await PostgresLeadSource(database, RELATION).fetch(lead_ids, bundle.input_columns)
+        await PostgresLeadSource(database, RELATION).fetch(lead_ids, bundle.input_columns, use_part)
     finally:
         await database.close()
-    matrix = build_features(found.leads, bundle.feature_set, start_of_day().timestamp())
-    return apply_rules(matrix, bundle.safety).values[found.row_of]
+    return np.concatenate(values)
 
 
 @contextmanager

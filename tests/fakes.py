@@ -12,7 +12,9 @@ from app.ai.domain import (
     FetchedLeads,
     InputColumn,
     LeadColumns,
+    LeadSource,
     StoredEvent,
+    UsePart,
 )
 from app.ai.events import Event
 from app.ai.model_bundle import ModelBundle
@@ -34,7 +36,8 @@ class FakeLeadSource:
     """Leads in memory: canonical ID -> column -> value (None for NULL), or "ambiguous".
 
     `error` is raised instead of answering while it is set; `asked` holds the IDs of every call. With a `gate`
-    an answer, as of the call, waits until the gate is open; `reached` tells that one does.
+    an answer, as of the call, waits until the gate is open; `reached` tells that one does. With `part_leads`
+    more IDs are answered in parts, the first of them twice, as after a connection that broke.
     """
 
     def __init__(self, leads: Mapping[str, Mapping[str, object] | str]) -> None:
@@ -43,11 +46,22 @@ class FakeLeadSource:
         self.asked: list[list[str]] = []
         self.gate: asyncio.Event | None = None
         self.reached = asyncio.Event()
+        self.part_leads: int | None = None
 
-    async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn]) -> FetchedLeads:
+    async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn], use_part: UsePart) -> None:
         self.asked.append(list(lead_ids))
         if self.error is not None:
             raise self.error
+        size = self.part_leads or len(lead_ids)
+        starts = range(0, len(lead_ids), size)
+        parts = [(first, self._find(lead_ids[first : first + size], columns)) for first in starts]
+        if self.gate is not None:
+            self.reached.set()
+            await self.gate.wait()
+        for first, found in [*parts[: len(parts) > 1], *parts]:
+            use_part(first, found)
+
+    def _find(self, lead_ids: Sequence[str], columns: Sequence[InputColumn]) -> FetchedLeads:
         rows: list[Mapping[str, object]] = []
         row_of = np.full(len(lead_ids), UNKNOWN_LEAD)
         for index, lead_id in enumerate(lead_ids):
@@ -57,11 +71,7 @@ class FakeLeadSource:
             elif lead is not None:
                 row_of[index] = len(rows)
                 rows.append(lead)
-        found = build_columns(rows, columns)
-        if self.gate is not None:
-            self.reached.set()
-            await self.gate.wait()
-        return FetchedLeads(row_of, lead_ids, found)
+        return FetchedLeads(row_of, lead_ids, build_columns(rows, columns))
 
 
 def build_columns(rows: Sequence[Mapping[str, object]], columns: Sequence[InputColumn]) -> LeadColumns:
@@ -146,3 +156,26 @@ class FakeKeySource:
         if self.error is not None:
             raise self.error
         return list(self.keys)
+
+
+async def fetch_at_once(
+    source: LeadSource, lead_ids: Sequence[str], columns: Sequence[InputColumn]
+) -> FetchedLeads:
+    """Returns what a lead source hands over, its parts put together."""
+    handed: dict[int, FetchedLeads] = {}
+    await source.fetch(lead_ids, columns, handed.__setitem__)
+    parts = [part for _, part in sorted(handed.items())]
+    rows, row_of = 0, []
+    for part in parts:
+        row_of.append(np.where(part.row_of < 0, part.row_of, part.row_of + rows))
+        rows += part.leads.n
+    joined = {
+        name: Column(
+            parts[0].leads.columns[name].kind,
+            np.concatenate([part.leads.columns[name].values for part in parts]),
+            np.concatenate([part.leads.columns[name].present for part in parts]),
+        )
+        for name in parts[0].leads.columns
+    }
+    uuid_of = [uuid for part in parts for uuid in part.uuid_of]
+    return FetchedLeads(np.concatenate(row_of), uuid_of, LeadColumns(rows, joined))

@@ -20,6 +20,7 @@ from app.bulk_scoring import score_source
 from app.db.engine import Database
 from app.db.leads import PostgresLeadSource
 from app.errors import CommandError
+from tests.fakes import fetch_at_once
 from tests.lead_models import build_lead_bundle, publish_lead_model
 from tests.service import ROOT
 
@@ -67,8 +68,8 @@ async def test_the_table_holds_what_a_request_would_answer_bit_for_bit(leads_url
     )
     database = Database(leads_url, pool_size=1, deadline_seconds=5)
     try:
-        fetched = await PostgresLeadSource(database, "leads").fetch(
-            [row[1] for row in rows], BUNDLE.input_columns
+        fetched = await fetch_at_once(
+            PostgresLeadSource(database, "leads"), [row[1] for row in rows], BUNDLE.input_columns
         )
     finally:
         await database.close()

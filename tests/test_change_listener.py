@@ -20,6 +20,7 @@ from app.db.embedded import open_embedded
 from app.db.engine import Database
 from app.db.leads import PostgresLeadSource
 from app.db.migrations import upgrade
+from tests.fakes import fetch_at_once
 from tests.test_db_engine import eventually, frozen
 from tests.test_prediction_cache import DAY, MODEL, PredictionCache, build_answers
 
@@ -253,7 +254,7 @@ async def test_a_read_that_began_before_a_change_and_ends_after_its_notification
 
     async def read(asked: str) -> float:
         since = cache.moment()
-        found = await source.fetch([asked], GPA)
+        found = await fetch_at_once(source, [asked], GPA)
         gpa = float(found.leads.columns["gpa"].values[0])
         cache.remember(MODEL, DAY, [asked], build_answers(gpa), uuids=found.uuid_of, since=since)
         return gpa

@@ -1,5 +1,6 @@
 """Reading leads out of a real PostgreSQL: values, IDs, kinds, and pages equal to batches."""
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
 from uuid import UUID
@@ -8,11 +9,12 @@ import numpy as np
 import psycopg
 import pytest
 
-from app.ai.domain import AMBIGUOUS_LEAD, UNKNOWN_LEAD, InputColumn
+from app.ai.domain import AMBIGUOUS_LEAD, UNKNOWN_LEAD, FetchedLeads, InputColumn
 from app.db.engine import Database
 from app.db.lead_pages import read_pages
 from app.db.leads import PostgresLeadSource, fetch_all_chunks, fetch_columns
 from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedError
+from tests.fakes import fetch_at_once
 
 A, B, C, D = (str(UUID(int=number)) for number in (0xA, 0xB, 0xC, 0xD))
 
@@ -76,7 +78,7 @@ Connect = Callable[..., PostgresLeadSource]
 
 
 async def test_every_kind_of_value_arrives_as_it_is_stored(url: str, connect: Connect) -> None:
-    found = await connect(url).fetch([A, B, C, D], COLUMNS)
+    found = await fetch_at_once(connect(url), [A, B, C, D], COLUMNS)
     columns = {name: found.leads.columns[name] for name in found.leads.columns}
 
     def cells(name: str) -> list[object]:
@@ -101,7 +103,7 @@ async def test_every_kind_of_value_arrives_as_it_is_stored(url: str, connect: Co
 
 
 async def test_missing_numbers_are_nan_and_missing_texts_empty(url: str, connect: Connect) -> None:
-    found = await connect(url).fetch([C, D], COLUMNS)
+    found = await fetch_at_once(connect(url), [C, D], COLUMNS)
     price, city = found.leads.columns["price"], found.leads.columns["city"]
     assert np.isnan(price.values[~price.present]).all()
     assert city.values[~city.present].tolist() == [""]
@@ -111,7 +113,7 @@ async def test_missing_numbers_are_nan_and_missing_texts_empty(url: str, connect
 
 async def test_leads_are_found_by_either_id_and_the_others_are_told_apart(url: str, connect: Connect) -> None:
     asked = ["nobody", A, "lead_2", str(UUID(int=99)), "twice", "lead_1", C, "LEAD_1"]
-    found = await connect(url).fetch(asked, COLUMNS)
+    found = await fetch_at_once(connect(url), asked, COLUMNS)
     rows = found.row_of.tolist()
     assert [rows[0], rows[3], rows[4], rows[7]] == [UNKNOWN_LEAD, UNKNOWN_LEAD, AMBIGUOUS_LEAD, UNKNOWN_LEAD]
     assert rows[1] == rows[5]
@@ -131,7 +133,7 @@ async def test_many_leads_are_matched_wherever_their_ids_differ(
             "INSERT INTO leads (lead_id, visits) VALUES (%s, %s)", [(ids[at], at) for at in known]
         )
     asked = [*reversed(ids), A]
-    found = await connect(url).fetch(asked, [InputColumn("visits", "number")])
+    found = await fetch_at_once(connect(url), asked, [InputColumn("visits", "number")])
     visits = found.leads.columns["visits"].values.tolist()
     answers = [row if row < 0 else visits[row] for row in found.row_of.tolist()]
     expected = [*[UNKNOWN_LEAD] * 20, *reversed(range(40)), 3]
@@ -140,16 +142,16 @@ async def test_many_leads_are_matched_wherever_their_ids_differ(
 
 async def test_each_id_is_told_the_lead_it_stands_for(url: str, connect: Connect) -> None:
     asked = ["nobody", A, "lead_2", str(UUID(int=99)), "twice", "lead_1"]
-    found = await connect(url).fetch(asked, COLUMNS)
+    found = await fetch_at_once(connect(url), asked, COLUMNS)
     assert found.uuid_of == ["nobody", A, B, str(UUID(int=99)), "twice", A]
-    assert (await connect(url).fetch([B, A], COLUMNS)).uuid_of == [B, A]
+    assert (await fetch_at_once(connect(url), [B, A], COLUMNS)).uuid_of == [B, A]
 
 
 @pytest.mark.parametrize(
     "asked", [[A, B], ["lead_1", "lead_2"], [A, "lead_2"], [str(UUID(int=99))], ["nobody"]]
 )
 async def test_any_mixture_of_ids_is_answered(url: str, connect: Connect, asked: list[str]) -> None:
-    found = await connect(url).fetch(asked, COLUMNS[:1])
+    found = await fetch_at_once(connect(url), asked, COLUMNS[:1])
     known = [row for row in found.row_of.tolist() if row != UNKNOWN_LEAD]
     assert len(known) == found.leads.n == len([a for a in asked if a in (A, B, "lead_1", "lead_2")])
 
@@ -157,7 +159,7 @@ async def test_any_mixture_of_ids_is_answered(url: str, connect: Connect, asked:
 async def test_two_rows_with_one_lead_id_are_ambiguous(url: str, connect: Connect) -> None:
     with psycopg.connect(url) as connection:
         connection.execute("INSERT INTO leads (lead_id) VALUES (%s)", [A])
-    found = await connect(url).fetch([A, B], COLUMNS)
+    found = await fetch_at_once(connect(url), [A, B], COLUMNS)
     assert found.row_of[0] == AMBIGUOUS_LEAD
     assert found.row_of[1] >= 0
 
@@ -165,7 +167,7 @@ async def test_two_rows_with_one_lead_id_are_ambiguous(url: str, connect: Connec
 async def test_a_relation_without_references_knows_leads_by_uuid_only(url: str, connect: Connect) -> None:
     with psycopg.connect(url) as connection:
         connection.execute("ALTER TABLE leads DROP COLUMN external_ref")
-    found = await connect(url).fetch(["lead_1", A], COLUMNS)
+    found = await fetch_at_once(connect(url), ["lead_1", A], COLUMNS)
     assert found.row_of.tolist() == [UNKNOWN_LEAD, 0]
 
 
@@ -191,7 +193,7 @@ def test_a_page_tells_the_reference_of_each_lead_apart_from_its_texts(url: str) 
 
 async def test_a_hostile_id_is_only_an_unknown_lead(url: str, connect: Connect) -> None:
     asked = ["x' OR '1'='1", "{a,b}", '"', "\\", "%(ids)s", "NULL"]
-    found = await connect(url).fetch(asked, COLUMNS)
+    found = await fetch_at_once(connect(url), asked, COLUMNS)
     assert found.row_of.tolist() == [UNKNOWN_LEAD] * len(asked)
 
 
@@ -201,7 +203,7 @@ async def test_a_page_equals_a_batch_bit_for_bit(demo_url: str, connect: Connect
     chunks = list(fetch_all_chunks(demo_url, "lead_source", columns, chunk_rows=250))
     assert [chunk.leads.n for chunk in chunks] == [250, 250, 100]
     for chunk in chunks:
-        found = await source.fetch(chunk.lead_ids, columns)
+        found = await fetch_at_once(source, chunk.lead_ids, columns)
         for name, paged in chunk.leads.columns.items():
             batched = found.leads.columns[name]
             assert batched.kind == paged.kind
@@ -223,7 +225,7 @@ async def test_a_page_by_key_equals_a_batch_bit_for_bit(url: str, connect: Conne
     assert [page.leads.n for page in pages] == [3, 1]
     for page in pages:
         ids = [str(UUID(bytes=lead_id.tobytes())) for lead_id in page.ids]
-        found = await source.fetch(ids, columns)
+        found = await fetch_at_once(source, ids, columns)
         for name, paged in page.leads.columns.items():
             batched = found.leads.columns[name]
             assert (batched.kind, batched.values.dtype) == (paged.kind, paged.values.dtype)
@@ -239,13 +241,48 @@ async def test_two_thousand_leads_equal_the_same_leads_one_by_one(demo_url: str,
     source = connect(demo_url, "lead_source")
     columns = [InputColumn(name, kind) for name, kind in (await source.fetch_schema()).items()]
     ids = next(fetch_all_chunks(demo_url, "lead_source", columns)).lead_ids
-    together = await source.fetch(ids, columns)
+    together = await fetch_at_once(source, ids, columns)
     for position in range(0, len(ids), 60):
-        alone = await source.fetch([ids[position]], columns)
+        alone = await fetch_at_once(source, [ids[position]], columns)
         for name, column in together.leads.columns.items():
             row = int(together.row_of[position])
             assert repr(column.values[row]) == repr(alone.leads.columns[name].values[0])
             assert column.present[row] == alone.leads.columns[name].present[0]
+
+
+@pytest.mark.parametrize("by", ["uuid", "reference"])
+async def test_a_batch_that_is_alone_comes_in_parts_and_one_among_others_as_a_whole(
+    url: str, connect: Connect, by: str
+) -> None:
+    ids, refs = [str(UUID(int=number << 70)) for number in range(1, 561)], [f"r{n}" for n in range(560)]
+    with psycopg.connect(url) as connection, connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO leads (lead_id, external_ref, visits) VALUES (%s, %s, %s)",
+            list(zip(ids[:550], refs, range(550), strict=False)),
+        )
+    asked = [*reversed(ids), A, C] if by == "uuid" else [*reversed(refs), "lead_1", "twice"]
+    source, columns = connect(url), [InputColumn("visits", "number")]
+    await source.fetch_schema()
+    alone: dict[int, FetchedLeads] = {}
+    among: dict[int, FetchedLeads] = {}
+    await asyncio.gather(
+        source.fetch(asked, columns, alone.__setitem__), source.fetch(asked, columns, among.__setitem__)
+    )
+    assert list(alone) == [0, 250, 500]
+    assert list(among) == [0]
+
+    def tell(parts: dict[int, FetchedLeads]) -> list[object]:
+        told: list[object] = []
+        for part in parts.values():
+            visits = part.leads.columns["visits"].values.tolist()
+            rows = zip(part.uuid_of, part.row_of.tolist(), strict=True)
+            told += [(uuid, row if row < 0 else visits[row]) for uuid, row in rows]
+        return told
+
+    unknown = [(asked_id, UNKNOWN_LEAD) for asked_id in asked[:10]]
+    last = (C, -2147483648) if by == "uuid" else ("twice", AMBIGUOUS_LEAD)
+    known = [(ids[number], number) for number in reversed(range(550))]
+    assert tell(alone) == tell(among) == [*unknown, *known, (A, 3), last]
 
 
 async def test_the_schema_tells_names_and_kinds_and_leaves_out_what_no_feature_can_read(
@@ -264,7 +301,7 @@ async def test_a_column_that_is_missing_or_of_another_kind_fails_the_prediction(
 ) -> None:
     source = connect(url)
     with pytest.raises(PredictionFailedError):
-        await source.fetch([A], [column])
+        await fetch_at_once(source, [A], [column])
     with pytest.raises(CommandError, match=column.name):
         list(fetch_all_chunks(url, "leads", [column]))
 
@@ -273,23 +310,23 @@ async def test_a_column_that_disappears_fails_and_is_found_again_when_it_returns
     url: str, connect: Connect
 ) -> None:
     source = connect(url)
-    await source.fetch([A], COLUMNS)
+    await fetch_at_once(source, [A], COLUMNS)
     with psycopg.connect(url) as connection:
         connection.execute("ALTER TABLE leads RENAME COLUMN visits TO v")
     for _ in range(2):
         with pytest.raises(PredictionFailedError):
-            await source.fetch([A], COLUMNS)
+            await fetch_at_once(source, [A], COLUMNS)
     with psycopg.connect(url) as connection:
         connection.execute("ALTER TABLE leads RENAME COLUMN v TO visits")
-    assert (await source.fetch([A], COLUMNS)).leads.n == 1
+    assert (await fetch_at_once(source, [A], COLUMNS)).leads.n == 1
 
 
 async def test_a_column_that_becomes_numeric_is_still_read(url: str, connect: Connect) -> None:
     source = connect(url)
-    await source.fetch([A], COLUMNS)
+    await fetch_at_once(source, [A], COLUMNS)
     with psycopg.connect(url) as connection:
         connection.execute("ALTER TABLE leads ALTER COLUMN visits TYPE numeric")
-    assert (await source.fetch([A], COLUMNS)).leads.columns["visits"].values.tolist() == [3.0]
+    assert (await fetch_at_once(source, [A], COLUMNS)).leads.columns["visits"].values.tolist() == [3.0]
 
 
 @pytest.mark.parametrize("relation", ["nothing", "nowhere.leads", "pg_class"])
@@ -297,7 +334,7 @@ async def test_a_relation_that_is_missing_or_holds_no_leads_is_named_in_commands
     url: str, connect: Connect, relation: str
 ) -> None:
     with pytest.raises(PredictionFailedError):
-        await connect(url, relation).fetch([A], [])
+        await fetch_at_once(connect(url, relation), [A], [])
     with pytest.raises(CommandError, match=relation):
         fetch_columns(url, relation)
     with pytest.raises(CommandError, match=relation):
@@ -307,7 +344,7 @@ async def test_a_relation_that_is_missing_or_holds_no_leads_is_named_in_commands
 async def test_a_relation_in_another_schema_is_read(url: str, connect: Connect) -> None:
     with psycopg.connect(url) as connection:
         connection.execute("CREATE SCHEMA crm; ALTER TABLE leads SET SCHEMA crm")
-    assert (await connect(url, "crm.leads").fetch(["lead_1"], COLUMNS)).row_of.tolist() == [0]
+    assert (await fetch_at_once(connect(url, "crm.leads"), ["lead_1"], COLUMNS)).row_of.tolist() == [0]
 
 
 async def test_nothing_the_driver_says_reaches_the_error(url: str, connect: Connect) -> None:
@@ -316,7 +353,7 @@ async def test_nothing_the_driver_says_reaches_the_error(url: str, connect: Conn
             "CREATE VIEW bad AS SELECT lead_id, (1 / (visits - visits))::int AS ratio, city FROM leads"
         )
     with pytest.raises(PredictionFailedError) as caught:
-        await connect(url, "bad").fetch([A], [InputColumn("ratio", "number")])
+        await fetch_at_once(connect(url, "bad"), [A], [InputColumn("ratio", "number")])
     assert "division" not in str(caught.value)
 
 

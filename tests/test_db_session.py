@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg.pq.abc import PGresult
 
 from app.db.engine import Database
 from app.db.session import Session, column_values
@@ -120,6 +121,66 @@ async def test_a_connection_the_server_closed_is_not_used(database_url: str, con
         )
     assert await eventually(lambda: connections(database_url) == 0)
     assert await asyncio.gather(*(double(database, n) for n in range(6))) == [0, 2, 4, 6, 8, 10]
+
+
+# Long enough that the server does not keep a row back until there is more to send.
+ROWS = "SELECT n, repeat('x', 20000), {} FROM generate_series(1, 3) AS n"
+
+
+async def test_a_row_is_handed_over_while_the_server_works_at_the_next(
+    database_url: str,
+    connect: Connect,  # noqa: F811
+) -> None:
+    database, numbers = connect(database_url, pool_size=1), []
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("SELECT pg_advisory_lock(7)")
+
+        def use(row: PGresult) -> None:
+            numbers.append(row.get_value(0, 0))
+            if len(numbers) == 1:  # without it there is no second row
+                connection.execute("SELECT pg_advisory_unlock(7)")
+
+        statement = ROWS.format("CASE WHEN n = 2 THEN pg_advisory_xact_lock_shared(7) END::text")
+        rest = await database.query(statement, [], use)
+    assert numbers == [struct.pack(">i", number) for number in (1, 2, 3)]
+    assert rest.ntuples == 0
+    assert await double(database, 3) == 6
+    assert connections(database_url) == 1
+
+
+async def test_rows_whose_backend_is_killed_come_again_from_the_first(
+    database_url: str,
+    connect: Connect,  # noqa: F811
+) -> None:
+    database, numbers = connect(database_url, pool_size=1, deadline_seconds=30), []
+    await double(database, 1)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+
+        def use(row: PGresult) -> None:
+            numbers.append(row.get_value(0, 0))
+            if len(numbers) == 1:
+                connection.execute("SELECT pg_terminate_backend(%s)", [int(row.get_value(0, 2) or 0)])
+
+        statement = ROWS.format("concat(pg_backend_pid(), CASE WHEN n = 2 THEN pg_sleep(1) END)")
+        await database.query(statement, [], use)
+    assert numbers == [struct.pack(">i", number) for number in (1, 1, 2, 3)]
+
+
+async def test_whoever_cannot_use_a_row_is_told_and_leaves_nothing_behind(
+    database_url: str,
+    connect: Connect,  # noqa: F811
+) -> None:
+    def use(_row: PGresult) -> None:
+        raise ValueError("of no use")
+
+    database = connect(database_url, pool_size=1)
+    await double(database, 1)
+    before = open_files()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="of no use"):
+            await database.query(ROWS.format("n"), [], use)
+    assert await double(database, 2) == 4
+    assert open_files() <= before
 
 
 KILL = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sl%'"

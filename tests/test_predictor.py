@@ -92,6 +92,22 @@ def rows_of(predictions: Predictions) -> list[tuple[object, ...]]:
     return list(zip(predictions.lead_ids, *columns, strict=True))
 
 
+@pytest.mark.parametrize("context", [CONTEXT, WITH_REASONS], ids=["plain", "with reasons"])
+async def test_a_batch_that_comes_in_parts_is_answered_as_one_that_comes_at_once(
+    executor: ThreadPoolExecutor, context: RequestContext
+) -> None:
+    asked = ["lead_4", "nobody", "twice", "no one", "lead_1", UUID, "lead_2", "empty", "lead_4"]
+    whole, parts = World(executor, build_cache(1000)), World(executor, build_cache(1000))
+    parts.source.part_leads = 2  # of which the second has no lead
+    at_once, in_parts = [await world.ask(*asked, context=context) for world in (whole, parts)]
+    assert rows_of(in_parts) == rows_of(at_once)
+    assert in_parts.rejections == at_once.rejections
+    assert in_parts.explanations == at_once.explanations
+    seen = [world.drift.statistics(BUNDLE.statistics, FEATURES.fingerprint) for world in (whole, parts)]
+    assert seen[0].rows == seen[1].rows == 5
+    assert (await parts.ask(*asked)).cache_hits == (await whole.ask(*asked)).cache_hits > 0
+
+
 async def test_order_duplicates_and_spelling_are_kept_and_each_lead_is_fetched_once(world: World) -> None:
     asked = ["lead_3", UUID.upper(), "lead_1", "lead_3", UUID, "lead_0"]
     predictions = await world.ask(*asked)

@@ -51,9 +51,9 @@ class World:
             now=self.now, monotonic=self.clock, sleep=self._pause,
         )  # fmt: skip
 
-    async def fetch(self, lead_ids, columns):  # type: ignore[no-untyped-def]
+    async def fetch(self, lead_ids, columns, use_part):  # type: ignore[no-untyped-def]
         self.clock.now += 0.01
-        return await self.source.fetch(lead_ids, columns)
+        await self.source.fetch(lead_ids, columns, use_part)
 
     async def fetch_recent(self, leads: int) -> Sequence[str]:
         return self.recent[:leads]

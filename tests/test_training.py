@@ -29,6 +29,7 @@ from app.training.report import TrainingReport, print_report
 from app.training.rows import choose_columns, fetch_rows
 from app.training.train import train
 from tests.conftest import DEMO_PEOPLE, DEMO_UNTIL
+from tests.fakes import fetch_at_once
 
 DAY = 86_400.0
 
@@ -115,8 +116,8 @@ async def test_training_rows_equal_serving_rows_bit_for_bit(demo_url: str) -> No
     trained = build_features(chunk.leads, feature_set, np.full(DEMO_PEOPLE, as_of))
     database = Database(demo_url, pool_size=1, deadline_seconds=30)
     try:
-        fetched = await PostgresLeadSource(database, "lead_source").fetch(
-            chunk.lead_ids, feature_set.input_columns
+        fetched = await fetch_at_once(
+            PostgresLeadSource(database, "lead_source"), chunk.lead_ids, feature_set.input_columns
         )
     finally:
         await database.close()

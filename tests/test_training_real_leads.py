@@ -24,6 +24,7 @@ from app.errors import TrainingError
 from app.training.options import TrainingOptions
 from app.training.report import TrainingReport
 from app.training.train import train
+from tests.fakes import fetch_at_once
 from tests.in_process import build_settings, serve
 
 CSV = Path(__file__).resolve().parents[2] / "shared" / "data" / "x_education_leads.csv"
@@ -159,7 +160,7 @@ async def test_rows_read_for_training_equal_rows_read_for_serving(
     database = Database(options.url, pool_size=1, deadline_seconds=30)
     try:
         source = PostgresLeadSource(database, "x_education")
-        fetched = await source.fetch(chunk.lead_ids, features.input_columns)
+        fetched = await fetch_at_once(source, chunk.lead_ids, features.input_columns)
     finally:
         await database.close()
     trained = build_features(chunk.leads, features, 0.0).values

@@ -6,7 +6,7 @@ This module imports no I/O library and knows no rule; everything in `app.ai` may
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -92,13 +92,18 @@ class FetchedLeads:
     leads: LeadColumns
 
 
+UsePart = Callable[[int, FetchedLeads], None]
+"""Is handed what the lead source knows of some of the IDs asked: of those from this place on."""
+
+
 class LeadSource(Protocol):
     """Where leads are read from; implemented by `app.db.leads`."""
 
-    async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn]) -> FetchedLeads:
+    async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn], use_part: UsePart) -> None:
         """Reads the named columns of these leads in one statement.
 
-        `lead_ids` are canonical (see `canonical_lead_id`) and distinct.
+        `lead_ids` are canonical (see `canonical_lead_id`) and distinct. What is found is handed to `use_part`
+        part by part, as it comes; a part that comes again takes the place of the one before.
 
         Raises:
             DatabaseUnavailableError: no answer within the deadline.

@@ -28,6 +28,7 @@ from app.ai.domain import (
     BoolArray,
     ConfidenceMethod,
     Explanation,
+    FetchedLeads,
     FloatArray,
     IntArray,
     LeadColumns,
@@ -69,9 +70,10 @@ _REJECTIONS = {
 }
 
 INLINE_LEADS = 500
-"""Up to this many leads are scored on the event loop itself, which they hold up for about 1.5 ms. A thread
-would cost 0.06 ms more on an idle machine and three to eight on a busy one, where processor and interpreter
-lock change hands; and the loop would wait for that lock all the same."""
+"""Up to this many leads are scored on the event loop itself, which they hold up for about 1.5 ms, and so are
+the parts in which more are read. A thread would cost 0.06 ms more on an idle machine and three to eight on a
+busy one, where processor and interpreter lock change hands; and the loop would wait for that lock all the
+same."""
 
 Lap = Callable[[Stage], None]
 
@@ -96,14 +98,14 @@ class ScoredLeads(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What is found of the IDs (m,) the cache does not know: answers, fates, explanations if asked for.
+    """What is found of the IDs (m,) the cache does not know: answers, fates, and explanations by place.
 
     Answers and explanations are undefined where the fate is not `_ANSWERED`. `stages_ms` is what it took.
     """
 
     answers: AnswerArray
     fate: IntArray
-    explanations: list[Explanation]
+    explanations: Mapping[int, Explanation]
     stages_ms: Mapping[Stage, float]
 
 
@@ -129,9 +131,9 @@ class Stopwatch:
         self.stages_ms: dict[Stage, float] = {}
 
     def lap(self, stage: Stage) -> None:
-        """Ends a stage and begins the next."""
+        """Ends a stage, or a part of it, and begins the next."""
         now = self._clock()
-        self.stages_ms[stage] = (now - self._last) * 1000
+        self.stages_ms[stage] = self.stages_ms.get(stage, 0.0) + (now - self._last) * 1000
         self._last = now
 
 
@@ -146,7 +148,7 @@ class Models(Protocol):
 class Predictor:
     """Answers batches of lead IDs; one for each worker process, on its event loop.
 
-    `executor` has one thread, which scores the large batches of this worker and works out reasons. With
+    `executor` has one thread, which works out reasons, and scores what is many leads at once. With
     `degraded_answers`, leads that are all remembered are answered while the lead source is away.
     """
 
@@ -267,24 +269,38 @@ class Predictor:
     async def _answer(
         self, bundle: ModelBundle, as_of: float, lead_ids: Sequence[str], *, explain: bool = False
     ) -> _Found:
-        """Reads and scores leads the cache does not know."""
+        """Reads and scores leads the cache does not know; a part of them while the next one is being read."""
         watch = Stopwatch(self._clock)
         since = self._cache.moment()
-        fetched = await self._lead_source.fetch(lead_ids, bundle.input_columns)
+        parts: dict[int, tuple[FetchedLeads, ScoredLeads | None]] = {}
+
+        def use_part(first: int, fetched: FetchedLeads) -> None:
+            watch.lap("database")
+            leads, scored = fetched.leads, None
+            if 0 < leads.n <= INLINE_LEADS:
+                scored = score_leads(bundle, leads, as_of, self._policy, watch.lap)
+            parts[first] = fetched, scored
+
+        await self._lead_source.fetch(lead_ids, bundle.input_columns, use_part)
         watch.lap("database")
-        fate = np.minimum(fetched.row_of, _ANSWERED)
-        answers = np.empty(len(lead_ids), ANSWER)
-        explanations: list[Explanation] = []
-        if fetched.leads.n:
-            scored = await self._score(bundle, fetched.leads, as_of, watch.lap)
+        answers, fate = np.empty(len(lead_ids), ANSWER), np.empty(len(lead_ids), np.int64)
+        uuid_of: list[str] = []
+        explanations: dict[int, Explanation] = {}
+        for first, (fetched, inline) in parts.items():
+            row_of, leads = fetched.row_of, fetched.leads
+            uuid_of += fetched.uuid_of
+            fate[first : first + len(row_of)] = np.minimum(row_of, _ANSWERED)
+            if not leads.n:
+                continue
+            scored = inline or await self._score_apart(bundle, leads, as_of, watch.lap)
             self._drift.add(scored.features, bundle.feature_set.fingerprint)
-            found = (fate == _ANSWERED).nonzero()[0]
-            rows = fetched.row_of[found]
-            answers.view(ANSWER_BYTES)[found] = scored.answers.view(ANSWER_BYTES)[rows]
-            fate[found] = np.where(scored.rejected[rows], _FEATURES_REJECTED, _ANSWERED)
+            found = (row_of >= 0).nonzero()[0]
+            rows, places = row_of[found], first + found
+            answers.view(ANSWER_BYTES)[places] = scored.answers.view(ANSWER_BYTES)[rows]
+            fate[places] = np.where(scored.rejected[rows], _FEATURES_REJECTED, _ANSWERED)
             if explain:
-                told = await self._explain(bundle, fetched.leads, as_of, scored.answers)
-                explanations = [told[max(row, 0)] for row in fetched.row_of.tolist()]
+                told = await self._explain(bundle, leads, as_of, scored.answers)
+                explanations |= zip(places.tolist(), map(told.__getitem__, rows.tolist()), strict=True)
                 watch.lap("reasons")
         answered = (fate == _ANSWERED).nonzero()[0]
         self._cache.remember(
@@ -292,7 +308,7 @@ class Predictor:
             as_of,
             _pick(lead_ids, answered),
             answers[answered],
-            uuids=_pick(fetched.uuid_of, answered),
+            uuids=_pick(uuid_of, answered),
             since=since,
         )
         return _Found(answers, fate, explanations, watch.stages_ms)
@@ -303,9 +319,9 @@ class Predictor:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, explain_leads, bundle, leads, as_of, answers)
 
-    async def _score(self, bundle: ModelBundle, leads: LeadColumns, as_of: float, lap: Lap) -> ScoredLeads:
-        if leads.n <= INLINE_LEADS:
-            return score_leads(bundle, leads, as_of, self._policy, lap)
+    async def _score_apart(
+        self, bundle: ModelBundle, leads: LeadColumns, as_of: float, lap: Lap
+    ) -> ScoredLeads:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._executor, score_leads, bundle, leads, as_of, self._policy, lap

@@ -15,6 +15,8 @@ _HEADER = struct.Struct(">iiIii")  # dimensions, has NULLs, element type, length
 _LENGTH = struct.Struct(">i")
 _FEW = 8
 
+UUID_BYTES = 16
+
 
 def join_uuids(uuids: Sequence[str]) -> bytes:
     """Returns UUIDs in the form 8-4-4-4-12 as PostgreSQL has them, sixteen bytes each."""
@@ -26,7 +28,7 @@ def pack_uuids(content: bytes) -> bytes:
 
     Each element is its length, as four bytes, and the sixteen bytes of the UUID.
     """
-    n = len(content) // 16
+    n = len(content) // UUID_BYTES
     header = _HEADER.pack(1, 0, _UUID, n, 1)
     if n <= _FEW:
         length = _LENGTH.pack(16)

@@ -20,7 +20,7 @@ import stamina
 from psycopg.abc import Buffer
 from psycopg.pq.abc import PGresult
 
-from app.db.session import Connection, Session
+from app.db.session import Connection, Session, UseRow
 from app.errors import DatabaseUnavailableError
 
 __all__ = ["Connection", "Database"]
@@ -84,10 +84,13 @@ class Database:
         """
         return await self._run(lambda session: call(session.driver()))
 
-    async def query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
+    async def query(
+        self, statement: str, parameters: Sequence[Buffer], use_row: UseRow | None = None
+    ) -> PGresult:
         """Returns the rows of a prepared statement with parameters `$1`, `$2`, ..., all values binary.
 
-        The statement may be repeated: when its connection breaks it is asked once more, over a new one.
+        The statement may be repeated: when its connection breaks it is asked once more, over a new one. With
+        `use_row` each row is handed over as it comes, from the first one again if it is asked once more.
 
         Raises:
             DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
@@ -95,7 +98,7 @@ class Database:
         """
         ends = time.monotonic() + self._deadline
         try:
-            return await self._query(statement, parameters)
+            return await self._query(statement, parameters, use_row)
         except _ConnectionLostError:
             self._close_idle()  # they have probably gone the same way
         async with _within(ends - time.monotonic()):
@@ -106,7 +109,7 @@ class Database:
                 with attempt:
                     if attempt.num == 1:
                         raise _ConnectionLostError
-                    return await self._query(statement, parameters)
+                    return await self._query(statement, parameters, use_row)
         raise DatabaseUnavailableError
 
     def one_deadline(self) -> AbstractAsyncContextManager[None]:
@@ -117,15 +120,17 @@ class Database:
         """
         return _within(self._deadline)
 
-    async def _query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
+    async def _query(self, statement: str, parameters: Sequence[Buffer], use_row: UseRow | None) -> PGresult:
         session = None if self._slots.locked() else self._take_idle()
         if session is None:
-            return await self._run(lambda opened: opened.query(statement, parameters, self._deadline))
+            return await self._run(
+                lambda opened: opened.query(statement, parameters, self._deadline, use_row)
+            )
         # Nothing to wait for but the answer, which can be given up where we stand: no task is needed.
         self._asked.add(session)
         try:
             async with self._slots:
-                return await session.query(statement, parameters, self._deadline)
+                return await session.query(statement, parameters, self._deadline, use_row)
         except (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError) as exc:
             raise (_ConnectionLostError if session.is_lost() else DatabaseUnavailableError) from exc
         finally:

@@ -9,6 +9,7 @@ and `app.db.lead_pages`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from psycopg import sql
@@ -17,6 +18,11 @@ from app.ai.column_blocks import NULL_NUMBER, NULL_TEXT, ColumnBlocks, text_colu
 from app.ai.domain import Column, ColumnKind, InputColumn, LeadColumns
 
 LEAD_ID, EXTERNAL_REF, CREATED_AT = "lead_id", "external_ref", "created_at"
+
+Rows = Literal["leads", "one", "parts"]
+"""What a row of a batch is: a lead, all of them, or a part of them, after the place of its first ID."""
+
+PART_LEADS = 250
 
 ColumnTypes = Mapping[str, str]
 """The names of a relation's columns and of their PostgreSQL types.
@@ -85,20 +91,28 @@ def batch_statement(
     *,
     by_id: bool,
     by_ref: bool,
-    in_one_row: bool,
+    rows: Rows,
 ) -> str:
     """Returns the statement for a batch: lead IDs, references or NULL, then one value for each column.
 
-    All leads in one row, or a row a lead. Its parameters are, numbered in this order, lead IDs (`uuid[]`) if
-    it asks by them and references (`text[]`) if it asks by them; it asks by one of them at least.
+    Its parameters are, numbered in this order, lead IDs (`uuid[]`) if it asks by them and references
+    (`text[]`) if it asks by them; it asks by one of them at least, and for `parts` by one of them only.
     """
-    asked = ["lead_id = ANY(${}::uuid[])"] * by_id + ["external_ref = ANY(${}::text[])"] * by_ref
-    conditions = [condition.format(number) for number, condition in enumerate(asked, 1)]
+    asked = ["lead_id = ANY({}::uuid[])"] * by_id + ["external_ref = ANY({}::text[])"] * by_ref
+    # Named as no relation is, whose columns would be meant otherwise.
+    some = f"(${{}})[lead_scoring_parts.first : lead_scoring_parts.first + {PART_LEADS - 1}]"
+    given = some if rows == "parts" else "${}"
+    conditions = [condition.format(given.format(number)) for number, condition in enumerate(asked, 1)]
     composed = sql.SQL("SELECT {} FROM {} WHERE {}").format(
-        _outputs(types, columns, with_refs=by_ref, in_one_row=in_one_row),
+        _outputs(types, columns, with_refs=by_ref, in_one_row=rows != "leads"),
         sql.Identifier(*relation.split(".")),
         sql.SQL(" OR ".join(conditions)),
     )
+    if rows == "parts":
+        composed = sql.SQL(
+            "SELECT lead_scoring_parts.first - 1, part.* FROM generate_series(1, cardinality($1::{}), {})"
+            " AS lead_scoring_parts(first) CROSS JOIN LATERAL ({}) AS part"
+        ).format(sql.SQL("uuid[]" if by_id else "text[]"), sql.Literal(PART_LEADS), composed)
     return composed.as_string(None)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import psycopg
 import structlog
 from psycopg import sql
+from psycopg.pq.abc import PGresult
 
 from app.ai.domain import (
     AMBIGUOUS_LEAD,
@@ -22,19 +23,22 @@ from app.ai.domain import (
     FetchedLeads,
     InputColumn,
     IntArray,
+    UsePart,
     canonical_lead_id,
     is_uuid,
     split_uuids,
 )
-from app.db.array_parameters import join_uuids, pack_texts, pack_uuids
+from app.db.array_parameters import UUID_BYTES, join_uuids, pack_texts, pack_uuids
 from app.db.engine import Connection, Database
 from app.db.lead_cells import (
     COLUMN_TYPES,
     CREATED_AT,
     EXTERNAL_REF,
     LEAD_ID,
+    PART_LEADS,
     ColumnTypes,
     LeadChunk,
+    Rows,
     batch_statement,
     column_kinds,
     decode_batch,
@@ -52,8 +56,6 @@ from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedE
 _FEW_LEADS = 8
 """Up to so many leads come as a row each: to put the cells of one together takes half the server's time."""
 
-_UUID_BYTES = 16
-
 _Key = TypeVar("_Key", str, bytes)
 
 _log = structlog.get_logger(__name__)
@@ -69,6 +71,7 @@ class PostgresLeadSource:
         self._types: ColumnTypes = {}
         self._stale = True
         self._statements: dict[tuple[object, ...], str] = {}
+        self._under_way = 0
 
     def source_columns(self) -> Mapping[str, ColumnKind]:
         """Returns the columns features can read, by name, as last seen; empty when never seen."""
@@ -92,8 +95,8 @@ class PostgresLeadSource:
         self._types, self._stale, self._statements = types, False, {}
         return column_kinds(types)
 
-    async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn]) -> FetchedLeads:
-        """Reads the named columns of these leads in one statement.
+    async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn], use_part: UsePart) -> None:
+        """Reads the named columns of these leads in one statement, and hands them to `use_part` as they come.
 
         `lead_ids` are canonical and distinct. An ID that more than one row carries is ambiguous.
 
@@ -102,42 +105,55 @@ class PostgresLeadSource:
             PredictionFailedError: the relation no longer has a column, or it has another type.
         """
         if not self._stale:
-            return await self._fetch(lead_ids, columns)
+            await self._fetch(lead_ids, tuple(columns), use_part)
+            return
         async with self._database.one_deadline():
             await self.fetch_schema()
-            return await self._fetch(lead_ids, columns)
+            await self._fetch(lead_ids, tuple(columns), use_part)
 
-    async def _fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn]) -> FetchedLeads:
+    async def _fetch(
+        self, lead_ids: Sequence[str], columns: tuple[InputColumn, ...], use_part: UsePart
+    ) -> None:
         uuids, others = split_uuids(lead_ids)
         refs = others if EXTERNAL_REF in self._types else []
-        asked = join_uuids(uuids)
-        ids, found_refs, *cells = await self._read(tuple(columns), asked, refs)
-        found = ids or b""
-        leads = decode_batch(columns, cells, len(found) // _UUID_BYTES)
-        if not others:
-            return FetchedLeads(_match_uuids(asked, found), lead_ids, leads)
-        names = _name_leads(found.hex())
-        row_of = _look_up(lead_ids, _rows_by_ref(found_refs) | _rows(names))
-        named = zip(lead_ids, row_of.tolist(), strict=True)
-        uuid_of = [lead_id if row < 0 else names[row] for lead_id, row in named]
-        return FetchedLeads(row_of, uuid_of, leads)
-
-    async def _read(
-        self, columns: tuple[InputColumn, ...], uuids: bytes, refs: Sequence[str]
-    ) -> list[bytes | None]:
-        """Returns the IDs of the leads found, their references, then the cells of each column."""
         if not uuids and not refs:
-            return [None] * (2 + len(columns))
-        few = len(uuids) // _UUID_BYTES + len(refs) <= _FEW_LEADS
-        statement = self._statement(columns, by_id=bool(uuids), by_ref=bool(refs), in_one_row=not few)
-        parameters = ([pack_uuids(uuids)] if uuids else []) + ([pack_texts(refs)] if refs else [])
+            use_part(0, _understand(lead_ids, columns, [None] * (2 + len(columns)), b""))
+            return
+        rows = self._choose_rows(len(lead_ids), one_kind=not uuids or not others)
+        statement = self._statement(columns, by_id=bool(uuids), by_ref=bool(refs), rows=rows)
+        asked = join_uuids(uuids)
+        parameters = ([pack_uuids(asked)] if uuids else []) + ([pack_texts(refs)] if refs else [])
+
+        def use_row(row: PGresult) -> None:
+            place, *values = (row.get_value(0, field) for field in range(row.nfields))
+            first = int.from_bytes(place or b"")
+            part = slice(first, first + PART_LEADS)
+            of_part = asked[first * UUID_BYTES : part.stop * UUID_BYTES]
+            use_part(first, _understand(lead_ids[part], columns, values, of_part))
+
+        self._under_way += 1
         try:
-            result = await self._database.query(statement, parameters)
+            result = await self._database.query(statement, parameters, use_row if rows == "parts" else None)
         except psycopg.Error as exc:
             self._stale = True
             raise self._failure("the statement failed", exc) from exc
-        values = column_values(result)
-        return join_rows(values, columns, with_refs=bool(refs)) if few else [value for (value,) in values]
+        finally:
+            self._under_way -= 1
+        if rows != "parts":
+            values = column_values(result)
+            of_all = (
+                join_rows(values, columns, with_refs=bool(refs))
+                if rows == "leads"
+                else [value for (value,) in values]
+            )
+            use_part(0, _understand(lead_ids, columns, of_all, asked))
+
+    def _choose_rows(self, leads: int, *, one_kind: bool) -> Rows:
+        """Returns how a batch is read; only IDs of one kind can be counted off in parts."""
+        if leads <= _FEW_LEADS:
+            return "leads"
+        # Parts keep the processor busy while the database reads on; where others are read, they do that.
+        return "parts" if leads > PART_LEADS and one_kind and not self._under_way else "one"
 
     async def fetch_recent(self, leads: int) -> list[str]:
         """Returns the IDs of the newest leads, newest first: for each its UUID, then its reference if any.
@@ -164,10 +180,8 @@ class PostgresLeadSource:
             raise self._failure("the newest leads cannot be read", exc) from exc
         return list(dict.fromkeys(canonical_lead_id(value) for row in rows for value in row if value))
 
-    def _statement(
-        self, columns: tuple[InputColumn, ...], *, by_id: bool, by_ref: bool, in_one_row: bool
-    ) -> str:
-        key = (columns, by_id, by_ref, in_one_row)
+    def _statement(self, columns: tuple[InputColumn, ...], *, by_id: bool, by_ref: bool, rows: Rows) -> str:
+        key = (columns, by_id, by_ref, rows)
         statement = self._statements.get(key)
         if statement is None:
             wrong = wrong_columns(self._types, columns)
@@ -175,7 +189,7 @@ class PostgresLeadSource:
                 self._stale = True  # looked at again next time: the relation may have been mended
                 raise self._failure(f"columns are missing or have another type: {', '.join(wrong)}")
             statement = self._statements[key] = batch_statement(
-                self._relation, self._types, columns, by_id=by_id, by_ref=by_ref, in_one_row=in_one_row
+                self._relation, self._types, columns, by_id=by_id, by_ref=by_ref, rows=rows
             )
         return statement
 
@@ -269,9 +283,25 @@ def require_columns(relation: str, types: ColumnTypes, columns: Sequence[InputCo
         raise CommandError(f"{relation} lacks columns, or has them with another type: {', '.join(wrong)}")
 
 
+def _understand(
+    lead_ids: Sequence[str], columns: Sequence[InputColumn], values: Sequence[bytes | None], asked: bytes
+) -> FetchedLeads:
+    """Decodes one row of many leads: those found of these IDs, of which `asked` are the joined UUIDs."""
+    ids, found_refs, *cells = values
+    found = ids or b""
+    leads = decode_batch(columns, cells, len(found) // UUID_BYTES)
+    if len(asked) == len(lead_ids) * UUID_BYTES:
+        return FetchedLeads(_match_uuids(asked, found), lead_ids, leads)
+    names = _name_leads(found.hex())
+    row_of = _look_up(lead_ids, _rows_by_ref(found_refs) | _rows(names))
+    named = zip(lead_ids, row_of.tolist(), strict=True)
+    uuid_of = [lead_id if row < 0 else names[row] for lead_id, row in named]
+    return FetchedLeads(row_of, uuid_of, leads)
+
+
 def _match_uuids(asked: bytes, found: bytes) -> IntArray:
     """Returns the row of each UUID asked among those found, both joined."""
-    if min(len(asked), len(found)) > _FEW_LEADS * _UUID_BYTES:
+    if min(len(asked), len(found)) > _FEW_LEADS * UUID_BYTES:
         wanted, there = (np.frombuffer(ids, np.uint64).reshape(-1, 2) for ids in (asked, found))
         order = there[:, 1].argsort()
         halves = there[order, 1]  # the random ones of most UUIDs, so mostly distinct
@@ -282,12 +312,12 @@ def _match_uuids(asked: bytes, found: bytes) -> IntArray:
 
 
 def _split_uuids(ids: bytes) -> list[bytes]:
-    return [ids[at : at + _UUID_BYTES] for at in range(0, len(ids), _UUID_BYTES)]
+    return [ids[at : at + UUID_BYTES] for at in range(0, len(ids), UUID_BYTES)]
 
 
 def _name_leads(digits: str) -> list[str]:
     # Cut by hand: 2,000 objects of the class UUID took 3 ms of every batch.
-    cut = (digits[at : at + 2 * _UUID_BYTES] for at in range(0, len(digits), 2 * _UUID_BYTES))
+    cut = (digits[at : at + 2 * UUID_BYTES] for at in range(0, len(digits), 2 * UUID_BYTES))
     return [f"{hex_[:8]}-{hex_[8:12]}-{hex_[12:16]}-{hex_[16:20]}-{hex_[20:]}" for hex_ in cut]
 
 

@@ -7,7 +7,7 @@ parameters, wait once, take the values. It knows no SQL. Called by `engine`.
 
 import asyncio
 import select
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product, starmap
 from typing import Any
 
@@ -18,6 +18,8 @@ from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
 Connection = psycopg.AsyncConnection[Any]
+UseRow = Callable[[PGresult], None]
+"""Is handed a result of one row."""
 
 _BINARY = 1
 
@@ -36,10 +38,18 @@ class Session:
         self._input = select.poll()
         self._input.register(self._descriptor, select.POLLIN)
 
-    async def query(self, statement: str, parameters: Sequence[Buffer], deadline_seconds: float) -> PGresult:
+    async def query(
+        self,
+        statement: str,
+        parameters: Sequence[Buffer],
+        deadline_seconds: float,
+        use_row: UseRow | None = None,
+    ) -> PGresult:
         """Returns the rows of a statement with parameters `$1`, `$2`, ..., all values binary.
 
-        Prepared the first time. Whoever is late, or cancelled meanwhile, leaves a session that is not idle.
+        With `use_row` each row is handed over as it comes, while the server works at the next, and none is
+        returned. Prepared the first time. Whoever is late, or cancelled meanwhile, or whose `use_row` fails,
+        leaves a session that is not idle.
 
         Raises:
             TimeoutError: there is no answer within the deadline.
@@ -55,7 +65,9 @@ class Session:
         self._pgconn.send_query_prepared(
             name, parameters, param_formats=[_BINARY] * len(parameters), result_format=_BINARY
         )
-        return await self._result(ends)
+        if use_row is not None:
+            self._pgconn.set_single_row_mode()
+        return await self._result(ends, use_row)
 
     def driver(self) -> Connection:
         """Returns the connection for the driver's own use, which joins the event loop by itself."""
@@ -85,7 +97,7 @@ class Session:
         """Returns the number of the socket."""
         return self._descriptor
 
-    async def _result(self, ends: float) -> PGresult:
+    async def _result(self, ends: float, use_row: UseRow | None = None) -> PGresult:
         if self._pgconn.flush():
             self._loop.add_writer(self._descriptor, self._flush)
         last: PGresult | None = None
@@ -102,7 +114,10 @@ class Session:
             result = self._pgconn.get_result()
             if result is None:
                 break
-            last = result
+            if use_row is not None and result.status == ExecStatus.SINGLE_TUPLE:
+                use_row(result)
+            else:
+                last = result
         if last is None or last.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
             raise psycopg.OperationalError("no answer") if last is None else error_from_result(last)
         return last
