@@ -1,9 +1,10 @@
 """The story of one prediction, top to bottom: lead IDs in, calibrated numbers a person may act on out.
 
-Both routers call the one `Predictor`. It knows no HTTP and no SQL, holds no database connection while it
-computes, and leaves the event loop for a large batch and for reasons only. `score_leads` is the pure part,
-from columns to answers; bulk scoring calls it too, so a score in a table and a score over HTTP come from the
-same lines.
+Both routers call the one `Predictor`. It knows no HTTP and no SQL. A batch that comes in parts is scored part
+by part while the database works at the next one; no connection is held while anything else is computed. It
+leaves the event loop for reasons, and for a large batch that comes as a whole. `score_leads` is the pure
+part, from columns to answers; bulk scoring calls it too, so a score in a table and a score over HTTP come
+from the same lines.
 """
 
 import asyncio
