@@ -581,6 +581,7 @@ def test_probes_and_documents_answer(client: httpx2.Client) -> None:
     assert client.get("/readyz").json() == {"status": "ready"}
     assert client.get("/docs").headers["content-type"].startswith("text/html")
     assert client.get("/openapi.json").json()["info"]["title"] == "Lead Scoring"
+    assert client.post(SCORE, json=["lead_1"]).status_code == 200
     metrics = client.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain; version=")
     assert f'leadscore_requests_total{{code="",route="{SCORE}",status="200"}}' in metrics.text
