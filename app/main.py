@@ -183,6 +183,7 @@ def _wrap(app: FastAPI, settings: Settings) -> None:
         AuditMiddleware,
         telemetry=_find_telemetry,
         problem=problems,
+        admission=admission,
         static_routes=frozenset(methods),
     )
     app.add_middleware(RequestIdMiddleware)

@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
 import psycopg
@@ -133,11 +133,9 @@ def slow_telemetry() -> None:
     """Telemetry that takes 20 ms more for each event."""
 
     class SlowTelemetry(MlTelemetry):
-        async def record(
-            self, event: Event, request_id: str | None = None, *, deadline_seconds: float | None = None
-        ) -> None:
+        async def record(self, event: Event, request_id: str | None = None, **known: Any) -> None:
             await asyncio.sleep(SLOW_SECONDS)
-            await super().record(event, request_id, deadline_seconds=deadline_seconds)
+            await super().record(event, request_id, **known)
 
     app.wiring.MlTelemetry = SlowTelemetry  # type: ignore[misc]
 

@@ -124,7 +124,12 @@ class FakeTelemetry:
         self.error: LeadScoringError | None = None
 
     async def record(
-        self, event: Event, request_id: str | None = None, *, deadline_seconds: float | None = None
+        self,
+        event: Event,
+        request_id: str | None = None,
+        *,
+        deadline_seconds: float | None = None,
+        under_way: int = 1,
     ) -> None:
         if self.error is not None:
             raise self.error

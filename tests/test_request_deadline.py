@@ -44,15 +44,16 @@ def build_app(source: FakeLeadSource, telemetry: MlTelemetry, executor: ThreadPo
         record.predictions = await predictor.predict(["lead_0"], context)
         await Response(b"{}", media_type="application/json")(scope, receive, send)
 
-    problems = Problems({SCORE: frozenset({"POST"})})
+    problems, admission = Problems({SCORE: frozenset({"POST"})}), Admission(10)
     limited = InFlightLimit(
-        endpoint, paths={SCORE}, admission=Admission(10), deadline_seconds=RECORD_SECONDS + 0.05
+        endpoint, paths={SCORE}, admission=admission, deadline_seconds=RECORD_SECONDS + 0.05
     )
     return RequestIdMiddleware(
         AuditMiddleware(
             ErrorBoundary(limited, problems=problems),
             telemetry=lambda _: telemetry,
             problem=problems,
+            admission=admission,
             static_routes=frozenset({SCORE}),
         )
     )

@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 from app.ai.events import Event, PredictionError, PredictionSuccess, RequestRecord
 from app.errors import EmptyBatchError, LeadScoringError, TelemetryUnavailableError
 from app.middleware.audit import AuditMiddleware
+from app.middleware.in_flight import Admission
 from app.middleware.request_id import RequestIdMiddleware
 from tests.test_telemetry_events import make_predictions
 
@@ -37,7 +38,12 @@ class Journal:
         self.gate: asyncio.Event | None = None
 
     async def record(
-        self, event: Event, request_id: str | None = None, *, deadline_seconds: float | None = None
+        self,
+        event: Event,
+        request_id: str | None = None,
+        *,
+        deadline_seconds: float | None = None,
+        under_way: int = 1,
     ) -> None:
         if self.broken:
             raise TelemetryUnavailableError
@@ -93,6 +99,7 @@ def build_app(journal: Journal, **options: object) -> ASGIApp:
         endpoint,
         telemetry=lambda _: journal,
         problem=build_problem,
+        admission=Admission(10),
         static_routes=frozenset({POST, "/livez"}),
     )
     return RequestIdMiddleware(audit, **options)  # type: ignore[arg-type]
@@ -335,6 +342,8 @@ async def test_other_protocols_pass_through() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(scope["type"])
 
-    audit = AuditMiddleware(app, telemetry=lambda _: Journal(), problem=build_problem)
+    audit = AuditMiddleware(
+        app, telemetry=lambda _: Journal(), problem=build_problem, admission=Admission(10)
+    )
     await RequestIdMiddleware(audit)({"type": "lifespan"}, asyncio.Queue().get, asyncio.Queue().put)
     assert seen == ["lifespan"]

@@ -93,6 +93,12 @@ def test_each_row_is_summarised_by_itself() -> None:
     assert [summary.p50 for summary in build_summaries(np.empty((2, 0)))] == [None, None]
 
 
+def test_a_summary_has_six_decimals() -> None:
+    one, two = build_summaries(np.array([[1 / 3]])) + build_summaries(np.array([[1 / 3, 2 / 3]]))
+    assert one == Summary(*[0.333333] * 6)
+    assert (two.min, two.max, two.mean) == (0.333333, 0.666667, 0.5)
+
+
 def test_every_action_reads_back_what_was_written() -> None:
     events = [
         build_prediction_event(make_record(make_predictions(["a"], [0.3])), 200, 1.0),

@@ -13,7 +13,9 @@ from app.ai.domain import StoredEvent
 from app.ai.events import PredictionError
 from app.ai.ml_telemetry import MlTelemetry, NullTelemetry
 from app.ai.telemetry_log import TelemetryLog
+from app.ai.telemetry_writer import Company
 from app.errors import DatabaseUnavailableError, TelemetryUnavailableError
+from tests.test_telemetry_log import make_events
 
 EVENT = PredictionError(
     route="/ai/advanced-ml/predict-batch", status=422, trace_id=None, latency_ms=1.5,
@@ -27,6 +29,7 @@ class Table:
     def __init__(self) -> None:
         self.rows: dict[str, StoredEvent] = {}
         self.deliveries = 0
+        self.sizes: list[int] = []
         self.away = False
         self.failures_after_commit = 0
 
@@ -36,6 +39,7 @@ class Table:
         for event in events:
             self.rows.setdefault(event.id, event)
         self.deliveries += len(events)
+        self.sizes += [len(events)] if events else []
         if self.failures_after_commit:
             self.failures_after_commit -= 1
             raise DatabaseUnavailableError
@@ -79,9 +83,19 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
+async def turns() -> None:
+    """Lets the event loop do what it can without waiting."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
 @asynccontextmanager
 async def opened(
-    log: TelemetryLog, sink: Table, deadline_seconds: float = 5.0, quick_disk_seconds: float = 0.0
+    log: TelemetryLog,
+    sink: Table,
+    deadline_seconds: float = 5.0,
+    quick_disk_seconds: float = 0.0,
+    company_seconds: float = 0.0,
 ) -> AsyncIterator[MlTelemetry]:
     """Telemetry over a disk that is never quick, unless it says how quick a disk has to be."""
     telemetry = MlTelemetry(
@@ -90,6 +104,7 @@ async def opened(
         ship_interval_seconds=0.005,
         record_deadline_seconds=deadline_seconds,
         quick_disk_seconds=quick_disk_seconds,
+        company_seconds=company_seconds,
         group_size=50,
     )
     await telemetry.open()
@@ -139,6 +154,55 @@ async def test_requests_ready_at_once_share_a_commit_where_they_stand(tmp_path: 
     assert log.writers == [threading.current_thread().name]
 
 
+async def test_an_event_among_other_requests_waits_for_three_quarters_of_theirs(tmp_path: Path) -> None:
+    log = GatedLog(tmp_path)
+    async with opened(log, Table(), quick_disk_seconds=60, company_seconds=60) as telemetry:
+        recordings = [asyncio.create_task(telemetry.record(EVENT, f"{n}", under_way=4)) for n in range(2)]
+        await turns()
+        assert log.commits == 0
+        await telemetry.record(EVENT, "the third", under_way=4)
+        await asyncio.gather(*recordings)
+        assert log.commits == 1
+
+
+async def test_an_event_whose_company_does_not_come_is_written_all_the_same(tmp_path: Path) -> None:
+    log = GatedLog(tmp_path)
+    async with opened(log, Table(), quick_disk_seconds=60, company_seconds=0.001) as telemetry:
+        await telemetry.record(EVENT, "alone", under_way=100)
+        assert log.commits == 1
+
+
+async def test_an_event_that_waits_for_others_is_written_when_the_telemetry_closes(tmp_path: Path) -> None:
+    table = Table()
+    async with opened(TelemetryLog(tmp_path), table, quick_disk_seconds=60, company_seconds=60) as telemetry:
+        recording = asyncio.create_task(telemetry.record(EVENT, "waits", under_way=100))
+        await turns()
+    await recording
+    async with opened(TelemetryLog(tmp_path), table):
+        await until(lambda: table.request_ids() == ["waits"])
+
+
+def test_company_that_does_not_come_is_waited_for_less_and_less() -> None:
+    company = Company()
+    spared = []
+    for _ in range(8):
+        assert company.is_awaited(1, under_way=2)
+        company.note(1)
+        spared.append(next(n for n in range(100) if company.is_awaited(1, under_way=2)))
+    assert spared == [1, 3, 7, 15, 31, 63, 63, 63]
+
+
+def test_company_that_comes_is_waited_for_again() -> None:
+    company = Company()
+    for _ in range(6):
+        company.note(1)
+    for _ in range(6):
+        company.note(2)
+    assert company.is_awaited(1, under_way=2)
+    assert not company.is_awaited(1, under_way=1)
+    assert not company.is_awaited(3, under_way=4)
+
+
 async def test_a_disk_that_was_slow_is_waited_for_on_the_thread(tmp_path: Path) -> None:
     log = WatchedLog(tmp_path)
     async with opened(log, Table(), quick_disk_seconds=1e-9) as telemetry:
@@ -168,6 +232,27 @@ async def test_an_absent_database_delays_events_and_loses_none(tmp_path: Path) -
         await until(lambda: len(table.rows) == 120)
         await until(lambda: telemetry.state() == "ok")
     assert table.request_ids() == [f"req-{n:03}" for n in range(120)]
+
+
+async def test_few_events_go_to_the_database_in_small_groups(tmp_path: Path) -> None:
+    log, table = TelemetryLog(tmp_path), Table()
+    log.write(make_events(0, 250))
+    telemetry = MlTelemetry(log, table, ship_interval_seconds=0.005)
+    await telemetry.open()
+    await until(lambda: len(table.rows) == 250)
+    await telemetry.close()
+    assert table.sizes == [100, 100, 50]
+
+
+async def test_a_backlog_goes_to_the_database_in_large_groups(tmp_path: Path) -> None:
+    log, table = TelemetryLog(tmp_path), Table()
+    log.write(make_events(0, 4500))
+    telemetry = MlTelemetry(log, table, ship_interval_seconds=0.005)
+    await telemetry.open()
+    await until(lambda: len(table.rows) == 4500)
+    await telemetry.close()
+    assert table.sizes[0] == 500
+    assert table.sizes[-1] <= 100
 
 
 async def test_closing_ships_what_is_left(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ TraceId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0)]
 
+_DECIMALS = 6
+
 UNMATCHED_ROUTE = "unmatched"
 """The route of a request no route template matches: a path is the caller's text and is never recorded."""
 
@@ -182,17 +184,19 @@ def _build_success(
 
 
 def build_summaries(values: FloatArray) -> list[Summary]:
-    """Summarises each row of finite values (r, n): extremes, deciles by nearest rank, and the mean."""
+    """Summarises each row of finite values (r, n): extremes, deciles by nearest rank, and the mean.
+
+    Rounded to six decimals: PostgreSQL takes half the time of an event for the digits of its numbers.
+    """
     n = values.shape[1]
     if n == 0:
         return [Summary(None, None, None, None, None, None)] * len(values)
     if n == 1:  # as most requests ask, and sorting one value takes as long as all the rest
-        return [Summary(*6 * row) for row in values.tolist()]
-    means = (values.sum(axis=1) / n).tolist()
+        return [Summary(*[round(value, _DECIMALS)] * 6) for (value,) in values.tolist()]
+    means = values.sum(axis=1) / n
     values.sort(axis=1)
     places = [0, *(round(share * (n - 1)) for share in (0.1, 0.5, 0.9)), n - 1]
-    ranked = values[:, places].tolist()
-    return [Summary(*[*row, mean]) for row, mean in zip(ranked, means, strict=True)]
+    return [Summary(*row) for row in np.column_stack((values[:, places], means)).round(_DECIMALS).tolist()]
 
 
 def encode_event(event: Event, event_id: str, created_at: str, request_id: str | None = None) -> StoredEvent:

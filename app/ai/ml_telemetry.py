@@ -30,6 +30,9 @@ TelemetryState = Literal["ok", "shipping_delayed", "direct", "unavailable", "off
 
 _LONGEST_PAUSE_SECONDS = 2.0
 
+_CALM_GROUP, _CALM_PAUSE_SECONDS, _CALM_GROUPS = 100, 0.02, 8
+"""Events in a shipment, the pause after it, and how many such shipments may wait before they grow."""
+
 _log = structlog.get_logger("app.telemetry")
 
 
@@ -37,12 +40,17 @@ class Telemetry(Protocol):
     """Where events are recorded."""
 
     async def record(
-        self, event: Event, request_id: str | None = None, *, deadline_seconds: float | None = None
+        self,
+        event: Event,
+        request_id: str | None = None,
+        *,
+        deadline_seconds: float | None = None,
+        under_way: int = 1,
     ) -> None:
         """Returns once the event is durable: on this machine, or else in the database.
 
-        `deadline_seconds` is what the request has left. A caller that is cancelled while it waits leaves
-        exactly one event behind.
+        `deadline_seconds` is what the request has left, `under_way` how many requests will have an event
+        soon, this one among them. A caller that is cancelled while it waits leaves exactly one event behind.
 
         Raises:
             TelemetryUnavailableError: the event could not be made durable.
@@ -66,7 +74,12 @@ class NullTelemetry:
     """Telemetry that is turned off: accepts everything, keeps nothing."""
 
     async def record(
-        self, event: Event, request_id: str | None = None, *, deadline_seconds: float | None = None
+        self,
+        event: Event,
+        request_id: str | None = None,
+        *,
+        deadline_seconds: float | None = None,
+        under_way: int = 1,
     ) -> None:
         """Forgets the event."""
 
@@ -89,6 +102,7 @@ class MlTelemetry:
     `ship_interval_seconds` is the pause between looks for events to ship; it doubles up to two seconds while
     the database is away. `record_deadline_seconds` bounds the wait for the disk, and that for the database
     where the disk fails. The event loop itself waits for a disk that took less than `quick_disk_seconds`.
+    Among other requests an event waits up to `company_seconds` for theirs.
     """
 
     def __init__(
@@ -102,8 +116,9 @@ class MlTelemetry:
         ship_interval_seconds: float = 0.25,
         record_deadline_seconds: float = 2.0,
         quick_disk_seconds: float = 0.001,
+        company_seconds: float = 0.003,
     ) -> None:
-        self._writer = TelemetryWriter(log, group_size, quick_disk_seconds)
+        self._writer = TelemetryWriter(log, group_size, quick_disk_seconds, company_seconds)
         self._direct = DirectWriter(sink, group_size)
         self._sink = sink
         self._now = now
@@ -141,7 +156,12 @@ class MlTelemetry:
         await self._writer.close(deadline_seconds)
 
     async def record(
-        self, event: Event, request_id: str | None = None, *, deadline_seconds: float | None = None
+        self,
+        event: Event,
+        request_id: str | None = None,
+        *,
+        deadline_seconds: float | None = None,
+        under_way: int = 1,
     ) -> None:
         """See `Telemetry.record`."""
         if not self._open:
@@ -150,7 +170,7 @@ class MlTelemetry:
         ends = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
         if self._writer.usable:
             with suppress(TelemetryUnavailableError):
-                await self._writer.write(stored, self._seconds_until(ends))
+                await self._writer.write(stored, self._seconds_until(ends), under_way)
                 return
         await self._direct.write(stored, self._seconds_until(ends))
 
@@ -188,29 +208,38 @@ class MlTelemetry:
         while True:
             await asyncio.sleep(pause)
             try:
-                await self._ship_all()
+                pause = await self._ship_calmly()
             except Exception as exc:  # noqa: BLE001 - whatever it was, the events stay
                 self._note_delay(exc)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                pause = min(2 * max(pause, self._ship_interval_seconds), _LONGEST_PAUSE_SECONDS)
             else:
                 self._note_shipping()
-                pause = self._ship_interval_seconds
             await self._look_at_log()
             if not self._writer.usable:  # tried again soon, whatever the database does
                 pause = self._ship_interval_seconds
 
     async def _ship_all(self) -> None:
-        # A group that is not full is the last one: to send the few events that came meanwhile, and then the
-        # next few, would keep two processors and a disk busy without end.
-        while await self._ship_group() == self._group_size:
+        while await self._ship_group(self._group_size):
             pass
 
-    async def _ship_group(self) -> int:
-        batch = await self._writer.run(lambda log: log.read_batch(self._group_size))
+    async def _ship_calmly(self) -> float:
+        """Ships a group; returns for how long the next one waits, in seconds."""
+        # Requests wait for the processor that PostgreSQL needs for events, so what is not urgent goes in
+        # small groups, with room between them.
+        size = min(self._group_size, max(_CALM_GROUP, self._backlog // _CALM_GROUPS))
+        if await self._ship_group(size):
+            return _CALM_PAUSE_SECONDS if size < self._group_size else 0.0
+        # A group that is not full is the last one: to send the few events that came meanwhile, and then the
+        # next few, would keep two processors and a disk busy without end.
+        return self._ship_interval_seconds
+
+    async def _ship_group(self, limit: int) -> bool:
+        """Ships the oldest events; tells whether that were as many as might be."""
+        batch = await self._writer.run(lambda log: log.read_batch(limit))
         if batch.events:
             await self._sink.write_events(batch.events)
             await self._writer.run(lambda log: log.delete(batch))
-        return len(batch.events)
+        return len(batch.events) == limit
 
     async def _look_at_log(self) -> None:
         if not self._writer.usable:
@@ -219,8 +248,7 @@ class MlTelemetry:
         if not self._writer.usable:
             await self._direct.check()
         with suppress(TelemetryUnavailableError):
-            await self._writer.run(TelemetryLog.prepare_next)
-            self._backlog = await self._writer.run(TelemetryLog.count)
+            self._backlog = await self._writer.run(_prepare_and_count)
             TELEMETRY_BACKLOG.set(self._backlog)
 
     def _note_delay(self, cause: Exception) -> None:
@@ -233,3 +261,8 @@ class MlTelemetry:
         if not self._shipping:
             _log.info("telemetry_shipping_resumed")
         self._shipping = True
+
+
+def _prepare_and_count(log: TelemetryLog) -> int:
+    log.prepare_next()
+    return log.count()

@@ -1,9 +1,10 @@
 """Everything done to the telemetry log, one thing after another: on the event loop, or on a thread.
 
-Requests that are ready in the same turn of the event loop share one commit, made where they stand: the way to
-a thread and back takes longer than a quick disk. A disk that is not quick is waited for on the thread. Runs
-in every worker that serves, started after the fork by `ml_telemetry`, its only caller, and knows nothing of
-the database.
+Events that are ready together share one commit, made where they stand: the way to a thread and back takes
+longer than a quick disk. Among other requests an event waits a moment for theirs (`Company`), because a
+synchronised disk costs the processor as much for one event as for twenty. A disk that is not quick is waited
+for on the thread. Runs in every worker that serves, started after the fork by `ml_telemetry`, its only
+caller, and knows nothing of the database.
 """
 
 import asyncio
@@ -23,6 +24,11 @@ from app.ai.telemetry_log import TelemetryLog
 from app.errors import TelemetryUnavailableError
 from app.metrics import TELEMETRY_FAILURES, TELEMETRY_RECORD_SECONDS, observe_event
 
+_COMPANY_SHARE = 0.75
+"""Of the requests under way, so many have their events ready when a commit no longer waits for the others."""
+
+_MOST_SPARED = 63
+
 _T = TypeVar("_T")
 _Written = asyncio.Future[BaseException | None]
 
@@ -39,18 +45,51 @@ class _Entry:
     withdrawn: bool = False
 
 
+class Company:
+    """Whether a commit waits for the events of other requests.
+
+    A wait that nobody joins spares the next event one; if that happens again and again, the next 3, 7 and at
+    most 63, and each wait that somebody joins halves that: the others may be requests that take much longer,
+    or wait for a database that does not answer.
+    """
+
+    def __init__(self) -> None:
+        self._in_vain = 0
+        self._spared = 0
+
+    def is_awaited(self, ready: int, under_way: int) -> bool:
+        """Tells whether the newest of the events that are `ready` makes the commit wait."""
+        if ready >= _COMPANY_SHARE * under_way:
+            return False
+        if self._spared:
+            self._spared -= 1
+            return False
+        return True
+
+    def note(self, ready: int) -> None:
+        """Learns how many events there were at the end of a wait."""
+        self._in_vain = self._in_vain // 2 if ready > 1 else min(2 * self._in_vain + 1, _MOST_SPARED)
+        self._spared = self._in_vain
+
+
 class TelemetryWriter:
     """Writes to a log; bound to the event loop that starts it.
 
     The thread writes groups of at most `group_size` events. A disk that took `quick_seconds` or longer the
-    last time is not waited for on the event loop.
+    last time is not waited for on the event loop. An event waits at most `company_seconds` for others.
     """
 
-    def __init__(self, log: TelemetryLog, group_size: int, quick_seconds: float) -> None:
+    def __init__(
+        self, log: TelemetryLog, group_size: int, quick_seconds: float, company_seconds: float
+    ) -> None:
         self._telemetry_log = log
         self._group_size = group_size
         self._quick_seconds = quick_seconds
+        self._company_seconds = company_seconds
         self._ready: list[_Entry] = []
+        self._company = Company()
+        self._wait: asyncio.TimerHandle | None = None
+        self._commits_soon = False
         self._jobs: queue.SimpleQueue[_Entry | Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work_until_closed, name="telemetry-writer", daemon=True)
         self._log_free = threading.Lock()
@@ -68,8 +107,10 @@ class TelemetryWriter:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def write(self, event: StoredEvent, deadline_seconds: float) -> None:
+    async def write(self, event: StoredEvent, deadline_seconds: float, under_way: int = 1) -> None:
         """Returns once the event is durable; it is written also if the caller is cancelled meanwhile.
+
+        `under_way` is how many requests will have an event soon, this one among them.
 
         Raises:
             TelemetryUnavailableError: it is not durable within the deadline. An event that had already
@@ -77,9 +118,8 @@ class TelemetryWriter:
         """
         began = time.perf_counter()
         written: _Written = self._loop.create_future()
-        if not self._ready:
-            self._loop.call_soon(self._write_ready)
         self._ready.append(_Entry(event, written, deadline_seconds))
+        self._plan_commit(under_way)
         try:
             error = await written
         finally:
@@ -87,10 +127,28 @@ class TelemetryWriter:
         if error is not None:
             raise TelemetryUnavailableError from error
 
+    def _plan_commit(self, under_way: int) -> None:
+        if self._commits_soon:
+            return
+        if self._is_quick() and self._company.is_awaited(len(self._ready), under_way):
+            if self._wait is None:
+                self._wait = self._loop.call_later(self._company_seconds, self._write_ready)
+            return
+        self._commits_soon = True
+        self._loop.call_soon(self._write_ready)
+
+    def _is_quick(self) -> bool:
+        return self._commit_seconds < self._quick_seconds
+
     def _write_ready(self) -> None:
-        """Writes what became ready in this turn, if the disk has been quick of late and the log is free."""
+        """Writes what is ready, if the disk has been quick of late and the log is free."""
         ready, self._ready = self._ready, []
-        if self._commit_seconds >= self._quick_seconds or not self._log_free.acquire(blocking=False):
+        self._commits_soon = False
+        if self._wait is not None:
+            self._wait.cancel()
+            self._wait = None
+            self._company.note(len(ready))
+        if not self._is_quick() or not self._log_free.acquire(blocking=False):
             for entry in ready:
                 self._hand_over(entry)
             return
@@ -153,6 +211,8 @@ class TelemetryWriter:
             self._closing = True
             log.close()
 
+        if self._ready:
+            self._write_ready()
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_seconds):
                 await self.run(finish)

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.ai.events import PredictionError, PredictionSuccess, RequestRecord, build_prediction_event
 from app.ai.ml_telemetry import Telemetry
 from app.errors import InternalError, LeadScoringError, TelemetryUnavailableError
-from app.middleware.in_flight import RECORD_SECONDS
+from app.middleware.in_flight import RECORD_SECONDS, Admission
 from app.middleware.request_id import CLIENT_CLOSED_REQUEST
 
 AUDITED_PREFIX = "/ai/"
@@ -27,8 +27,8 @@ class AuditMiddleware:
     """Plain ASGI middleware, directly inside `RequestIdMiddleware` and outside everything else.
 
     `telemetry` finds the telemetry of this request's application, `problem` turns an error into the ASGI
-    response that carries it. `static_routes` are the route templates without parameters: a request that is
-    refused before it is routed is told apart by them.
+    response that carries it, `admission` knows how many requests are under way. `static_routes` are the route
+    templates without parameters: a request that is refused before it is routed is told apart by them.
     """
 
     def __init__(
@@ -37,12 +37,14 @@ class AuditMiddleware:
         *,
         telemetry: Callable[[Scope], Telemetry],
         problem: Callable[[Scope, LeadScoringError], ASGIApp],
+        admission: Admission,
         static_routes: frozenset[str] = frozenset(),
         monotonic: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._app = app
         self._telemetry = telemetry
         self._problem = problem
+        self._admission = admission
         self._static_routes = static_routes
         self._monotonic = monotonic
 
@@ -72,7 +74,10 @@ class AuditMiddleware:
         try:
             event = self._build_event(record, status)
             await self._telemetry(scope).record(
-                event, record.request_id, deadline_seconds=_seconds_left(record)
+                event,
+                record.request_id,
+                deadline_seconds=_seconds_left(record),
+                under_way=self._admission.in_flight,
             )
         except TelemetryUnavailableError:
             raise

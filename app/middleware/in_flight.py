@@ -44,6 +44,11 @@ class Admission:
         self._in_flight = 0
         self._seconds_each = 0.0
 
+    @property
+    def in_flight(self) -> int:
+        """How many requests are under way."""
+        return self._in_flight
+
     def is_full(self, longest_wait: float = LONGEST_WAIT_SECONDS) -> bool:
         """Tells whether one more would have to wait longer than this, in seconds."""
         waits = self._in_flight * self._seconds_each > longest_wait
