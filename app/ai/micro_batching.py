@@ -26,7 +26,7 @@ SLOTS = 2
 MOST_LEADS = 64
 """A request with more leads goes by itself: it has nothing to gain."""
 
-MOST_SHARED = 512
+MOST_SHARED = 256
 """With so many leads together a look-up sets out without waiting for others."""
 
 LONGEST_WAIT_SECONDS = 0.005

@@ -102,7 +102,7 @@ class MlTelemetry:
     `ship_interval_seconds` is the pause between looks for events to ship; it doubles up to two seconds while
     the database is away. `record_deadline_seconds` bounds the wait for the disk, and that for the database
     where the disk fails. The event loop itself waits for a disk that took less than `quick_disk_seconds`.
-    Among other requests an event waits up to `company_seconds` for theirs.
+    Among other requests an event waits for theirs, at most `company_seconds` for each of up to eight.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class MlTelemetry:
         ship_interval_seconds: float = 0.25,
         record_deadline_seconds: float = 2.0,
         quick_disk_seconds: float = 0.001,
-        company_seconds: float = 0.003,
+        company_seconds: float = 0.001,
     ) -> None:
         self._writer = TelemetryWriter(log, group_size, quick_disk_seconds, company_seconds)
         self._direct = DirectWriter(sink, group_size)

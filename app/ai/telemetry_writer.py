@@ -27,6 +27,9 @@ from app.metrics import TELEMETRY_FAILURES, TELEMETRY_RECORD_SECONDS, observe_ev
 _COMPANY_SHARE = 0.75
 """Of the requests under way, so many have their events ready when a commit no longer waits for the others."""
 
+_MOST_COUNTED = 8
+"""So many requests under way, at most, make an event wait longer."""
+
 _MOST_SPARED = 63
 
 _T = TypeVar("_T")
@@ -76,7 +79,8 @@ class TelemetryWriter:
     """Writes to a log; bound to the event loop that starts it.
 
     The thread writes groups of at most `group_size` events. A disk that took `quick_seconds` or longer the
-    last time is not waited for on the event loop. An event waits at most `company_seconds` for others.
+    last time is not waited for on the event loop. Among other requests an event waits for theirs, at most
+    `company_seconds` for each of up to eight.
     """
 
     def __init__(
@@ -132,7 +136,9 @@ class TelemetryWriter:
             return
         if self._is_quick() and self._company.is_awaited(len(self._ready), under_way):
             if self._wait is None:
-                self._wait = self._loop.call_later(self._company_seconds, self._write_ready)
+                self._wait = self._loop.call_later(
+                    self._company_seconds * min(under_way, _MOST_COUNTED), self._write_ready
+                )
             return
         self._commits_soon = True
         self._loop.call_soon(self._write_ready)
