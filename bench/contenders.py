@@ -5,6 +5,8 @@
   a fast encoder for the fields the frontend reads, and a row for each answer, inserted in groups some time
   later and lost if the process ends before. No guarantee: no validation beyond the JSON, nothing durable, no
   deadline, no rules of safety, no limits.
+- `durable_echo`, `durable_floor`: the same with one thing more, the one that costs most for a single lead: an
+  event is on the disk before its answer leaves. They tell what a machine's disk leaves to be reached.
 - `textbook`: what a tutorial builds: ORM rows, a dictionary of features a lead, `predict_proba`, pydantic.
 - `row_by_row`: a query, a data frame and a `predict_proba` call for each lead.
 
@@ -15,7 +17,9 @@ python -m bench.contenders NAME DATABASE_URL MODEL_DIR
 
 import asyncio
 import math
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -57,7 +61,26 @@ def start_of_day() -> datetime:
     return datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 
 
-def build_echo(_url: str, _model_dir: Path) -> Any:
+class _DiskSpace:
+    """Space on the disk that was written before, so that an event written to it moves nothing else."""
+
+    _SIZE, _EVENT = 4 << 20, b"e" * 700  # bytes; the service's events of a single lead have about as many
+
+    def __init__(self) -> None:
+        self._file, name = tempfile.mkstemp()
+        Path(name).unlink()
+        os.pwrite(self._file, bytes(self._SIZE), 0)
+        os.fsync(self._file)
+        self._position = 0
+
+    def write_event(self) -> None:
+        """Returns once an event is on the disk."""
+        os.pwrite(self._file, self._EVENT, self._position)
+        os.fdatasync(self._file)
+        self._position = (self._position + len(self._EVENT)) % (self._SIZE - len(self._EVENT))
+
+
+def build_echo(_url: str, _model_dir: Path, disk: _DiskSpace | None = None) -> Any:
     """Answers every body with the same few bytes."""
     app = FastAPI()
     answer = b'{"predictions":[]}'
@@ -65,6 +88,8 @@ def build_echo(_url: str, _model_dir: Path) -> Any:
     @app.post(PATH)
     async def echo(request: Request) -> Response:
         await request.body()
+        if disk is not None:
+            disk.write_event()
         return Response(answer, media_type="application/json")
 
     return app
@@ -114,8 +139,9 @@ class Floor:
     )  # fmt: skip
     _TEXTS = ("source", "programme", "study_mode", "country", "education_level")
 
-    def __init__(self, url: str, model_dir: Path) -> None:
+    def __init__(self, url: str, model_dir: Path, disk: _DiskSpace | None = None) -> None:
         self._url = url
+        self._disk = disk
         self._idle: list[psycopg.AsyncConnection[Any]] = []
         self._slots = asyncio.Semaphore(_CONNECTIONS)
         self._events: list[str] = []
@@ -145,16 +171,19 @@ class Floor:
         answer = await self._answer(msgspec.json.decode(body, type=list[str]))
         self._events.append(f'{{"seconds": {time.perf_counter() - began}}}')
         self._recording = self._recording or asyncio.create_task(self._record())
+        if self._disk is not None:
+            self._disk.write_event()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
 
     async def _answer(self, lead_ids: list[str]) -> bytes:
-        row: Any = await self._ask(self._statement, [_Packed(pack_uuids(join_uuids(lead_ids)))])
-        found = row[0].hex()
+        asked = join_uuids(lead_ids)
+        row: Any = await self._ask(self._statement, [_Packed(pack_uuids(asked))])
         probability, present = self.score(row[1:])
-        place = {found[at : at + 32]: at // 32 for at in range(0, len(found), 32)}
-        order = [place[lead_id.replace("-", "")] for lead_id in lead_ids]
+        wanted, found = (np.frombuffer(ids, np.uint64)[1::2] for ids in (asked, row[0]))  # the random halves
+        places = found.argsort()
+        order = places[found[places].searchsorted(wanted)]
         chosen = probability[order]
         numbers = chosen.tolist()
         answers = map(
@@ -327,6 +356,8 @@ def _build_value(transform: str, params: Row, cells: list[Any]) -> float | None:
 CONTENDERS: Mapping[str, Callable[[str, Path], Any]] = {
     "echo": build_echo,
     "floor": Floor,
+    "durable_echo": lambda url, model_dir: build_echo(url, model_dir, _DiskSpace()),
+    "durable_floor": lambda url, model_dir: Floor(url, model_dir, _DiskSpace()),
     "textbook": build_textbook,
     "row_by_row": build_row_by_row,
 }

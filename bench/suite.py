@@ -1,10 +1,11 @@
 """`make bench`: what the service costs, side by side with what it could cost and what it usually costs.
 
-Everything runs in one go on one machine: the service (cold, without its cache; warm, with it), a bare echo,
-the floor, the textbook way, and the row-by-row way, all on the same leads in the same PostgreSQL, with the
-same model. Before anything is timed all of them must give the same probabilities. Then they take turns, a
-burst each, round after round, so that whatever else the machine does hits all of them. What safety costs is
-measured the same way, among services of its own (`bench.cost`).
+Everything runs in one go on one machine: the service (cold, without its cache; warm, with it), a bare echo
+and the floor, each also with an event on the disk before an answer, the textbook way, and the row-by-row way,
+all on the same leads in the same PostgreSQL, with the same model. Before anything is timed all of them must
+give the same probabilities. Then they take turns, a burst each, round after round, so that whatever else the
+machine does hits all of them. What safety costs is measured the same way, among services of its own
+(`bench.cost`).
 
 python -m bench.suite [--leads N] [--seconds S] [--rounds R] [--short] [--json FILE] [--var DIR]
 """
@@ -34,6 +35,7 @@ from bench.servers import ROOT, Server, start_contender, start_service
 SIZES = (1, 50, 500, 2000)
 CONNECTIONS = (1, 8, 64)
 TOLERANCE = 1e-9
+DURABLE = ("durable_echo", "durable_floor")
 _ROW_BY_ROW_LEADS = 1000
 _MEMORY_REQUESTS = 100_000
 _SAMPLE = 400_000
@@ -69,7 +71,7 @@ class Bench:
         answers = {
             name: json.loads(await ask(server.port, request))["predictions"]
             for name, server in self._servers.items()
-            if name != "echo"
+            if not name.endswith("echo")
         }
         expected = {entry["lead_id"]: entry["probability"] for entry in answers["cold"]}
         if len(expected) != len(lead_ids):
@@ -132,7 +134,7 @@ def start_all(stage: Stage, directory: Path) -> Iterator[dict[str, Server]]:
     starting = [
         start_service("cold", stage, directory, **uncached),
         start_service("warm", stage, directory),
-        *(start_contender(name, stage) for name in ("echo", "floor", "textbook", "row_by_row")),
+        *(start_contender(name, stage) for name in ("echo", "floor", *DURABLE, "textbook", "row_by_row")),
     ]
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         yield {server.name: server for server in pool.map(stack.enter_context, starting)}
@@ -143,6 +145,7 @@ def choose_cells(*, short: bool) -> list[Cell]:
     names = ("cold", "warm", "echo", "floor", "textbook")
     sizes, connections = ((1, 50), (1,)) if short else (SIZES, CONNECTIONS)
     cells = [(name, size, count) for name in names for size in sizes for count in connections]
+    cells += [(name, 1, 1) for name in DURABLE]
     return cells if short else [*cells, ("cold", 1000, 1)]
 
 
@@ -151,6 +154,8 @@ def build_figures(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> 
     cold, warm, rate = bench.p50("cold", 2000), bench.p50("warm", 2000), bench.samples
     return [
         Figure("cold, 1 lead, p50 / floor", bench.p50("cold", 1) / bench.p50("floor", 1), 1.25),
+        Figure("the same / floor with the event on the disk first",
+               bench.p50("cold", 1) / bench.p50("durable_floor", 1), 1.25),
         Figure("cold, 2,000 leads, p50 / floor", cold / bench.p50("floor", 2000), 1.15),
         Figure("cold, 2,000 leads, 8 connections, rate / floor",
                rate["cold", 2000, 8].rate / rate["floor", 2000, 8].rate, 0.85, at_least=True),
@@ -160,6 +165,8 @@ def build_figures(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> 
         Figure("row by row / cold, 1,000 leads", facts["row_by_row_ms"] / bench.p50("cold", 1000), 300,
                at_least=True),
         Figure("warm, 1 lead, p50 / bare echo", bench.p50("warm", 1) / bench.p50("echo", 1), 1.5),
+        Figure("the same / echo with an event on the disk first",
+               bench.p50("warm", 1) / bench.p50("durable_echo", 1), 1.5),
         Figure("warm, 2,000 leads, p50", warm, max(4.0, 0.12 * cold), unit="ms"),
         Figure("bulk, read, score, write: rate / floor", bulk.service / bulk.floor, 0.6, at_least=True),
         Figure("cold, time a lead, 2,000 / 50 leads", (cold / 2000) / (bench.p50("cold", 50) / 50), 1.0),
