@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.ai.domain import Column, InputColumn
-from app.ai.feature_transforms import TRANSFORMS
+from app.ai.feature_transforms import TRANSFORMS, TextCodes
 from app.ai.features import FeatureSet, FeatureSpec, build_features
 from tests.builders import (
     AS_OF,
@@ -352,3 +352,13 @@ def test_odd_floats_never_warn_and_never_leak_into_neighbours() -> None:
     matrix = build_features(mixed, number_features("gpa", "other"), AS_OF)
     assert (matrix.values[:, 1] == 3.0).all()
     assert (matrix.states[:, 1] == PRESENT).all()
+
+
+def test_codes_of_texts_are_remembered_up_to_a_limit_and_stay_right() -> None:
+    codes = TextCodes(["web", "fair"])
+    texts = [" Web", "FAIR ", "", "\udcff", "x" * 1000, *(f"other {n}" for n in range(2500)), "web"]
+    expected = [2, 3, 0, 0, 1, *[1] * 2500, 2]
+    assert list(codes.code(texts)) == expected
+    assert list(codes.code(texts)) == expected
+    assert len(codes) <= 1000
+    assert max(map(len, codes)) <= 64

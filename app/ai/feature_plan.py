@@ -23,9 +23,8 @@ from app.ai.feature_transforms import (
     RANGES,
     TRANSFORMS,
     Level,
-    code_texts,
+    TextCodes,
     named_texts,
-    number_texts,
 )
 from app.ai.score_kernels import CELL_COLUMN, FEATURE, LEVEL, Operation, ScoreKernels
 
@@ -50,7 +49,7 @@ class FeaturePlan(NamedTuple):
     features: Records
     levels: Records
     logs: NDArray[np.intp]
-    known: list[dict[str, int]]
+    known: list[TextCodes]
 
     @classmethod
     def of(cls, recipes: Sequence[Recipe]) -> Self:
@@ -82,7 +81,7 @@ class FeaturePlan(NamedTuple):
             features,
             np.array(levels, LEVEL),
             np.array(logs, np.intp),
-            [number_texts(named) for named in texts.values()],
+            [TextCodes(named) for named in texts.values()],
         )
 
     def build(
@@ -93,7 +92,7 @@ class FeaturePlan(NamedTuple):
         `blocks` hold the `inputs`, `moments` (1,) or (n,) the as-of times, in seconds since 1970-01-01 UTC.
         """
         shape = len(self.known), blocks.numbers.shape[1]
-        coded = chain.from_iterable(map(code_texts, blocks.texts, self.known))
+        coded = chain.from_iterable(map(TextCodes.code, self.known, blocks.texts))
         codes = np.fromiter(coded, np.int32, shape[0] * shape[1])
         with np.errstate(all="ignore"):
             # NumPy's own logarithm in both ways: a compiler's may differ from it in the last bit.

@@ -43,6 +43,8 @@ RANGES: Mapping[ColumnKind, tuple[float, float]] = {
 }
 """The smallest and the largest usable number of each kind."""
 
+_MOST_REMEMBERED, _LONGEST_REMEMBERED = 1000, 64
+
 BLANK, OTHER, FIRST_KNOWN = range(3)
 """The codes of no text and of a text no feature names, and the first of those that are named."""
 
@@ -78,18 +80,28 @@ class Transform(NamedTuple):
     optional: frozenset[str] = frozenset()
 
 
-def number_texts(texts: Sequence[str]) -> dict[str, int]:
-    """Returns the codes of named texts, which are distinct and as they are compared, and of no text."""
-    return dict(zip(texts, range(FIRST_KNOWN, FIRST_KNOWN + len(texts)), strict=True)) | {
-        "": BLANK,
-        NULL_TEXT: BLANK,
-    }
+class TextCodes(dict[str, int]):
+    """The codes of texts as they are stored: a column repeats a few of them, so they are remembered.
 
+    `named` are distinct and as they are compared.
+    """
 
-def code_texts(texts: Sequence[str], known: Mapping[str, int]) -> "map[int]":
-    """Returns the code of each text as it is stored; `known` is what `number_texts` gives."""
-    codes = {text: known.get(normalise_text(text), OTHER) for text in set(texts)}
-    return map(codes.__getitem__, texts)
+    def __init__(self, named: Sequence[str]) -> None:
+        super().__init__()
+        codes = range(FIRST_KNOWN, FIRST_KNOWN + len(named))
+        self._codes = dict(zip(named, codes, strict=True)) | {"": BLANK, NULL_TEXT: BLANK}
+
+    def __missing__(self, text: str) -> int:
+        code = self._codes.get(normalise_text(text), OTHER)
+        if len(text) <= _LONGEST_REMEMBERED:
+            if len(self) >= _MOST_REMEMBERED:
+                self.clear()
+            self[text] = code
+        return code
+
+    def code(self, texts: Sequence[str]) -> "map[int]":
+        """Returns the code of each text."""
+        return map(self.__getitem__, texts)
 
 
 def named_texts(params: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from app.ai.domain import FloatArray, LeadColumns
 from app.ai.feature_safety import FeatureStatistics
-from app.ai.feature_transforms import CellState, code_texts, named_texts, number_texts
+from app.ai.feature_transforms import CellState, TextCodes, named_texts
 from app.ai.features import FeatureMatrix, FeatureSet, FeatureSpec
 
 MAX_REASONS = 5
@@ -75,7 +75,7 @@ def _classify_texts(leads: LeadColumns, specs: Sequence[FeatureSpec]) -> list[st
     levels = list(dict.fromkeys(text for spec in specs for text in named_texts(spec.params)))
     words = [_UNKNOWN, _ANOTHER, *levels]  # by code
     texts = leads.columns[specs[0].inputs[0].name].values.tolist()
-    return [words[code] for code in code_texts(texts, number_texts(levels))]
+    return [words[code] for code in TextCodes(levels).code(texts)]
 
 
 def _classify_numbers(

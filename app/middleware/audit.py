@@ -12,6 +12,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.ai.events import PredictionError, PredictionSuccess, RequestRecord, build_prediction_event
+from app.ai.micro_batching import MOST_LEADS
 from app.ai.ml_telemetry import Telemetry
 from app.errors import InternalError, LeadScoringError, TelemetryUnavailableError
 from app.middleware.in_flight import RECORD_SECONDS, Admission
@@ -67,6 +68,9 @@ class AuditMiddleware:
     async def record(self, scope: Scope, status: int) -> None:
         """Makes the event of a request durable that is about to be answered with `status`.
 
+        A request with many leads does not wait for the events of others: beside its own work a write is
+        nothing, and those who set out together again would leave the database idle while they are scored.
+
         Raises:
             TelemetryUnavailableError: it is not durable, so the answer must not leave.
         """
@@ -77,7 +81,7 @@ class AuditMiddleware:
                 event,
                 record.request_id,
                 deadline_seconds=_seconds_left(record),
-                under_way=self._admission.in_flight,
+                under_way=self._admission.in_flight if (record.asked or 0) <= MOST_LEADS else 1,
             )
         except TelemetryUnavailableError:
             raise
