@@ -42,8 +42,8 @@ prove-probabilities: .venv/.dev ## Measure the probabilities on real leads (REAL
 		--missing Select --exclude "$(TRAPS)" --order-by lead_number $(addprefix --target ,$(TARGETS)) $(if $(ONLY),--only $(ONLY))
 
 # Each is a module bench.prove_NAME, with a self-test of its own. LONG=1 does much more, SEED=n draws the same again.
-# Those that measure time have the machine to themselves; of the others, three run at a time.
-PROOFS := restarts kill power-loss log-failures artifacts hostile-input personal-data batching core memory
+# Those that measure time have the machine to themselves; of the others, three run at a time, the longest first.
+PROOFS := restarts memory kill artifacts core hostile-input personal-data batching log-failures power-loss
 TIMED_PROOFS := overload slow-clients database-faults cost
 
 prove: .venv/.dev ## Prove every promise of reliability and security (short runs; WITHOUT="name ...")
