@@ -34,6 +34,7 @@ class Journal:
     def __init__(self) -> None:
         self.steps: list[str] = []
         self.events: list[tuple[Event, str | None]] = []
+        self.under_way: list[int] = []
         self.broken = False
         self.gate: asyncio.Event | None = None
 
@@ -47,6 +48,7 @@ class Journal:
     ) -> None:
         if self.broken:
             raise TelemetryUnavailableError
+        self.under_way.append(under_way)
         self.submit(event, request_id)
         if self.gate is not None:
             await self.gate.wait()
@@ -86,6 +88,9 @@ async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
         case "cut":
             await send({"type": "http.response.start", "status": 200, "headers": []})
             raise ValueError("zoe@example.org")
+        case "many":
+            record.asked, record.predictions = 65, make_predictions(["lead_1"], [0.3])
+            await JSONResponse({})(scope, receive, send)
         case _:
             if scope["method"] == "POST":
                 record.predictions = make_predictions(["lead_1"], [0.3])
@@ -94,12 +99,12 @@ async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
             await JSONResponse({"as_of": record.as_of}, headers=headers)(scope, receive, send)
 
 
-def build_app(journal: Journal, **options: object) -> ASGIApp:
+def build_app(journal: Journal, admission: Admission | None = None, **options: object) -> ASGIApp:
     audit = AuditMiddleware(
         endpoint,
         telemetry=lambda _: journal,
         problem=build_problem,
-        admission=Admission(10),
+        admission=admission or Admission(10),
         static_routes=frozenset({POST, "/livez"}),
     )
     return RequestIdMiddleware(audit, **options)  # type: ignore[arg-type]
@@ -347,3 +352,13 @@ async def test_other_protocols_pass_through() -> None:
     )
     await RequestIdMiddleware(audit)({"type": "lifespan"}, asyncio.Queue().get, asyncio.Queue().put)
     assert seen == ["lifespan"]
+
+
+async def test_a_small_request_knows_of_those_under_way_and_one_with_many_leads_waits_for_none() -> None:
+    journal, admission = Journal(), Admission(10)
+    for _ in range(3):
+        admission.enter()
+    app = build_app(journal, admission)
+    await send_raw(app, POST)
+    await send_raw(app, POST, "many")
+    assert journal.under_way == [3, 1]
