@@ -17,7 +17,6 @@ python -m bench.contenders NAME DATABASE_URL MODEL_DIR
 
 import asyncio
 import math
-import os
 import sys
 import tempfile
 import time
@@ -47,6 +46,7 @@ from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.db.array_parameters import join_uuids, pack_uuids
 from bench.data import RELATION
+from bench.durable_write import EVENT, prepare_overwrite
 
 PATH = "/ai/advanced-ml/predict-batch"
 _DAY = 86_400.0
@@ -61,26 +61,15 @@ def start_of_day() -> datetime:
     return datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 
 
-class _DiskSpace:
-    """Space on the disk that was written before, so that an event written to it moves nothing else."""
-
-    _SIZE, _EVENT = 4 << 20, b"e" * 700  # bytes; the service's events of a single lead have about as many
-
-    def __init__(self) -> None:
-        self._file, name = tempfile.mkstemp()
-        Path(name).unlink()
-        os.pwrite(self._file, bytes(self._SIZE), 0)
-        os.fsync(self._file)
-        self._position = 0
-
-    def write_event(self) -> None:
-        """Returns once an event is on the disk."""
-        os.pwrite(self._file, self._EVENT, self._position)
-        os.fdatasync(self._file)
-        self._position = (self._position + len(self._EVENT)) % (self._SIZE - len(self._EVENT))
+def _prepare_disk() -> Callable[[], object]:
+    """Returns what puts an event on the disk, into space that was written before."""
+    body = msgspec.json.encode(EVENT)
+    with tempfile.TemporaryDirectory() as directory:  # leaves no name behind; the file stays while it is open
+        write = prepare_overwrite(Path(directory))
+    return lambda: write(body)
 
 
-def build_echo(_url: str, _model_dir: Path, disk: _DiskSpace | None = None) -> Any:
+def build_echo(_url: str, _model_dir: Path, write_event: Callable[[], object] | None = None) -> Any:
     """Answers every body with the same few bytes."""
     app = FastAPI()
     answer = b'{"predictions":[]}'
@@ -88,8 +77,8 @@ def build_echo(_url: str, _model_dir: Path, disk: _DiskSpace | None = None) -> A
     @app.post(PATH)
     async def echo(request: Request) -> Response:
         await request.body()
-        if disk is not None:
-            disk.write_event()
+        if write_event is not None:
+            write_event()
         return Response(answer, media_type="application/json")
 
     return app
@@ -139,9 +128,9 @@ class Floor:
     )  # fmt: skip
     _TEXTS = ("source", "programme", "study_mode", "country", "education_level")
 
-    def __init__(self, url: str, model_dir: Path, disk: _DiskSpace | None = None) -> None:
+    def __init__(self, url: str, model_dir: Path, write_event: Callable[[], object] | None = None) -> None:
         self._url = url
-        self._disk = disk
+        self._write_event = write_event
         self._idle: list[psycopg.AsyncConnection[Any]] = []
         self._slots = asyncio.Semaphore(_CONNECTIONS)
         self._events: list[str] = []
@@ -171,8 +160,8 @@ class Floor:
         answer = await self._answer(msgspec.json.decode(body, type=list[str]))
         self._events.append(f'{{"seconds": {time.perf_counter() - began}}}')
         self._recording = self._recording or asyncio.create_task(self._record())
-        if self._disk is not None:
-            self._disk.write_event()
+        if self._write_event is not None:
+            self._write_event()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
@@ -356,8 +345,8 @@ def _build_value(transform: str, params: Row, cells: list[Any]) -> float | None:
 CONTENDERS: Mapping[str, Callable[[str, Path], Any]] = {
     "echo": build_echo,
     "floor": Floor,
-    "durable_echo": lambda url, model_dir: build_echo(url, model_dir, _DiskSpace()),
-    "durable_floor": lambda url, model_dir: Floor(url, model_dir, _DiskSpace()),
+    "durable_echo": lambda url, model_dir: build_echo(url, model_dir, _prepare_disk()),
+    "durable_floor": lambda url, model_dir: Floor(url, model_dir, _prepare_disk()),
     "textbook": build_textbook,
     "row_by_row": build_row_by_row,
 }
