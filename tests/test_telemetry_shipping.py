@@ -172,14 +172,13 @@ async def test_an_event_whose_company_does_not_come_is_written_all_the_same(tmp_
         assert log.commits == 1
 
 
-async def test_an_event_that_waits_for_others_is_written_when_the_telemetry_closes(tmp_path: Path) -> None:
+async def test_an_event_that_waits_for_others_is_shipped_when_the_telemetry_closes(tmp_path: Path) -> None:
     table = Table()
     async with opened(TelemetryLog(tmp_path), table, quick_disk_seconds=60, company_seconds=60) as telemetry:
         recording = asyncio.create_task(telemetry.record(EVENT, "waits", under_way=100))
         await turns()
     await recording
-    async with opened(TelemetryLog(tmp_path), table):
-        await until(lambda: table.request_ids() == ["waits"])
+    assert table.request_ids() == ["waits"]
 
 
 def test_company_that_does_not_come_is_waited_for_less_and_less() -> None:
@@ -234,25 +233,25 @@ async def test_an_absent_database_delays_events_and_loses_none(tmp_path: Path) -
     assert table.request_ids() == [f"req-{n:03}" for n in range(120)]
 
 
-async def test_few_events_go_to_the_database_in_small_groups(tmp_path: Path) -> None:
-    log, table = TelemetryLog(tmp_path), Table()
-    log.write(make_events(0, 250))
+async def ship(log: TelemetryLog, count: int) -> list[int]:
+    """Returns the sizes of the groups in which so many events go to the database."""
+    table = Table()
+    log.write(make_events(0, count))
     telemetry = MlTelemetry(log, table, ship_interval_seconds=0.005)
     await telemetry.open()
-    await until(lambda: len(table.rows) == 250)
+    await until(lambda: len(table.rows) == count)
     await telemetry.close()
-    assert table.sizes == [100, 100, 50]
+    return table.sizes
+
+
+async def test_few_events_go_to_the_database_in_small_groups(tmp_path: Path) -> None:
+    assert await ship(TelemetryLog(tmp_path), 250) == [100, 100, 50]
 
 
 async def test_a_backlog_goes_to_the_database_in_large_groups(tmp_path: Path) -> None:
-    log, table = TelemetryLog(tmp_path), Table()
-    log.write(make_events(0, 4500))
-    telemetry = MlTelemetry(log, table, ship_interval_seconds=0.005)
-    await telemetry.open()
-    await until(lambda: len(table.rows) == 4500)
-    await telemetry.close()
-    assert table.sizes[0] == 500
-    assert table.sizes[-1] <= 100
+    sizes = await ship(TelemetryLog(tmp_path), 4500)
+    assert sizes[0] == 500
+    assert sizes[-1] <= 100
 
 
 async def test_closing_ships_what_is_left(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ class MlTelemetry:
         self._open = False
         self._shipper.cancel()
         await asyncio.wait({self._shipper})
+        self._writer.end_wait()
         try:
             async with asyncio.timeout(deadline_seconds):
                 await self._ship_all()

@@ -175,6 +175,11 @@ class TelemetryWriter:
         self._note("deadline", TimeoutError())
         _settle(_find_waiting([entry]), TimeoutError())
 
+    def end_wait(self) -> None:
+        """Has what waits for the events of other requests written now."""
+        if self._ready:
+            self._write_ready()
+
     def enqueue(self, event: StoredEvent) -> None:
         """Has the event written and returns at once; may be called from any thread."""
         self._jobs.put(_Entry(event))
@@ -217,8 +222,6 @@ class TelemetryWriter:
             self._closing = True
             log.close()
 
-        if self._ready:
-            self._write_ready()
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_seconds):
                 await self.run(finish)
