@@ -29,6 +29,7 @@ from app.ai.model_registry import LoadReport, ModelRegistry
 from app.ai.prediction_cache import AnswerCache, CacheFreshness, NullCache, PredictionCache
 from app.ai.predictor import Predictor, ScoringPolicy
 from app.ai.refresh_ahead import RefreshAhead
+from app.ai.score_kernels import installed_kernels
 from app.ai.served_versions import ServedVersions
 from app.ai.telemetry_log import TelemetryLog
 from app.db.ai_events import PostgresEventSink
@@ -232,10 +233,11 @@ def _build_load_event(report: LoadReport) -> ModelLoaded | ModelLoadFailed:
 async def _open_cache(
     stack: AsyncExitStack, url: str, settings: Settings
 ) -> tuple[AnswerCache, Callable[[], CacheFreshness]]:
-    if settings.ml_prediction_cache_ttl_seconds == 0:
+    kernels = installed_kernels()
+    if settings.ml_prediction_cache_ttl_seconds == 0 or kernels is None:
         return NullCache(), lambda: "off"
     cache = PredictionCache(
-        settings.ml_prediction_cache_size, settings.ml_prediction_cache_ttl_seconds, time.monotonic
+        kernels, settings.ml_prediction_cache_size, settings.ml_prediction_cache_ttl_seconds, time.monotonic
     )
     listener = ChangeListener(
         url, settings.lead_source, cache, deadline_seconds=settings.database_deadline_seconds

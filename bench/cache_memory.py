@@ -14,6 +14,7 @@ import numpy as np
 
 from app.ai.domain import ANSWER, ModelRef
 from app.ai.prediction_cache import PredictionCache
+from app.ai.score_kernels import installed_kernels
 
 MODEL = ModelRef("advanced_ml_20260101_120000", "20260101_120000", "a" * 64)
 CHUNK = 2_000
@@ -33,7 +34,10 @@ def main() -> None:
     """Fills a cache, counts what it holds, and times the look-ups."""
     leads = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     before = resident_mb()
-    cache = PredictionCache(leads, 3600, time.monotonic)
+    kernels = installed_kernels()
+    if kernels is None:
+        raise SystemExit("there are no compiled loops, see the log line above")
+    cache = PredictionCache(kernels, leads, 3600, time.monotonic)
     cache.trust_until(math.inf)
     for start in range(0, leads, CHUNK):
         lead_ids = name_leads(range(start, min(start + CHUNK, leads)))

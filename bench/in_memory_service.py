@@ -22,6 +22,7 @@ from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.ai.prediction_cache import PredictionCache
 from app.ai.predictor import Predictor, ScoringPolicy
+from app.ai.score_kernels import installed_kernels
 from app.ai.telemetry_log import TelemetryLog
 from app.drain import Drain
 from app.errors import DatabaseUnavailableError
@@ -103,7 +104,9 @@ class InMemoryService:
         self.registry = ModelRegistry(
             ModelCatalogue(self.models_dir), ttl_seconds=MODEL_SECONDS, monotonic=self.clock
         )
-        self.cache = cache(1000, CACHE_SECONDS, self.clock)
+        kernels = installed_kernels()
+        assert kernels is not None, "without the compiled loops nothing is remembered"
+        self.cache = cache(kernels, 1000, CACHE_SECONDS, self.clock)
         self.telemetry = MlTelemetry(TelemetryLog(self._log_dir), self.sink, ship_interval_seconds=0.01)
         await self.telemetry.open()
         self._executor = ThreadPoolExecutor(1, "scoring")

@@ -22,7 +22,7 @@ from app.db.leads import PostgresLeadSource
 from app.db.migrations import upgrade
 from tests.fakes import fetch_at_once
 from tests.test_db_engine import eventually, frozen
-from tests.test_prediction_cache import DAY, MODEL, PredictionCache, build_answers
+from tests.test_prediction_cache import DAY, MODEL, build_answers, build_cache
 
 GPA = [InputColumn("gpa", "number")]
 
@@ -248,7 +248,7 @@ async def source(database_url: str) -> AsyncIterator[PostgresLeadSource]:
 async def test_a_read_that_began_before_a_change_and_ends_after_its_notification_is_not_found(
     database_url: str, source: PostgresLeadSource, listen: Listen
 ) -> None:
-    cache = PredictionCache(100, 300, time.monotonic)
+    cache = build_cache(100, time.monotonic, trusted_until=-math.inf)
     listen(database_url, cache)
     lead_id = add_lead(database_url)
 

@@ -1,7 +1,7 @@
 """The prediction cache: bounded, timed, compact, and never an answer that belongs to something else."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from app.ai.domain import ANSWER, AnswerArray, ModelRef
 from app.ai.prediction_cache import NullCache, PredictionCache
+from app.ai.score_kernels import installed_kernels
 from tests.fakes import FakeClock
 
 MODEL = ModelRef("advanced_ml_20260101_120000", "20260101_120000", "a" * 64)
@@ -18,10 +19,19 @@ OTHER = ModelRef("advanced_ml_20260101_120000", "20260101_120000", "b" * 64)
 DAY = 86_400.0
 
 
-def build_cache(size: int = 10, clock: FakeClock | None = None) -> PredictionCache:
-    """A cache whose answers live for 300 seconds and whose listener is trusted for ever."""
-    cache = PredictionCache(size, 300, clock or FakeClock())
-    cache.trust_until(math.inf)
+def build_cache(
+    size: int = 10,
+    clock: Callable[[], float] | None = None,
+    *,
+    ttl_seconds: float = 300,
+    trusted_until: float = math.inf,
+) -> PredictionCache:
+    """A cache whose listener is trusted, usually for ever."""
+    kernels = installed_kernels()
+    if kernels is None:
+        pytest.skip("installed without a C compiler")
+    cache = PredictionCache(kernels, size, ttl_seconds, clock or FakeClock())
+    cache.trust_until(trusted_until)
     return cache
 
 
@@ -156,7 +166,7 @@ def test_nothing_is_found_beyond_the_time_the_listener_is_trusted_but_the_last_k
 
 
 def test_a_cache_nobody_listens_for_finds_nothing() -> None:
-    cache = PredictionCache(10, 300, FakeClock())
+    cache = build_cache(trusted_until=-math.inf)
     remember(cache, ["a"], build_answers(0.1))
     assert not cache.find(MODEL, DAY, ["a"])[0].any()
 
@@ -172,6 +182,32 @@ def test_a_million_leads_would_take_less_than_150_megabytes_and_nearly_all_are_f
     per_lead = [value.nbytes / 20_000 for value in vars(cache).values() if isinstance(value, np.ndarray)]
     marks = 1_048_576 / 20_000  # shared by all leads, however many
     assert sum(per_lead) - marks < 150
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (0, "a3817f04ba25a8e66df67214c7550293"),
+        (8, "3b62a9ba6258f5610f83e264f31497b4"),
+        (63, "5150d1772f50834a503e069a973fbd7c"),
+    ],
+)
+def test_keys_are_hashed_as_the_reference_implementation_hashes(length: int, expected: str) -> None:
+    kernels = installed_kernels()
+    if kernels is None:
+        pytest.skip("installed without a C compiler")
+    key = np.arange(16, dtype=np.uint8).view(np.uint64)
+    assert kernels.hash_text(bytes(range(length)), key).tobytes().hex() == expected
+
+
+def test_of_many_answers_at_once_each_is_found_under_its_own_name() -> None:
+    cache = build_cache(1000)
+    ids = [f"lead_{'x' * (number % 50)}{number}" for number in range(500)]
+    remember(cache, ids, build_answers(*np.arange(500.0)))
+    hit, found = cache.find(MODEL, DAY, ids[::-1])
+    assert hit.all()
+    assert found["probability"].tolist() == list(range(499, -1, -1))
+    assert not cache.find(MODEL, DAY, [lead_id + "_" for lead_id in ids])[0].any()
 
 
 LEADS = st.lists(st.sampled_from("abcdefgh"), max_size=6, unique=True)

@@ -273,8 +273,7 @@ async def test_degraded_answers_tell_their_age_and_their_intervals_widen_with_it
     executor: ThreadPoolExecutor,
 ) -> None:
     clock = FakeClock()
-    cache = PredictionCache(100, 10 * HALFWAY_SECONDS, clock)
-    cache.trust_until(clock.now + 1)
+    cache = build_cache(100, clock, ttl_seconds=10 * HALFWAY_SECONDS, trusted_until=clock.now + 1)
     world = World(executor, cache)
     fresh = np.array(await world.ask_intervals("lead_1", "lead_2"))
     world.source.error = DatabaseUnavailableError()

@@ -1,5 +1,5 @@
-/* The loops of scoring, over the flat arrays that feature_plan.py, feature_safety.py and score_kernels.py lay
- * out: features are built, made safe, and scored.
+/* The loops of scoring, over the flat arrays that feature_plan.py, feature_safety.py, score_kernels.py and
+ * prediction_cache.py lay out: features are built, made safe, and scored, and answers are remembered.
  *
  * Plain C99 without Python's headers: a shared library that ctypes opens, so that other threads run during a
  * call. The caller has checked every index and every shape; nothing here looks again.
@@ -15,8 +15,10 @@
 #include <string.h>
 
 enum {
-    LANES = 16,      /* walks that go on side by side: their steps do not wait for each other */
-    BLOCK_ROWS = 512 /* rows that stay in the cache while all trees pass over them */
+    LANES = 16,       /* walks that go on side by side: their steps do not wait for each other */
+    BLOCK_ROWS = 512, /* rows that stay in the cache while all trees pass over them */
+    WAYS = 16,        /* answers that one set has room for */
+    BLOCK_TEXTS = 32  /* texts that are hashed before the first of them is looked up */
 };
 
 /* A value up to the threshold goes to child[0], a greater one to child[1], a NaN to child[nan_child].
@@ -64,8 +66,39 @@ struct checked {
     bool rejected;
 };
 
+struct answer {
+    double raw_score, probability, confidence, coverage;
+    bool prediction;
+    uint8_t verdict;
+};
+
+/* One answer in the ring: half of its key's hash, until when it holds, the moment its read began, and which
+ * changes are its lead's. */
+struct entry {
+    uint64_t check;
+    double expires;
+    int64_t since, mark;
+    struct answer answer;
+};
+
+/* The answers whose keys' hashes belong here, by the other half of them. Answers are numbered from 1 on; the
+ * place of one is its number modulo the size of the ring. */
+struct set {
+    uint64_t hashes[WAYS];
+    int64_t numbers[WAYS];
+};
+
+/* `changed` has the moment of the last change, by mark. */
+struct table {
+    struct set *sets;
+    struct entry *ring;
+    const int64_t *changed;
+    int64_t n_sets, size;
+};
+
 const int32_t record_bytes[] = {sizeof(struct node),  sizeof(struct cell_column), sizeof(struct feature),
-                                sizeof(struct level), sizeof(struct rule),        sizeof(struct checked)};
+                                sizeof(struct level), sizeof(struct rule),        sizeof(struct checked),
+                                sizeof(struct entry), sizeof(struct set),         sizeof(struct table)};
 
 static inline double round_to_single(double value) {
     /* A huge value stays a value instead of becoming an infinity. */
@@ -262,5 +295,115 @@ void check_features(const struct rule *rules, int64_t n_features, int64_t n_grou
         checked[lead].rejected_feature = rejected_by;
         checked[lead].out_of_range = far_values;
         checked[lead].rejected = rejected_by >= 0;
+    }
+}
+
+static inline uint64_t rotate(uint64_t word, int bits) { return word << bits | word >> (64 - bits); }
+
+static inline void mix(uint64_t *v, int rounds) {
+    for (int round = 0; round < rounds; round++) {
+        v[0] += v[1];
+        v[1] = rotate(v[1], 13) ^ v[0];
+        v[0] = rotate(v[0], 32);
+        v[2] += v[3];
+        v[3] = rotate(v[3], 16) ^ v[2];
+        v[0] += v[3];
+        v[3] = rotate(v[3], 21) ^ v[0];
+        v[2] += v[1];
+        v[1] = rotate(v[1], 17) ^ v[2];
+        v[2] = rotate(v[2], 32);
+    }
+}
+
+static inline void absorb(uint64_t *v, uint64_t word) {
+    v[3] ^= word;
+    mix(v, 2);
+    v[0] ^= word;
+}
+
+static inline uint64_t squeeze(uint64_t *v) {
+    mix(v, 4);
+    return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+/* The 128-bit hash of a text under a secret key: SipHash-2-4-128 (Aumasson and Bernstein, SipHash: a fast
+ * short-input PRF, INDOCRYPT 2012, and its reference implementation), on a little-endian processor. */
+void hash_text(const uint8_t *text, int64_t n, const uint64_t *key, uint64_t *hash) {
+    uint64_t v[4] = {key[0] ^ 0x736f6d6570736575, key[1] ^ 0x646f72616e646f6d ^ 0xee,
+                     key[0] ^ 0x6c7967656e657261, key[1] ^ 0x7465646279746573};
+    uint64_t word, last = (uint64_t)n << 56;
+    for (; n >= 8; n -= 8, text += 8) {
+        memcpy(&word, text, sizeof word);
+        absorb(v, word);
+    }
+    while (n--) last |= (uint64_t)text[n] << 8 * n;
+    absorb(v, last);
+    v[2] ^= 0xee;
+    hash[0] = squeeze(v);
+    v[1] ^= 0xdd;
+    hash[1] = squeeze(v);
+}
+
+/* Hashes the next BLOCK_TEXTS of `n` texts, each of which ends with a line feed, and has their sets fetched;
+ * returns where the texts after them begin. */
+static const uint8_t *hash_block(const struct table *table, const uint8_t *texts, int64_t n,
+                                 const uint64_t *key, uint64_t (*hashes)[2]) {
+    for (int64_t i = 0; i < n && i < BLOCK_TEXTS; i++) {
+        const uint8_t *end = texts;
+        while (*end != '\n') end++;
+        hash_text(texts, end - texts, key, hashes[i]);
+        const struct set *set = table->sets + hashes[i][0] % (uint64_t)table->n_sets;
+        __builtin_prefetch(set->hashes);
+        __builtin_prefetch(set->hashes + WAYS / 2);
+        texts = end + 1;
+    }
+    return texts;
+}
+
+/* Looks up `n` texts, each of which ends with a line feed, under a key: `found` tells whether one's answer is
+ * known, not yet expired at `now`, and read after the last change of its lead and of all leads. `answers` and
+ * `expires` are of those found, the others' are arbitrary. */
+void find_answers(const struct table *table, const uint8_t *texts, int64_t n, const uint64_t *key, double now,
+                  int64_t all_changed, bool *found, struct answer *answers, double *expires) {
+    uint64_t hashes[BLOCK_TEXTS][2];
+    for (int64_t i = 0; i < n; i++) {
+        if (i % BLOCK_TEXTS == 0) texts = hash_block(table, texts, n - i, key, hashes);
+        const uint64_t *hash = hashes[i % BLOCK_TEXTS];
+        const struct set *set = table->sets + hash[0] % (uint64_t)table->n_sets;
+        int64_t number = 0;
+        for (int way = 0; way < WAYS; way++) {
+            if (set->hashes[way] == hash[0]) number = set->numbers[way];
+        }
+        const struct entry *entry = table->ring + number % table->size;
+        int64_t changed = table->changed[entry->mark];
+        found[i] = number > 0 && entry->check == hash[1] && entry->expires > now && entry->since >= changed &&
+                   entry->since >= all_changed;
+        answers[i] = entry->answer;
+        expires[i] = entry->expires;
+    }
+}
+
+/* Enters `n` answers, numbered from `number` on, under texts that each end with a line feed. In its set each
+ * takes the place of the one it renews, or else of the oldest. */
+void remember_answers(const struct table *table, const uint8_t *texts, int64_t n, const uint64_t *key,
+                      int64_t number, double expires, int64_t since, const int64_t *marks,
+                      const struct answer *answers) {
+    uint64_t hashes[BLOCK_TEXTS][2];
+    for (int64_t i = 0; i < n; i++, number++) {
+        if (i % BLOCK_TEXTS == 0) texts = hash_block(table, texts, n - i, key, hashes);
+        const uint64_t *hash = hashes[i % BLOCK_TEXTS];
+        struct set *set = table->sets + hash[0] % (uint64_t)table->n_sets;
+        int oldest = 0;
+        for (int way = 0; way < WAYS; way++) {
+            if (set->numbers[way] < set->numbers[oldest]) oldest = way;
+            if (set->hashes[way] == hash[0]) {
+                oldest = way;
+                break;
+            }
+        }
+        set->hashes[oldest] = hash[0];
+        set->numbers[oldest] = number;
+        table->ring[number % table->size] =
+            (struct entry){hash[1], expires, since, marks[i], answers[i]};
     }
 }

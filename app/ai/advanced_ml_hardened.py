@@ -6,6 +6,7 @@ from itertools import repeat
 from typing import Any
 
 import msgspec
+import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from app.ai.dependencies import DirectRoute, predictor_of, record_of
@@ -15,6 +16,8 @@ from app.schemas.ai_ml import PredictBatchResponse
 from app.schemas.openapi import describe_answers, describe_scoring_body
 
 PREFIX = "/ai/advanced-ml"
+
+_VERDICTS = np.array(VERDICTS, object)
 
 
 def build_router(
@@ -49,7 +52,7 @@ def build_router(
     return router
 
 
-class _Prediction(msgspec.Struct):
+class _Prediction(msgspec.Struct, gc=False):
     lead_id: str
     probability: float
     confidence: float
@@ -59,7 +62,7 @@ class _Prediction(msgspec.Struct):
     verdict: str
 
 
-class _FullPrediction(_Prediction):
+class _FullPrediction(_Prediction, gc=False):
     interval: list[float] | msgspec.UnsetType
     receipt: Receipt | msgspec.UnsetType
     reasons: tuple[str, ...] | msgspec.UnsetType
@@ -116,7 +119,7 @@ def _build_degraded(age_seconds: float | None) -> dict[str, bool | float]:
 def _build_predictions(predictions: Predictions) -> list[_Prediction]:
     extras = _build_extras(predictions)
     probability = predictions.probability.tolist()
-    verdict = [VERDICTS[code] for code in predictions.verdict.tolist()]
+    verdict = _VERDICTS[predictions.verdict].tolist()
     return list(
         map(
             _FullPrediction if extras else _Prediction,

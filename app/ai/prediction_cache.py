@@ -11,27 +11,24 @@ silence may be trusted; beyond that nothing is found.
 """
 
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from app.ai.domain import ANSWER, ANSWER_BYTES, AnswerArray, BoolArray, FloatArray, IntArray, ModelRef
+from app.ai.domain import ANSWER, AnswerArray, BoolArray, FloatArray, IntArray, ModelRef
+from app.ai.score_kernels import ENTRY, SET, AnswerTable, HashKey, ScoreKernels
 
 CacheFreshness = Literal["notified", "expiry_only", "suspended", "off"]
 """What keeps remembered answers fresh: word of every change, their age alone, nothing right now, no cache."""
 
-_WAYS = 16
 _LEADS_PER_SET = 8
 """Each set has twice the room it needs on average: of a full cache, one answer in 1,500 leaves early."""
 
 _CHANGE_MARKS = 131_072
 """Leads share marks: the change of one takes one answer in so many along, which costs a look-up."""
-
-_NEVER = -1
-_HashArray = NDArray[np.uint64]
 
 
 class AnswerCache(Protocol):
@@ -71,31 +68,29 @@ class AnswerCache(Protocol):
 class PredictionCache:
     """The last `size` answers, each for at most `ttl_seconds`: the oldest, first to expire, leaves first.
 
-    It takes 100 bytes an answer and no object: answers lie in a ring, and a table of sets of sixteen, indexed
+    It takes 104 bytes an answer and no object: answers lie in a ring, and a table of sets of sixteen, indexed
     by 64 bits of the key's hash, holds their numbers; another 64 bits beside the answer make sure. The hash
-    is Python's own for text, SipHash with a secret of the process. `monotonic` gives seconds.
+    is SipHash under a secret of this object. Looking up and entering are loops in C, one call for a batch.
+    `monotonic` gives seconds.
     """
 
-    def __init__(self, size: int, ttl_seconds: float, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self, kernels: ScoreKernels, size: int, ttl_seconds: float, monotonic: Callable[[], float]
+    ) -> None:
+        self._kernels = kernels
         self._size = size
         self._ttl_seconds = ttl_seconds
         self._monotonic = monotonic
         self._written = 0
-        sets = -(-size // _LEADS_PER_SET)
-        self._hashes = np.zeros((_WAYS, sets), np.uint64)
-        self._numbers = np.zeros(
-            (_WAYS, sets), np.int64
-        )  # from 1 on; an answer's place is its number mod size
-        self._checks = np.zeros(size, np.uint64)
-        self._answers = np.zeros(size, ANSWER_BYTES)
-        self._expires = np.zeros(size, np.float64)
-        self._since = np.zeros(size, np.int64)
-        self._marks = np.zeros(size, np.uint32)
+        self._secret = np.frombuffer(bytearray(secrets.token_bytes(16)), np.uint64)
+        self._key_of_world = lru_cache(maxsize=4)(self._build_key)
         # Written by the thread that hears of changes, each value in one step, and read on the event loop.
         self._moment = 0
         self._changed = np.zeros(_CHANGE_MARKS, np.int64)
         self._emptied = 0
         self._trusted_until = -math.inf
+        self._sets, self._ring = np.zeros(-(-size // _LEADS_PER_SET), SET), np.zeros(size, ENTRY)
+        self._table = AnswerTable(self._sets, self._ring, self._changed)
 
     def __len__(self) -> int:
         """Tells how many answers are held, whether they still hold or not."""
@@ -107,26 +102,24 @@ class PredictionCache:
 
     def find(self, model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, AnswerArray]:
         """See `AnswerCache.find`."""
-        hit, places = self._look_up(model, as_of, lead_ids)
-        return hit & self.is_trusted(), self._answers[places].view(ANSWER)
+        if not self.is_trusted():
+            return NullCache().find(model, as_of, lead_ids)
+        hit, answers, _ = self._find(model, as_of, lead_ids, self._monotonic())
+        return hit, answers
 
     def recall(
         self, model: ModelRef, as_of: float, lead_ids: Sequence[str]
     ) -> tuple[BoolArray, AnswerArray, FloatArray]:
         """See `AnswerCache.recall`."""
-        hit, places = self._look_up(model, as_of, lead_ids)
-        ages = self._monotonic() + self._ttl_seconds - self._expires[places]
-        return hit, self._answers[places].view(ANSWER), ages
+        now = self._monotonic()
+        hit, answers, expires = self._find(model, as_of, lead_ids, now)
+        return hit, answers, now + self._ttl_seconds - expires
 
-    def _look_up(self, model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, IntArray]:
-        hashes, checks = _hash(model, as_of, lead_ids)
-        sets = self._sets(hashes)
-        ways = (self._hashes.take(sets, axis=1) == hashes).argmax(axis=0)
-        places = self._numbers[ways, sets] % self._size
-        hit = (self._hashes[ways, sets] == hashes) & (self._checks[places] == checks)
-        hit &= self._expires[places] > self._monotonic()
-        hit &= self._since[places] >= np.maximum(self._changed[self._marks[places]], self._emptied)
-        return hit, places
+    def _find(
+        self, model: ModelRef, as_of: float, lead_ids: Sequence[str], now: float
+    ) -> tuple[BoolArray, AnswerArray, FloatArray]:
+        key = self._key_of_world(model.sha256, as_of)
+        return self._kernels.find_answers(self._table, lead_ids, key, now, self._emptied)
 
     def remember(
         self,
@@ -139,16 +132,17 @@ class PredictionCache:
         since: int,
     ) -> None:
         """See `AnswerCache.remember`; of more answers than there is room for, the last ones stay."""
-        hashes, checks = _hash(model, as_of, lead_ids[-self._size :])
-        numbers = self._written + 1 + np.arange(len(hashes))
-        self._written += len(hashes)
-        places = numbers % self._size
-        self._checks[places] = checks
-        self._answers[places] = answers[-self._size :].view(ANSWER_BYTES)
-        self._expires[places] = self._monotonic() + self._ttl_seconds
-        self._since[places] = since
-        self._marks[places] = _marks(uuids[-self._size :])
-        self._enter(hashes, numbers)
+        self._kernels.remember_answers(
+            self._table,
+            lead_ids,
+            self._key_of_world(model.sha256, as_of),
+            answers,
+            number=self._written + 1,
+            expires=self._monotonic() + self._ttl_seconds,
+            since=since,
+            marks=_marks(uuids),
+        )
+        self._written += len(lead_ids)
 
     def forget(self, uuids: Sequence[str]) -> None:
         """Lets every answer for these leads count no more, whichever ID it was asked by."""
@@ -174,21 +168,9 @@ class PredictionCache:
         """Tells whether answers are found at present."""
         return self._monotonic() < self._trusted_until
 
-    def _sets(self, hashes: _HashArray) -> IntArray:
-        return (hashes % np.uint64(self._hashes.shape[1])).astype(np.int64)
-
-    def _enter(self, hashes: _HashArray, numbers: IntArray) -> None:
-        sets = self._sets(hashes)
-        left = np.arange(len(hashes))
-        while left.size:
-            # Of several that belong into one set, one at a time: each takes the place of the oldest.
-            _, first = np.unique(sets[left], return_index=True)
-            now = left[first]
-            known = self._hashes.take(sets[now], axis=1) == hashes[now]
-            ways = np.where(known, _NEVER, self._numbers.take(sets[now], axis=1)).argmin(axis=0)
-            self._hashes[ways, sets[now]] = hashes[now]
-            self._numbers[ways, sets[now]] = numbers[now]
-            left = np.delete(left, first)
+    def _build_key(self, sha256: str, as_of: float) -> HashKey:
+        """Returns what lead IDs are hashed under, together with the model and the as-of time."""
+        return self._kernels.hash_text(f"{sha256} {as_of}".encode(), self._secret)
 
 
 class NullCache:
@@ -226,21 +208,5 @@ class NullCache:
         """Forgets the answers."""
 
 
-def _hash(model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[_HashArray, _HashArray]:
-    """Returns twice 64 bits for each key. No ID begins with the character that tells the two apart."""
-    first, second = _hash_world(model.sha256, as_of)
-    return _hash_texts(lead_ids) ^ first, _hash_texts(["\0" + lead_id for lead_id in lead_ids]) ^ second
-
-
-@lru_cache(maxsize=4)
-def _hash_world(sha256: str, as_of: float) -> tuple[np.uint64, np.uint64]:
-    first, second = _hash_texts([f" {sha256} {as_of}", f"\0 {sha256} {as_of}"])
-    return first, second
-
-
-def _marks(uuids: Sequence[str]) -> _HashArray:
-    return _hash_texts(uuids) % np.uint64(_CHANGE_MARKS)
-
-
-def _hash_texts(texts: Sequence[str]) -> _HashArray:
-    return np.fromiter(map(hash, texts), np.int64, len(texts)).view(np.uint64)
+def _marks(uuids: Sequence[str]) -> IntArray:
+    return np.fromiter(map(hash, uuids), np.int64, len(uuids)) % _CHANGE_MARKS

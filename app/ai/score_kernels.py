@@ -1,9 +1,10 @@
 """The compiled loops of scoring: `_score_kernels.c`, built when the package is installed, opened by ctypes.
 
 Trees are laid out once, when a model is loaded, as one array of small nodes; a call then walks 16 rows at a
-time down each tree, without a branch and without the interpreter's lock. Features are built and made safe by
-one call each, whatever their number. Equal to scikit-learn and to NumPy to the last bit, see
-`_score_kernels.c`. Pure but for opening the library. Called by `inference`, `feature_plan`, `feature_safety`.
+time down each tree, without a branch and without the interpreter's lock. Features are built and made safe,
+and answers are remembered and found, by one call each, whatever their number. Equal to scikit-learn and to
+NumPy to the last bit, see `_score_kernels.c`. Pure but for opening the library. Called by `inference`,
+`feature_plan`, `feature_safety`, `prediction_cache`.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from app.ai.domain import CodeArray, FloatArray
+from app.ai.domain import ANSWER, AnswerArray, BoolArray, CodeArray, FloatArray, IntArray
 from app.ai.fitted_trees import Tree
 
 RowSum = Callable[[FloatArray], FloatArray]
@@ -60,6 +61,37 @@ CHECKED = np.dtype(
 )
 """`struct checked`, see `feature_safety.CheckedFeatures`."""
 
+_WAYS = 16
+
+ENTRY = np.dtype(
+    [
+        ("check", np.uint64),
+        ("expires", np.float64),
+        ("since", np.int64),
+        ("mark", np.int64),
+        ("answer", ANSWER),
+    ]
+)
+SET = np.dtype([("hashes", np.uint64, _WAYS), ("numbers", np.int64, _WAYS)])
+"""`struct entry` and `struct set`, see `prediction_cache.PredictionCache`."""
+
+
+class AnswerTable(ctypes.Structure):
+    """`struct table`: where answers are remembered, and where the moments of changes are."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("sets", "ring", "changed")),
+        *((name, ctypes.c_int64) for name in ("n_sets", "size")),
+    )
+
+    def __init__(self, sets: NDArray[np.void], ring: NDArray[np.void], changed: IntArray) -> None:
+        """`sets` are `SET`, `ring` is `ENTRY`, all zeros at first; whoever owns them keeps them in place."""
+        super().__init__(sets.ctypes.data, ring.ctypes.data, changed.ctypes.data, len(sets), len(ring))
+
+
+HashKey = NDArray[np.uint64]
+"""The 128 bits that texts are hashed under, and those of a hash (2,)."""
+
 
 class Operation(IntEnum):
     """`enum operation`: how a feature is built from numbers, or that it is looked up for a text."""
@@ -75,8 +107,9 @@ class Operation(IntEnum):
 
 
 _LOG = logging.getLogger(__name__)
-_RECORDS = (NODE, CELL_COLUMN, FEATURE, LEVEL, RULE, CHECKED)
-_I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_RECORDS = (NODE, CELL_COLUMN, FEATURE, LEVEL, RULE, CHECKED, ENTRY, SET)
+_RECORD_BYTES = [*(record.itemsize for record in _RECORDS), ctypes.sizeof(AnswerTable)]
+_I32, _I64, _F64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 # Where an array begins, in a third of the time NumPy's own `ctypes` takes; the array must be writable.
 _start_of: Callable[[Any], Any] = (ctypes.c_char * 0).from_buffer
@@ -92,13 +125,13 @@ class ScoreKernels:
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path)
         try:
-            if list((_I32 * len(_RECORDS)).in_dll(library, "record_bytes")) != [
-                record.itemsize for record in _RECORDS
-            ]:
+            if list((_I32 * len(_RECORD_BYTES)).in_dll(library, "record_bytes")) != _RECORD_BYTES:
                 raise OSError("built from another version of its source")
             self._sum_trees, self._sum_terms = library.sum_trees, library.sum_terms
             self._logistic = library.logistic
             self._build_features, self._check_features = library.build_features, library.check_features
+            self._hash_text = library.hash_text
+            self._find_answers, self._remember_answers = library.find_answers, library.remember_answers
         except (ValueError, AttributeError) as exc:
             raise OSError("not the library of the scoring loops") from exc
         self._sum_trees.argtypes = [_POINTER] * 3 + [_I64, _POINTER, _I64, _I64, _I32, _POINTER]
@@ -110,6 +143,13 @@ class ScoreKernels:
         self._build_features.restype = None
         self._check_features.argtypes = [_POINTER, *[_I64] * 3, *[_POINTER] * 2, _I64, *[_POINTER] * 2]
         self._check_features.restype = None
+        self._hash_text.argtypes = [ctypes.c_char_p, _I64, _POINTER, _POINTER]
+        self._hash_text.restype = None
+        look: list[Any] = [ctypes.POINTER(AnswerTable), ctypes.c_char_p, _I64, _POINTER]
+        self._find_answers.argtypes = [*look, _F64, _I64, *[_POINTER] * 3]
+        self._find_answers.restype = None
+        self._remember_answers.argtypes = [*look, _I64, _F64, _I64, _POINTER, _POINTER]
+        self._remember_answers.restype = None
 
     def build_tree_sum(
         self, trees: Sequence[Tree], n_features: int, *, start: float = 0.0, single_precision: bool = False
@@ -207,6 +247,47 @@ class ScoreKernels:
         )
         return safe, checked
 
+    def hash_text(self, text: bytes, key: HashKey) -> HashKey:
+        """Returns the 128-bit hash (2,) of a text under a key (2,): SipHash-2-4."""
+        hashed = np.empty(2, np.uint64)
+        self._hash_text(text, len(text), _start_of(key), _start_of(hashed))
+        return hashed
+
+    def find_answers(
+        self, table: AnswerTable, texts: Sequence[str], key: HashKey, now: float, all_changed: int
+    ) -> tuple[BoolArray, AnswerArray, FloatArray]:
+        """Returns, for each text (n,) under a key, if its answer is found, it, and when it expires.
+
+        Found is what expires after `now`, and was read no earlier than the last change that concerns it and
+        than `all_changed`. The rest is undefined. A text has no line feed in it.
+        """
+        n = len(texts)
+        found, answers, expires = np.empty(n, np.bool_), np.empty(n, ANSWER), np.empty(n)
+        filled = map(_start_of, (found, answers, expires))
+        self._find_answers(table, _join(texts), n, _start_of(key), now, all_changed, *filled)
+        return found, answers, expires
+
+    def remember_answers(
+        self,
+        table: AnswerTable,
+        texts: Sequence[str],
+        key: HashKey,
+        answers: AnswerArray,
+        *,
+        number: int,
+        expires: float,
+        since: int,
+        marks: IntArray,
+    ) -> None:
+        """Enters answers (n,) under texts (n,): the first is the one of this `number`, from 1 on.
+
+        `since` is the moment they were read, `marks` (n,) the places in `changed` that concern them.
+        """
+        self._remember_answers(
+            *(table, _join(texts), len(texts), _start_of(key)),
+            *(number, expires, since, _start_of(marks), _start_of(np.ascontiguousarray(answers))),
+        )
+
 
 @cache
 def installed_kernels() -> ScoreKernels | None:
@@ -225,8 +306,8 @@ def load_kernels(path: str | None) -> ScoreKernels | None:
             reason = str(exc)
     _LOG.warning(
         "models are scored by scikit-learn and features built by NumPy, with the same results but several "
-        "times slower, without the compiled loops (%s); have a C compiler on the path and install the "
-        "package again",
+        "times slower, and no prediction is remembered, without the compiled loops (%s); have a C compiler "
+        "on the path and install the package again",
         reason,
     )
     return None
@@ -260,6 +341,10 @@ def _measure_depths(nodes: NDArray[np.void], roots: NDArray[np.int32]) -> NDArra
         if not at.size:
             return depths
         depths[tree] += 1
+
+
+def _join(texts: Sequence[str]) -> bytes:
+    return ("\n".join(texts) + "\n").encode()
 
 
 def _check_rows(values: FloatArray, n_features: int) -> FloatArray:
