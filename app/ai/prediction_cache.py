@@ -32,7 +32,7 @@ _CHANGE_MARKS = 131_072
 
 
 class AnswerCache(Protocol):
-    """Where answers may be remembered. Lead IDs are canonical and, in one call, distinct."""
+    """Where answers may be remembered. Lead IDs are canonical; equal ones, in one call, fare alike."""
 
     def moment(self) -> int:
         """Returns the present moment, to be taken before a read begins and handed to `remember`."""

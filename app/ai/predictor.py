@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import structlog
@@ -99,7 +99,7 @@ class ScoredLeads(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What is found of the IDs (m,) the cache does not know: answers, fates, and explanations by place.
+    """What is found of IDs (m,) the cache does not know: answers, fates, and explanations by place.
 
     Answers and explanations are undefined where the fate is not `_ANSWERED`. `stages_ms` is what it took.
     """
@@ -108,6 +108,15 @@ class _Found(NamedTuple):
     fate: IntArray
     explanations: Mapping[int, Explanation]
     stages_ms: Mapping[Stage, float]
+
+    def at(self, places: Sequence[int]) -> Self:
+        """Returns what is found at these places, in this order."""
+        told = enumerate(places) if self.explanations else ()
+        return self._replace(
+            answers=self.answers[places],
+            fate=self.fate[places],
+            explanations={at: self.explanations[place] for at, place in told if place in self.explanations},
+        )
 
 
 class _Outcome(NamedTuple):
@@ -211,32 +220,26 @@ class Predictor:
             )
         watch.lap("model")
         canonical = canonical_lead_ids(lead_ids)
-        distinct = list(dict.fromkeys(canonical))
         # A receipt is for the data it was made from, so leads with reasons are read and scored afresh.
         cache: AnswerCache = NullCache() if "reasons" in context.include else self._cache
-        hit, answers = cache.find(bundle.ref, context.as_of, distinct)
+        hit, answers = cache.find(bundle.ref, context.as_of, canonical)
         watch.lap("cache")
-        fate = np.zeros(len(distinct), np.int64)  # _ANSWERED
+        fate = np.zeros(len(canonical), np.int64)  # _ANSWERED
         missing = (~hit).nonzero()[0]
         found: _Found | None = None
         age: float | None = None
         if missing.size:
-            asked = _pick(distinct, missing)
             try:
-                found = await self._look_up(bundle, context, asked)
+                found = await self._look_up(bundle, context, _pick(canonical, missing))
                 answers[missing], fate[missing] = found.answers, found.fate
                 watch.stages_ms |= found.stages_ms
             except DatabaseUnavailableError:
-                hit, answers, ages = cache.recall(bundle.ref, context.as_of, distinct)
+                hit, answers, ages = cache.recall(bundle.ref, context.as_of, canonical)
                 if not (self._degraded_answers and hit.all()):
                     raise
                 age = float(ages.max())
                 answers["verdict"] = np.maximum(answers["verdict"], _CAUTION)
-        outcome, positions = _Outcome(answers, fate, hit), np.arange(len(distinct))
-        if len(distinct) < len(canonical):
-            place = {lead_id: index for index, lead_id in enumerate(distinct)}
-            positions = np.fromiter((place[lead_id] for lead_id in canonical), np.int64, len(canonical))
-            outcome = _Outcome(answers[positions], fate[positions], hit[positions])
+        outcome = _Outcome(answers, fate, hit)
         predictions = self._assemble(bundle, lead_ids, outcome, watch.stages_ms)
         if age is not None:
             predictions = replace(predictions, degraded_age_seconds=age)
@@ -244,18 +247,23 @@ class Predictor:
             intervals = widen(find_intervals(bundle, outcome.kept()), age or 0.0, predictions.bounds)
             predictions = replace(predictions, intervals=intervals)
         if found is not None and "reasons" in context.include:
-            answered = positions[outcome.fate == _ANSWERED].tolist()
+            answered = (fate == _ANSWERED).nonzero()[0].tolist()
             predictions = replace(predictions, explanations=[found.explanations[index] for index in answered])
         return predictions
 
     async def _look_up(self, bundle: ModelBundle, context: RequestContext, lead_ids: Sequence[str]) -> _Found:
         """Whatever is waited for here (others, the database, the scoring thread) draws from one deadline."""
         left = None if context.answer_by is None else context.answer_by - time.monotonic()
+        distinct = list(dict.fromkeys(lead_ids))
         try:
             async with asyncio.timeout(left):
-                return await self._share_look_up(bundle, context, lead_ids)
+                found = await self._share_look_up(bundle, context, distinct)
         except TimeoutError as exc:
             raise OverloadedError from exc
+        if len(distinct) == len(lead_ids):
+            return found
+        place = {lead_id: index for index, lead_id in enumerate(distinct)}
+        return found.at([place[lead_id] for lead_id in lead_ids])
 
     async def _share_look_up(
         self, bundle: ModelBundle, context: RequestContext, lead_ids: Sequence[str]
@@ -263,9 +271,7 @@ class Predictor:
         if "reasons" in context.include:
             return await self._answer(bundle, context.as_of, lead_ids, explain=True)
         found, places = await self._look_ups.look_up((bundle, context.as_of), lead_ids)
-        if places is None:
-            return found
-        return found._replace(answers=found.answers[places], fate=found.fate[places])
+        return found if places is None else found.at(places)
 
     async def _answer(
         self, bundle: ModelBundle, as_of: float, lead_ids: Sequence[str], *, explain: bool = False
@@ -336,7 +342,7 @@ class Predictor:
         kept = outcome.kept()
         return Predictions(
             asked=len(lead_ids),
-            lead_ids=list(compress(lead_ids, answered.tolist())),
+            lead_ids=list(compress(lead_ids, answered.tolist()) if declined else lead_ids),
             raw_score=kept["raw_score"],
             probability=kept["probability"],
             confidence=kept["confidence"],

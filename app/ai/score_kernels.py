@@ -131,7 +131,9 @@ class ScoreKernels:
             self._logistic = library.logistic
             self._build_features, self._check_features = library.build_features, library.check_features
             self._hash_text = library.hash_text
-            self._find_answers, self._remember_answers = library.find_answers, library.remember_answers
+            # These keep the interpreter's lock: no other thread writes `changed` during a call.
+            locked = ctypes.PyDLL(path)
+            self._find_answers, self._remember_answers = locked.find_answers, locked.remember_answers
         except (ValueError, AttributeError) as exc:
             raise OSError("not the library of the scoring loops") from exc
         self._sum_trees.argtypes = [_POINTER] * 3 + [_I64, _POINTER, _I64, _I64, _I32, _POINTER]
