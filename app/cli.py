@@ -20,13 +20,13 @@ import click
 
 from app import __version__
 from app.errors import ArtifactError, LeadScoringError, ModelNotReadyError, SettingsError
-from app.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from app.ai.model_bundle import ModelBundle
     from app.ai.model_catalogue import AvailableModel, ModelCatalogue
     from app.ai.served_versions import ServedVersions
     from app.security.access import Scope
+    from app.settings import Settings
 
 Progress = Callable[[str, int, int], None]
 ModelType = Literal["auto", "random_forest", "logistic_regression", "hist_gradient_boosting"]
@@ -74,17 +74,21 @@ def serve() -> None:
     Listens on HOST:PORT with WORKERS processes. With DATABASE_URL unset it starts its own PostgreSQL under
     VAR_DIR, migrates it and fills it with a demo CRM the first time.
     """
-    settings = load_settings()
-    # Numeric thread pools cost more than they give at these batch sizes; they read this at import.
-    for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(pool, "1")
-    from app.ai.artifact_process import prepare
+    from app.ai.artifact_process import dismiss, prepare
 
-    if settings.workers == 1:
-        prepare()  # it takes longest: beside all that is imported and opened from here on
-    from app.serve import serve as run
+    prepare()  # it takes longest: beside all that is imported and opened from here on
+    try:
+        settings = _settings()
+        if settings.workers > 1:
+            dismiss()  # each of them starts one of its own
+        # Numeric thread pools cost more than they give at these batch sizes; they read this at import.
+        for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(pool, "1")
+        from app.serve import serve as run
 
-    run(settings)
+        run(settings)
+    finally:
+        dismiss()
 
 
 @cli.group()
@@ -97,7 +101,7 @@ def db_upgrade() -> None:
     """Apply every migration that is not applied yet."""
     from app.db.migrations import upgrade
 
-    with _database(load_settings()) as url:
+    with _database(_settings()) as url:
         upgrade(url)
     click.echo("The database is up to date.")
 
@@ -115,7 +119,7 @@ def demo(people: int, seed: int, until: datetime | None, as_json: bool) -> None:
     """Fill a database that has no people yet with a demo admissions CRM."""
     from app.db.demo_crm import load_demo
 
-    with _database(load_settings()) as url, _progress() as progress:
+    with _database(_settings()) as url, _progress() as progress:
         summary = load_demo(url, people=people, seed=seed, until=_utc(until), progress=progress)
     _print_facts(dataclasses.asdict(summary), as_json)
 
@@ -141,7 +145,7 @@ def import_file(
     """Load leads from a CSV file, typed, all or nothing."""
     from app.db.csv_import import import_csv
 
-    with _database(load_settings()) as url, _progress() as progress:
+    with _database(_settings()) as url, _progress() as progress:
         summary = import_csv(
             url,
             file,
@@ -233,7 +237,7 @@ def train(
 
     if label and outcome:
         raise click.UsageError(_ONE_OUTCOME)
-    settings = load_settings()
+    settings = _settings()
     with _database(settings) as url, _progress() as progress:
         options = TrainingOptions(
             url=url,
@@ -288,7 +292,7 @@ def evaluate(
 
     if label and outcome:
         raise click.UsageError(_ONE_OUTCOME)
-    settings = load_settings()
+    settings = _settings()
     bundle = _load_model(settings, version or settings.ml_model_version)
     manifest = bundle.manifest
     if not label and not outcome:
@@ -319,7 +323,7 @@ def score(*, as_json: bool) -> None:
     from app.ai.served_versions import ServedVersions
     from app.bulk_scoring import score_source
 
-    settings = load_settings()
+    settings = _settings()
     bundle = _load_model(settings, settings.ml_model_version, ServedVersions(settings.var_dir))
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     policy = ScoringPolicy(settings.ml_min_feature_coverage, settings.ml_confidence_method)
@@ -339,14 +343,14 @@ def models() -> None:
 @_json_option
 def models_list(as_json: bool) -> None:
     """List every artifact found; hashes are verified, nothing is loaded."""
-    _print_models(_catalogue(load_settings()).list_models(), as_json)
+    _print_models(_catalogue(_settings()).list_models(), as_json)
 
 
 @models.command("verify")
 @_json_option
 def models_verify(as_json: bool) -> None:
     """Load every artifact through the full gate; exit status 1 if any cannot be trusted, or none is found."""
-    found = _catalogue(load_settings()).verify_models()
+    found = _catalogue(_settings()).verify_models()
     _print_models(found, as_json)
     bad = [model.file for model in found if model.state != "verified"]
     if bad or not found:
@@ -375,7 +379,7 @@ def models_sign(version: str, key_file: Path) -> None:
     """Sign the manifest of VERSION, or of every version with the word `all`; hashes are verified first."""
     from app.training.signing import read_key_file, sign_models
 
-    settings = load_settings()
+    settings = _settings()
     key = read_key_file(key_file)
     only = None if version == "all" else version
     for name in sign_models(settings.ml_model_dir, settings.ml_model_pattern, only, key):
@@ -402,7 +406,7 @@ def keys_create(client: str, scopes: "tuple[Scope, ...]", as_json: bool) -> None
     """Make a key and show it, this once; a client may have two at a time."""
     from app.db.api_keys import create_key
 
-    settings = load_settings()
+    settings = _settings()
     if settings.auth_key_pepper is None:
         raise SettingsError("AUTH_KEY_PEPPER: must be set to make keys, to what the service has")
     with _database(settings) as url:
@@ -416,7 +420,7 @@ def keys_list(as_json: bool) -> None:
     """List every key by its ID, the revoked ones too; a key itself is never shown."""
     from app.db.api_keys import list_keys
 
-    with _database(load_settings()) as url:
+    with _database(_settings()) as url:
         rows = list_keys(url)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(row) for row in rows], default=str))
@@ -434,13 +438,13 @@ def keys_revoke(key_id: str) -> None:
     """End a key; the service refuses it within five seconds."""
     from app.db.api_keys import revoke_key
 
-    with _database(load_settings()) as url:
+    with _database(_settings()) as url:
         revoke_key(url, key_id)
     click.echo(f"{key_id} is revoked.")
 
 
 def _load_model(
-    settings: Settings, version: str | None, served: "ServedVersions | None" = None
+    settings: "Settings", version: str | None, served: "ServedVersions | None" = None
 ) -> "ModelBundle":
     from app.ai.model_registry import REMEDIES, ModelRegistry
 
@@ -459,7 +463,7 @@ def _load_model(
         registry.close()
 
 
-def _catalogue(settings: Settings) -> "ModelCatalogue":
+def _catalogue(settings: "Settings") -> "ModelCatalogue":
     from app.ai.model_catalogue import ModelCatalogue
 
     return ModelCatalogue(
@@ -485,8 +489,14 @@ def _utc(moment: datetime | None) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
+def _settings() -> "Settings":
+    from app.settings import load_settings
+
+    return load_settings()
+
+
 @contextmanager
-def _database(settings: Settings) -> Iterator[str]:
+def _database(settings: "Settings") -> Iterator[str]:
     from app.serve import open_database
 
     with open_database(settings) as url:

@@ -25,7 +25,6 @@ import uvicorn
 import uvicorn._subprocess
 from uvicorn.supervisors import Multiprocess
 
-from app.ai.artifact_process import dismiss as dismiss_artifact_process
 from app.db.embedded import open_embedded
 from app.db.schema_state import current_state
 from app.drain import ANNOUNCEMENT
@@ -62,7 +61,6 @@ def serve(settings: Settings) -> None:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, _raise_stopped)
             listener = stack.enter_context(_bind(settings.host, settings.port))
-            stack.callback(dismiss_artifact_process)
             url = stack.enter_context(open_database(settings))
             if settings.database_url is None:
                 _seed_once(url)

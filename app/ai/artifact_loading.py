@@ -232,7 +232,3 @@ def main() -> None:
     if question := sys.stdin.buffer.read():
         with suppress(BrokenPipeError), os.fdopen(sys.stdout.fileno(), "wb", closefd=False) as output:
             output.write(answer(question))
-
-
-if __name__ == "__main__":
-    main()
