@@ -49,7 +49,7 @@ def _make_column(bundle: ModelBundle, column: InputColumn, random: np.random.Gen
         named = next(spec.params["levels"] for spec in bundle.feature_set.specs if column in spec.inputs)
         words = random.choice([word.title() for word in named], n)
         return b"\0".join(
-            NULL_TEXT.encode("utf-8", "surrogateescape") if gone else word.encode()
+            NULL_TEXT if gone else word.encode()
             for gone, word in zip(absent.tolist(), words.tolist(), strict=True)
         )
     numbers = {

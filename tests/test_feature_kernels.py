@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.ai.column_blocks import NULL_NUMBER, NULL_TEXT, ColumnBlocks, stack_columns
+from app.ai.column_blocks import NULL_NUMBER, NULL_TEXT, ColumnBlocks, encode_text, stack_columns
 from app.ai.domain import InputColumn, LeadColumns
 from app.ai.feature_safety import SafetyRules, apply_rules, build_statistics
 from app.ai.feature_transforms import RANGES, TRANSFORMS
@@ -80,12 +80,13 @@ def block_of(feature_set: FeatureSet, rows: list[list[float | str | None]]) -> L
     for place, values in enumerate(cells[:a]):
         numbers[place] = [np.nan if value is None else value for value in values]
         numbers.view(np.uint64)[place, [value is None for value in values]] = NULL_NUMBER
-    texts = [[NULL_TEXT if value is None else value for value in values] for values in cells[a:]]
-    return LeadColumns(len(rows), ColumnBlocks(inputs, numbers, texts))
+    texts = [NULL_TEXT if text is None else encode_text(text) for texts in cells[a:] for text in texts]
+    return LeadColumns(len(rows), ColumnBlocks(inputs, numbers, b"".join(text + b"\0" for text in texts)))
 
 
 def leads_for(feature_set: FeatureSet, most: int = 6) -> st.SearchStrategy[list]:
-    texts = st.one_of(st.none(), st.sampled_from(WORDS), st.text(max_size=4))
+    stored = st.text(st.characters(exclude_characters="\0"), max_size=4)
+    texts = st.one_of(st.none(), st.sampled_from(WORDS), stored)
     row = st.tuples(*(texts if column.kind == "text" else NUMBERS for column in feature_set.plan.inputs))
     return st.lists(row, max_size=most)
 

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.ai.domain import Column, InputColumn
+from app.ai.column_blocks import NULL_TEXT
+from app.ai.domain import Column, InputColumn, LeadColumns
 from app.ai.feature_transforms import TRANSFORMS, TextCodes
 from app.ai.features import FeatureSet, FeatureSpec, build_features
+from app.ai.score_kernels import KNOWN_TEXT
 from tests.builders import (
     AS_OF,
     DAY,
@@ -355,10 +357,35 @@ def test_odd_floats_never_warn_and_never_leak_into_neighbours() -> None:
 
 
 def test_codes_of_texts_are_remembered_up_to_a_limit_and_stay_right() -> None:
-    codes = TextCodes(["web", "fair"])
-    texts = [" Web", "FAIR ", "", "\udcff", "x" * 1000, *(f"other {n}" for n in range(2500)), "web"]
+    seen = np.zeros(8, KNOWN_TEXT)
+    codes = TextCodes(["web", "fair"], seen)
+    others = [f"other {n}".encode() for n in range(2500)]
+    texts = [b" Web", b"FAIR ", b"", NULL_TEXT, b"x" * 1000, *others, b"web"]
     expected = [2, 3, 0, 0, 1, *[1] * 2500, 2]
-    assert list(codes.code(texts)) == expected
-    assert list(codes.code(texts)) == expected
+    assert codes.code(texts) == expected
+    assert codes.code(texts) == expected
     assert len(codes) <= 1000
-    assert max(map(len, codes)) <= 64
+    assert max(map(len, codes)) < 64
+    assert seen["code"].tolist() == [2, 3, 0, 0, 2, 0, 0, 0]
+    assert seen["size"].tolist() == [5, 6, 1, 2, 4, 0, 0, 0]
+
+
+def test_texts_beyond_those_a_column_was_first_seen_to_hold_have_their_codes_too() -> None:
+    first = {"levels": {"web": 1.0}, "unseen": 2.0, "missing": 3.0}
+    second = {"levels": {"fair": 4.0}, "unseen": 5.0, "missing": 6.0}
+    features = FeatureSet((
+        spec("level", ("city", "text"), name="a", params=first),
+        spec("level", ("source", "text"), name="b", params=second),
+    ))  # fmt: skip
+    words = [*(f"other {number} " + "x" * (number % 90) for number in range(300)), "Web ", "fair", "", "web"]
+    leads = LeadColumns(len(words), {name: column("text", *words) for name in ("city", "source")})
+    for _ in range(2):
+        values = build_features(leads, features, AS_OF).values
+        assert values[:, 0].tolist() == [2.0] * 300 + [1.0, 2.0, 3.0, 1.0]
+        assert values[:, 1].tolist() == [5.0] * 300 + [5.0, 4.0, 6.0, 5.0]
+
+
+def test_a_text_with_a_nul_in_it_is_refused() -> None:
+    features = FeatureSet((spec("is_present", ("city", "text")),))
+    with pytest.raises(ValueError, match="NUL"):
+        build_features(LeadColumns(1, {"city": column("text", "a\0b")}), features, AS_OF)

@@ -17,6 +17,7 @@
 enum {
     LANES = 16,       /* walks that go on side by side: their steps do not wait for each other */
     BLOCK_ROWS = 512, /* rows that stay in the cache while all trees pass over them */
+    TEXT_BYTES = 56,  /* room for a known text and the NUL that ends it */
     WAYS = 16,        /* answers that one set has room for */
     BLOCK_TEXTS = 32  /* texts that are hashed before the first of them is looked up */
 };
@@ -48,6 +49,13 @@ struct feature {
 struct level {
     double value;
     int64_t state;
+};
+
+/* A text that a column has been seen to hold, and its code; `size` is that of the text and its NUL, 0 where no
+ * text is. */
+struct known_text {
+    char text[TEXT_BYTES];
+    int32_t size, code;
 };
 
 enum state { PRESENT, MISSING, INVALID, UNSEEN };
@@ -98,7 +106,8 @@ struct table {
 
 const int32_t record_bytes[] = {sizeof(struct node),  sizeof(struct cell_column), sizeof(struct feature),
                                 sizeof(struct level), sizeof(struct rule),        sizeof(struct checked),
-                                sizeof(struct entry), sizeof(struct set),         sizeof(struct table)};
+                                sizeof(struct entry), sizeof(struct set),         sizeof(struct known_text),
+                                sizeof(struct table)};
 
 static inline double round_to_single(double value) {
     /* A huge value stays a value instead of becoming an infinity. */
@@ -208,6 +217,26 @@ void sum_terms(const double *means, const double *scales, int64_t n_scalings, co
 /* Turns log-odds into probabilities, as SciPy's expit does. */
 void logistic(double *values, int64_t n) {
     for (int64_t i = 0; i < n; i++) values[i] = 1 / (1 + exp(-values[i]));
+}
+
+/* Finds the codes (n_columns, n_leads) of texts that each end with a NUL, column after column, among the
+ * `n_known` that are known of each column, or -1. */
+void code_texts(const struct known_text *known, int64_t n_known, const char *texts, int64_t n_columns,
+                int64_t n_leads, int32_t *codes) {
+    for (int64_t column = 0; column < n_columns; column++, known += n_known) {
+        for (int64_t lead = 0; lead < n_leads; lead++) {
+            size_t size = strlen(texts) + 1;
+            int32_t code = -1;
+            for (int64_t at = 0; at < n_known && known[at].size; at++) {
+                if ((size_t)known[at].size == size && memcmp(known[at].text, texts, size) == 0) {
+                    code = known[at].code;
+                    break;
+                }
+            }
+            *codes++ = code;
+            texts += size;
+        }
+    }
 }
 
 /* Returns a number if it is usable, else NaN; `state` says which. */

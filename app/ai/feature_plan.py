@@ -7,7 +7,6 @@ alone, to the last bit. Only `features` calls this module.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -26,8 +25,17 @@ from app.ai.feature_transforms import (
     TextCodes,
     named_texts,
 )
-from app.ai.score_kernels import CELL_COLUMN, FEATURE, LEVEL, Operation, ScoreKernels
+from app.ai.score_kernels import (
+    CELL_COLUMN,
+    FEATURE,
+    KNOWN_TEXT,
+    LEVEL,
+    UNKNOWN_CODE,
+    Operation,
+    ScoreKernels,
+)
 
+_MOST_SEEN = 64
 _SECONDS_PER_DAY = 86_400.0
 
 Records = NDArray[np.void]
@@ -41,7 +49,7 @@ class FeaturePlan(NamedTuple):
     `inputs` (a + b) are the columns in the order of the blocks. `columns` (a,) are `CELL_COLUMN`: what is
     usable. `features` (k,) are `FEATURE`: the operation, the row it reads first, a second one: of a number,
     of `logs`, or where in `levels` the table of a text begins. `levels` are `LEVEL`: by code, table after
-    table. `logs` are the rows of numbers whose log1p is read. `known` (b) are the codes of texts.
+    table. `logs` are the rows of numbers whose log1p is read. `texts` tells the codes of texts.
     """
 
     inputs: tuple[InputColumn, ...]
@@ -49,7 +57,7 @@ class FeaturePlan(NamedTuple):
     features: Records
     levels: Records
     logs: NDArray[np.intp]
-    known: list[TextCodes]
+    texts: "TextCoder"
 
     @classmethod
     def of(cls, recipes: Sequence[Recipe]) -> Self:
@@ -81,7 +89,7 @@ class FeaturePlan(NamedTuple):
             features,
             np.array(levels, LEVEL),
             np.array(logs, np.intp),
-            [TextCodes(named) for named in texts.values()],
+            TextCoder(list(texts.values())),
         )
 
     def build(
@@ -91,14 +99,13 @@ class FeaturePlan(NamedTuple):
 
         `blocks` hold the `inputs`, `moments` (1,) or (n,) the as-of times, in seconds since 1970-01-01 UTC.
         """
-        shape = len(self.known), blocks.numbers.shape[1]
-        coded = chain.from_iterable(map(TextCodes.code, self.known, blocks.texts))
-        codes = np.fromiter(coded, np.int32, shape[0] * shape[1])
+        n = blocks.numbers.shape[1]
+        codes = self.texts.code(blocks.texts, n, kernels)
         with np.errstate(all="ignore"):
             # NumPy's own logarithm in both ways: a compiler's may differ from it in the last bit.
             logs = np.log1p(blocks.numbers[self.logs])
             if kernels is None:
-                return self._build(_clean(blocks.numbers, self.columns, codes.reshape(shape), logs), moments)
+                return self._build(_clean(blocks.numbers, self.columns, codes, logs), moments)
         plan = (self.columns, self.features, self.levels)
         return kernels.build_features(plan, blocks.numbers, logs, codes, moments)
 
@@ -118,6 +125,33 @@ class FeaturePlan(NamedTuple):
         values[unusable] = np.nan
         values += 0.0  # -0.0 becomes 0.0: equal numbers that differ in a bit would be told apart by a digest.
         return np.ascontiguousarray(values.T), np.ascontiguousarray(states.T)
+
+
+class TextCoder:
+    """Tells the codes of the texts of `b` columns; `named` (b) are the texts that features of each name.
+
+    What a column has been seen to hold is looked up by a loop in C; the rest is worked out one by one.
+    """
+
+    def __init__(self, named: Sequence[Sequence[str]]) -> None:
+        self._seen = np.zeros((len(named), _MOST_SEEN), KNOWN_TEXT)
+        self._codes = list(map(TextCodes, named, self._seen))
+
+    def code(self, texts: bytes, n: int, kernels: ScoreKernels | None) -> NDArray[np.int32]:
+        """Returns the codes (b, n) of texts (b, n) as in `ColumnBlocks`.
+
+        Raises:
+            ValueError: there are not as many texts.
+        """
+        if kernels is None:
+            codes = np.full((len(self._codes), n), UNKNOWN_CODE, np.int32)
+        else:
+            codes = kernels.code_texts(self._seen, texts, n)
+        unknown = (codes.ravel() == UNKNOWN_CODE).nonzero()[0].tolist()
+        if unknown:
+            words = texts.split(b"\0")
+            codes.flat[unknown] = [self._codes[place // n][words[place]] for place in unknown]
+        return codes
 
 
 class _Cells(NamedTuple):

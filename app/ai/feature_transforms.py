@@ -26,10 +26,11 @@ from enum import IntEnum
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
-from app.ai.column_blocks import NULL_TEXT
+from app.ai.column_blocks import NULL_TEXT, decode_text
 from app.ai.domain import ColumnKind
-from app.ai.score_kernels import Operation
+from app.ai.score_kernels import KNOWN_TEXT, TEXT_BYTES, Operation
 
 LARGEST = float(np.finfo(np.float32).max)
 """No usable number is farther from 0: forests compute in single precision."""
@@ -43,7 +44,8 @@ RANGES: Mapping[ColumnKind, tuple[float, float]] = {
 }
 """The smallest and the largest usable number of each kind."""
 
-_MOST_REMEMBERED, _LONGEST_REMEMBERED = 1000, 64
+_MOST_REMEMBERED = 1000
+_NONE_SEEN = np.zeros(0, KNOWN_TEXT)
 
 BLANK, OTHER, FIRST_KNOWN = range(3)
 """The codes of no text and of a text no feature names, and the first of those that are named."""
@@ -80,28 +82,39 @@ class Transform(NamedTuple):
     optional: frozenset[str] = frozenset()
 
 
-class TextCodes(dict[str, int]):
-    """The codes of texts as they are stored: a column repeats a few of them, so they are remembered.
+class TextCodes(dict[bytes, int]):
+    """The codes of texts as they are stored, in UTF-8: a column repeats a few, so they are remembered.
 
-    `named` are distinct and as they are compared.
+    `named` are distinct and as they are compared. The first ones met are entered into `seen`, too, which are
+    `KNOWN_TEXT` for the loops in C: half of them at most such as are not named. Several threads may ask.
     """
 
-    def __init__(self, named: Sequence[str]) -> None:
+    def __init__(self, named: Sequence[str], seen: NDArray[np.void] = _NONE_SEEN) -> None:
         super().__init__()
         codes = range(FIRST_KNOWN, FIRST_KNOWN + len(named))
-        self._codes = dict(zip(named, codes, strict=True)) | {"": BLANK, NULL_TEXT: BLANK}
+        self._codes = dict(zip(named, codes, strict=True)) | {"": BLANK}
+        self._seen = seen
+        self._entered: set[bytes] = set()
 
-    def __missing__(self, text: str) -> int:
-        code = self._codes.get(normalise_text(text), OTHER)
-        if len(text) <= _LONGEST_REMEMBERED:
+    def __missing__(self, text: bytes) -> int:
+        code = BLANK if text == NULL_TEXT else self._codes.get(normalise_text(decode_text(text)), OTHER)
+        if len(text) < TEXT_BYTES:
             if len(self) >= _MOST_REMEMBERED:
                 self.clear()
             self[text] = code
+            self._enter(text, code)
         return code
 
-    def code(self, texts: Sequence[str]) -> "map[int]":
+    def _enter(self, text: bytes, code: int) -> None:
+        # Two threads that meet here may leave a place free, and what stands after it is not found: no more.
+        place, room = len(self._entered), len(self._seen) // (2 if code == OTHER else 1)
+        if place < room and text not in self._entered:
+            self._entered.add(text)
+            self._seen[place] = text, len(text) + 1, code
+
+    def code(self, texts: Sequence[bytes]) -> list[int]:
         """Returns the code of each text."""
-        return map(self.__getitem__, texts)
+        return list(map(self.__getitem__, texts))
 
 
 def named_texts(params: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from app.ai.column_blocks import encode_text
 from app.ai.domain import FloatArray, LeadColumns
 from app.ai.feature_safety import FeatureStatistics
 from app.ai.feature_transforms import CellState, TextCodes, named_texts
@@ -75,7 +76,7 @@ def _classify_texts(leads: LeadColumns, specs: Sequence[FeatureSpec]) -> list[st
     levels = list(dict.fromkeys(text for spec in specs for text in named_texts(spec.params)))
     words = [_UNKNOWN, _ANOTHER, *levels]  # by code
     texts = leads.columns[specs[0].inputs[0].name].values.tolist()
-    return [words[code] for code in TextCodes(levels).code(texts)]
+    return [words[code] for code in TextCodes(levels).code(list(map(encode_text, texts)))]
 
 
 def _classify_numbers(

@@ -37,6 +37,11 @@ FEATURE = np.dtype(
 LEVEL = np.dtype([("value", np.float64), ("state", np.int64)])
 """`struct cell_column`, `struct feature` and `struct level`, see `feature_plan.FeaturePlan`."""
 
+TEXT_BYTES = 56
+KNOWN_TEXT = np.dtype([("text", np.bytes_, TEXT_BYTES), ("size", np.int32), ("code", np.int32)])
+"""`struct known_text`, see `feature_transforms.TextCodes`."""
+UNKNOWN_CODE = -1
+
 RULE = np.dtype(
     [
         *((name, np.float64) for name in ("lower", "upper", "far_below", "far_above")),
@@ -107,7 +112,7 @@ class Operation(IntEnum):
 
 
 _LOG = logging.getLogger(__name__)
-_RECORDS = (NODE, CELL_COLUMN, FEATURE, LEVEL, RULE, CHECKED, ENTRY, SET)
+_RECORDS = (NODE, CELL_COLUMN, FEATURE, LEVEL, RULE, CHECKED, ENTRY, SET, KNOWN_TEXT)
 _RECORD_BYTES = [*(record.itemsize for record in _RECORDS), ctypes.sizeof(AnswerTable)]
 _I32, _I64, _F64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -131,9 +136,10 @@ class ScoreKernels:
             self._logistic = library.logistic
             self._build_features, self._check_features = library.build_features, library.check_features
             self._hash_text = library.hash_text
-            # These keep the interpreter's lock: no other thread writes `changed` during a call.
+            # These keep the interpreter's lock: what they read, no other thread writes during a call.
             locked = ctypes.PyDLL(path)
             self._find_answers, self._remember_answers = locked.find_answers, locked.remember_answers
+            self._code_texts = locked.code_texts
         except (ValueError, AttributeError) as exc:
             raise OSError("not the library of the scoring loops") from exc
         self._sum_trees.argtypes = [_POINTER] * 3 + [_I64, _POINTER, _I64, _I64, _I32, _POINTER]
@@ -145,6 +151,8 @@ class ScoreKernels:
         self._build_features.restype = None
         self._check_features.argtypes = [_POINTER, *[_I64] * 3, *[_POINTER] * 2, _I64, *[_POINTER] * 2]
         self._check_features.restype = None
+        self._code_texts.argtypes = [_POINTER, _I64, ctypes.c_char_p, _I64, _I64, _POINTER]
+        self._code_texts.restype = None
         self._hash_text.argtypes = [ctypes.c_char_p, _I64, _POINTER, _POINTER]
         self._hash_text.restype = None
         look: list[Any] = [ctypes.POINTER(AnswerTable), ctypes.c_char_p, _I64, _POINTER]
@@ -210,6 +218,21 @@ class ScoreKernels:
         """Returns the probabilities of log-odds (n,), written over them: 1 / (1 + exp(-x))."""
         self._logistic(_start_of(log_odds), len(log_odds))
         return log_odds
+
+    def code_texts(self, known: NDArray[np.void], texts: bytes, n: int) -> NDArray[np.int32]:
+        """Returns the codes (b, n) of the `n` texts of each column, or `UNKNOWN_CODE`.
+
+        `known` (b, s) are `KNOWN_TEXT`; each of the texts ends with a NUL, column after column.
+
+        Raises:
+            ValueError: there are not as many texts.
+        """
+        columns, slots = known.shape
+        if texts.count(0) != columns * n or texts[-1:] not in (b"", b"\0"):
+            raise ValueError("there are not as many texts as columns times leads")
+        codes = np.empty((columns, n), np.int32)
+        self._code_texts(_start_of(known), slots, texts, columns, n, _start_of(codes))
+        return codes
 
     def build_features(
         self,

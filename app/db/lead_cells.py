@@ -2,8 +2,8 @@
 
 Every cell is computed by the one expression `_cell` gives, whoever reads it, so training rows equal serving
 rows bit for bit. A number travels as the eight bytes of its float64 and a text as UTF-8, each with a mark for
-NULL that no value can have, which they keep: decoding a batch is one call of NumPy for all numbers and one
-split for all texts, whatever the number of leads. Nothing here talks to a database. Called by `app.db.leads`
+NULL that no value can have, which they keep: decoding a batch is one call of NumPy for all numbers, and texts
+stay as they are, whatever the number of leads. Nothing here talks to a database. Called by `app.db.leads`
 and `app.db.lead_pages`.
 """
 
@@ -53,10 +53,9 @@ _KINDS: Mapping[ColumnKind, tuple[str, ...]] = {
 _KIND_OF_TYPE = {name: kind for kind, names in _KINDS.items() for name in names}
 
 _NULL_NUMBER_SQL = sql.SQL(f"'\\x{int(NULL_NUMBER):016x}'::bytea")
-# A byte that UTF-8 never has. The separator is a character that a PostgreSQL text never has.
-_NULL_TEXT = NULL_TEXT.encode("utf-8", "surrogateescape")
-_NULL_TEXT_SQL = sql.SQL(f"'\\x{_NULL_TEXT.hex()}'::bytea")
-_SEPARATOR_SQL, _SEPARATOR = sql.SQL("'\\x00'::bytea"), "\0"
+_NULL_TEXT_SQL = sql.SQL(f"'\\x{NULL_TEXT.hex()}'::bytea")
+# A character that a PostgreSQL text never has.
+_SEPARATOR_SQL, _SEPARATOR = sql.SQL("'\\x00'::bytea"), b"\0"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -204,7 +203,7 @@ def join_rows(
     """Returns the one row `batch_statement` would give in one row, from the values of its columns."""
     kinds = ["id", "text" if with_refs else "none", *[kind for _, kind in columns]]
     return [
-        None if kind == "none" else (b"\0" if kind == "text" else b"").join(cells)  # type: ignore[arg-type]
+        None if kind == "none" else (_SEPARATOR if kind == "text" else b"").join(cells)  # type: ignore[arg-type]
         for kind, cells in zip(kinds, values, strict=True)
     ]
 
@@ -215,23 +214,22 @@ def decode_batch(columns: Sequence[InputColumn], cells: Sequence[bytes | None], 
     numbers = [(column, cell or b"") for column, cell in found if column.kind != "text"]
     texts = [(column, cell or b"") for column, cell in found if column.kind == "text"]
     bits = np.frombuffer(b"".join([cell for _, cell in numbers]), ">u8").astype(np.uint64)
-    words = decode_texts(b"\0".join([cell for _, cell in texts])) if n else []
     blocks = ColumnBlocks(
         tuple([column for column, _ in numbers + texts]),
         bits.view(np.float64).reshape(len(numbers), n),
-        [words[row * n : (row + 1) * n] for row in range(len(texts))],
+        _join_texts([cell for _, cell in texts]) if n else b"",
     )
     return LeadColumns(n, blocks)
 
 
-def decode_texts(cells: bytes) -> list[str]:
-    """Decodes the texts of one or more leads, with a mark where there is none."""
-    return cells.decode("utf-8", "surrogateescape").split(_SEPARATOR)
-
-
 def split_texts(cells: bytes) -> list[bytes | None]:
     """Returns the texts of one value of a batch row as UTF-8, None for NULL; there is at least one row."""
-    return [None if text == _NULL_TEXT else text for text in cells.split(b"\0")]
+    return [None if text == NULL_TEXT else text for text in cells.split(_SEPARATOR)]
+
+
+def _join_texts(texts: Sequence[bytes]) -> bytes:
+    """Returns texts that may already be several each, so that every one of them ends with the separator."""
+    return _SEPARATOR.join([*texts, b""])
 
 
 def decode_page(
@@ -240,9 +238,11 @@ def decode_page(
     """Decodes one or more rows of `page_statement`."""
     inputs = tuple(sorted(columns, key=lambda column: column.kind == "text"))
     bits = np.frombuffer(b"".join(row[0] for row in rows), ">u8").reshape(len(rows), -1)
-    texts = decode_texts(b"\0".join(row[1] for row in rows))
+    texts = _SEPARATOR.join([row[1] for row in rows]).split(_SEPARATOR)
     width = len(texts) // len(rows)
     numbers = np.ascontiguousarray(bits.T, dtype=np.uint64).view(np.float64)
-    blocks = ColumnBlocks(inputs, numbers, [texts[at::width] for at in range(1 + with_refs, width)])
+    by_column = [text for at in range(1 + with_refs, width) for text in texts[at::width]]
+    blocks = ColumnBlocks(inputs, numbers, _join_texts(by_column))
     refs = text_column(texts[1::width]) if with_refs else None
-    return LeadChunk(texts[0::width], refs, LeadColumns(len(rows), blocks))
+    lead_ids = [lead_id.decode() for lead_id in texts[0::width]]
+    return LeadChunk(lead_ids, refs, LeadColumns(len(rows), blocks))

@@ -6,7 +6,7 @@ columns a model asks for. Nothing here writes, or knows what a feature is. Used 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -43,11 +43,11 @@ from app.db.lead_cells import (
     column_kinds,
     decode_batch,
     decode_page,
-    decode_texts,
     join_rows,
     page_statement,
     quoted_relation,
     recent_statement,
+    split_texts,
     wrong_columns,
 )
 from app.db.session import column_values
@@ -56,7 +56,7 @@ from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedE
 _FEW_LEADS = 8
 """Up to so many leads come as a row each: to put the cells of one together takes half the server's time."""
 
-_Key = TypeVar("_Key", str, bytes)
+_Key = TypeVar("_Key", bound=Hashable)
 
 _log = structlog.get_logger(__name__)
 
@@ -330,8 +330,9 @@ def _rows(keys: Sequence[_Key]) -> dict[_Key, int]:
 
 def _rows_by_ref(refs: bytes | None) -> dict[str, int]:
     # A UUID is never understood as a reference, whatever a CRM has for references.
-    rows = _rows(decode_texts(refs)) if refs else {}
-    return {ref: row for ref, row in rows.items() if not is_uuid(ref)}
+    rows = _rows(split_texts(refs)) if refs else {}
+    named = {ref.decode(): row for ref, row in rows.items() if ref is not None}
+    return {ref: row for ref, row in named.items() if not is_uuid(ref)}
 
 
 def _look_up(keys: Sequence[_Key], row_of: Mapping[_Key, int]) -> IntArray:
