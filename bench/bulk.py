@@ -118,7 +118,7 @@ def main() -> None:
             for name in ("service", "again", "floor")
         ]
         table.add_row(f"{leads:,}", *(f"{rate:,.0f}" for rate in medians), f"{ratio:.2f}")
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

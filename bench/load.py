@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 PATH = "/ai/advanced-ml/predict-batch"
@@ -20,21 +21,34 @@ _KEPT_SECONDS = 4.0  # servers keep an idle connection for 5, and may close it j
 
 @dataclass
 class Sample:
-    """What a contender did in one cell: milliseconds of each answer, seconds it took, requests it refused."""
+    """What a contender did in one cell: milliseconds of each answer, seconds it took, requests it refused.
+
+    `ends` are how many answers there were at the end of each burst.
+    """
 
     milliseconds: list[float] = field(default_factory=list)
     seconds: float = 0.0
     refused: int = 0
+    ends: list[int] = field(default_factory=list)
 
     def percentile(self, share: float) -> float:
         """Returns the latency that `share` of the answers stayed within, in milliseconds."""
-        ordered = sorted(self.milliseconds)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        return _percentile(self.milliseconds, share)
+
+    def spread(self, share: float) -> tuple[float, float]:
+        """Returns the least and the greatest that `percentile` is in a single burst."""
+        found = [_percentile(self.milliseconds[at:end], share) for at, end in pairwise([0, *self.ends])]
+        return min(found), max(found)
 
     @property
     def rate(self) -> float:
         """Answers a second, over all connections."""
         return len(self.milliseconds) / self.seconds
+
+
+def _percentile(milliseconds: Sequence[float], share: float) -> float:
+    ordered = sorted(milliseconds)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def build_request(body: bytes, path: str = PATH, *, credential: str | None = None) -> bytes:
@@ -83,6 +97,7 @@ async def run_load(
 
     await asyncio.gather(*map(keep_asking, opened))
     sample.seconds += time.perf_counter() - began
+    sample.ends.append(len(sample.milliseconds))
     for connection in opened:
         connection.close()
 

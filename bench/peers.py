@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--var", type=Path, default=ROOT / "var" / "bench", help="what is kept between runs")
     given = parser.parse_args()
-    console, peers = Console(), given.var / "peers"
+    console, peers = Console(width=110), given.var / "peers"
     with open_stage(given.var, given.leads) as stage, tempfile.TemporaryDirectory() as directory:
         bundle, estimator = load_model(stage.model_dir)
         peers.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def _print(whole: dict[int, float], events: dict[int, list[dict[str, float]]]) -
     table.add_row("event on disk, HTTP, client", *(f"{around[size]:.3f}" for size in SIZES))
     table.add_section()
     table.add_row("whole request", *(f"{whole[size]:.3f}" for size in SIZES))
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

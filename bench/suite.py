@@ -178,17 +178,22 @@ def build_figures(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> 
 
 
 def print_cells(console: Console, samples: Mapping[Cell, Sample]) -> None:
-    """Prints every cell: median and p99 in milliseconds, and leads a second."""
-    table = Table(title="latency in ms (p50, p99) and leads a second", title_justify="left")
+    """Prints every cell: median and p99 in milliseconds, each from burst to burst, and leads a second."""
+    title = "latency in ms: p50 and p99 of all answers (of the best burst, of the worst); leads a second"
+    table = Table(title=title, title_justify="left")
     for heading in ("leads", "connections", "contender", "p50", "p99", "leads/s", "requests", "refused"):
         table.add_column(heading, justify="left" if heading == "contender" else "right")
     for (name, size, connections), sample in sorted(samples.items(), key=lambda item: item[0][1:]):
         table.add_row(
-            f"{size:,}", str(connections), name, f"{sample.percentile(0.5):.2f}",
-            f"{sample.percentile(0.99):.2f}", f"{sample.rate * size:,.0f}", f"{len(sample.milliseconds):,}",
-            f"{sample.refused:,}",
+            f"{size:,}", str(connections), name, _say_latency(sample, 0.5), _say_latency(sample, 0.99),
+            f"{sample.rate * size:,.0f}", f"{len(sample.milliseconds):,}", f"{sample.refused:,}",
         )  # fmt: skip
     console.print(table)
+
+
+def _say_latency(sample: Sample, share: float) -> str:
+    least, greatest = sample.spread(share)
+    return f"{sample.percentile(share):.2f} ({least:.2f}, {greatest:.2f})"
 
 
 async def run(bench: Bench, options: Options) -> dict[str, float]:
@@ -218,7 +223,7 @@ def main() -> None:
         rounds=1 if given.short else given.rounds,
         short=given.short,
     )
-    console = Console()
+    console = Console(width=110)
     with open_stage(given.var, options.leads) as stage, tempfile.TemporaryDirectory() as directory:
         lead_ids = sample_lead_ids(stage.url, min(_SAMPLE, options.leads), 0.5)
         with start_all(stage, Path(directory)) as servers:
@@ -253,8 +258,10 @@ def describe_cells(samples: Mapping[Cell, Sample]) -> list[dict[str, Any]]:
     """Returns every cell as JSON values."""
     return [
         {
-            "contender": name, "leads": size, "connections": connections, "p50_ms": sample.percentile(0.5),
-            "p99_ms": sample.percentile(0.99), "leads_per_second": sample.rate * size,
+            "contender": name, "leads": size, "connections": connections,
+            "p50_ms": sample.percentile(0.5), "p50_ms_of_bursts": sample.spread(0.5),
+            "p99_ms": sample.percentile(0.99), "p99_ms_of_bursts": sample.spread(0.99),
+            "leads_per_second": sample.rate * size,
             "requests": len(sample.milliseconds), "refused": sample.refused,
         }
         for (name, size, connections), sample in samples.items()

@@ -9,6 +9,7 @@ import pytest
 
 from bench.all_proofs import Outcome, prove
 from bench.figures import Figure
+from bench.load import Sample
 from tests.service import ROOT
 
 
@@ -24,6 +25,16 @@ def test_every_contender_answers_the_same_probabilities(tmp_path: Path) -> None:
     durable = {("durable_echo", 1), ("durable_floor", 1)}
     assert {(name, size) for name in names for size in (1, 50)} | durable == cells
     assert all(cell["requests"] > 0 and cell["p50_ms"] > 0 for cell in measured["cells"])
+    assert all(
+        least <= cell["p50_ms"] <= most
+        for cell in measured["cells"]
+        for least, most in [cell["p50_ms_of_bursts"]]
+    )
+
+
+def test_the_spread_of_a_sample_is_that_of_its_bursts() -> None:
+    sample = Sample([5.0, 1.0, 2.0, 9.0, 9.0, 8.0], ends=[3, 6])
+    assert (sample.percentile(0.5), sample.spread(0.5)) == (8.0, (2.0, 9.0))
 
 
 def test_a_figure_holds_on_its_own_side_of_the_limit() -> None:
