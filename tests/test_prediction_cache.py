@@ -210,6 +210,25 @@ def test_of_many_answers_at_once_each_is_found_under_its_own_name() -> None:
     assert not cache.find(MODEL, DAY, [lead_id + "_" for lead_id in ids])[0].any()
 
 
+def test_an_id_of_the_database_with_any_character_is_its_own_and_nobody_elses() -> None:
+    cache = build_cache()
+    odd = ["b\nlead_1", "é\t", "", "lead_2\n"]
+    remember(cache, [*odd, "c"], build_answers(0.1, 0.2, 0.3, 0.4, 0.5))
+    hit, found = cache.find(MODEL, DAY, ["lead_1", "b", "lead_2", "c", *odd])
+    assert hit.tolist() == [False, False, False, True, True, True, True, True]
+    assert found["probability"][hit].tolist() == [0.5, 0.1, 0.2, 0.3, 0.4]
+    with pytest.raises(ValueError, match="NUL"):
+        cache.find(MODEL, DAY, ["a\0b"])
+
+
+def test_answers_that_do_not_fit_their_leads_never_reach_the_loops() -> None:
+    cache = build_cache()
+    with pytest.raises(ValueError, match="as many"):
+        remember(cache, ["a", "b"], build_answers(0.1))
+    with pytest.raises(ValueError, match="as many"):
+        remember(cache, ["a", "b"], build_answers(0.1, 0.2), uuids=["a"])
+
+
 LEADS = st.lists(st.sampled_from("abcdefgh"), max_size=6, unique=True)
 
 

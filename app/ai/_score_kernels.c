@@ -357,7 +357,7 @@ static inline uint64_t squeeze(uint64_t *v) {
 
 /* The 128-bit hash of a text under a secret key: SipHash-2-4-128 (Aumasson and Bernstein, SipHash: a fast
  * short-input PRF, INDOCRYPT 2012, and its reference implementation), on a little-endian processor. */
-void hash_text(const uint8_t *text, int64_t n, const uint64_t *key, uint64_t *hash) {
+void hash_text(const char *text, int64_t n, const uint64_t *key, uint64_t *hash) {
     uint64_t v[4] = {key[0] ^ 0x736f6d6570736575, key[1] ^ 0x646f72616e646f6d ^ 0xee,
                      key[0] ^ 0x6c7967656e657261, key[1] ^ 0x7465646279746573};
     uint64_t word, last = (uint64_t)n << 56;
@@ -365,7 +365,7 @@ void hash_text(const uint8_t *text, int64_t n, const uint64_t *key, uint64_t *ha
         memcpy(&word, text, sizeof word);
         absorb(v, word);
     }
-    while (n--) last |= (uint64_t)text[n] << 8 * n;
+    while (n--) last |= (uint64_t)(uint8_t)text[n] << 8 * n;
     absorb(v, last);
     v[2] ^= 0xee;
     hash[0] = squeeze(v);
@@ -373,26 +373,25 @@ void hash_text(const uint8_t *text, int64_t n, const uint64_t *key, uint64_t *ha
     hash[1] = squeeze(v);
 }
 
-/* Hashes the next BLOCK_TEXTS of `n` texts, each of which ends with a line feed, and has their sets fetched;
- * returns where the texts after them begin. */
-static const uint8_t *hash_block(const struct table *table, const uint8_t *texts, int64_t n,
-                                 const uint64_t *key, uint64_t (*hashes)[2]) {
+/* Hashes the next BLOCK_TEXTS of `n` texts, each of which ends with a NUL, and has their sets fetched; returns
+ * where the texts after them begin. */
+static const char *hash_block(const struct table *table, const char *texts, int64_t n, const uint64_t *key,
+                              uint64_t (*hashes)[2]) {
     for (int64_t i = 0; i < n && i < BLOCK_TEXTS; i++) {
-        const uint8_t *end = texts;
-        while (*end != '\n') end++;
-        hash_text(texts, end - texts, key, hashes[i]);
+        size_t length = strlen(texts);
+        hash_text(texts, (int64_t)length, key, hashes[i]);
         const struct set *set = table->sets + hashes[i][0] % (uint64_t)table->n_sets;
         __builtin_prefetch(set->hashes);
         __builtin_prefetch(set->hashes + WAYS / 2);
-        texts = end + 1;
+        texts += length + 1;
     }
     return texts;
 }
 
-/* Looks up `n` texts, each of which ends with a line feed, under a key: `found` tells whether one's answer is
+/* Looks up `n` texts, each of which ends with a NUL, under a key: `found` tells whether one's answer is
  * known, not yet expired at `now`, and read after the last change of its lead and of all leads. `answers` and
  * `expires` are of those found, the others' are arbitrary. */
-void find_answers(const struct table *table, const uint8_t *texts, int64_t n, const uint64_t *key, double now,
+void find_answers(const struct table *table, const char *texts, int64_t n, const uint64_t *key, double now,
                   int64_t all_changed, bool *found, struct answer *answers, double *expires) {
     uint64_t hashes[BLOCK_TEXTS][2];
     for (int64_t i = 0; i < n; i++) {
@@ -412,9 +411,9 @@ void find_answers(const struct table *table, const uint8_t *texts, int64_t n, co
     }
 }
 
-/* Enters `n` answers, numbered from `number` on, under texts that each end with a line feed. In its set each
- * takes the place of the one it renews, or else of the oldest. */
-void remember_answers(const struct table *table, const uint8_t *texts, int64_t n, const uint64_t *key,
+/* Enters `n` answers, numbered from `number` on, under texts that each end with a NUL. In its set each takes the
+ * place of the one it renews, or else of the oldest. */
+void remember_answers(const struct table *table, const char *texts, int64_t n, const uint64_t *key,
                       int64_t number, double expires, int64_t since, const int64_t *marks,
                       const struct answer *answers) {
     uint64_t hashes[BLOCK_TEXTS][2];

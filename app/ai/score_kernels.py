@@ -284,7 +284,10 @@ class ScoreKernels:
         """Returns, for each text (n,) under a key, if its answer is found, it, and when it expires.
 
         Found is what expires after `now`, and was read no earlier than the last change that concerns it and
-        than `all_changed`. The rest is undefined. A text has no line feed in it.
+        than `all_changed`. The rest is undefined.
+
+        Raises:
+            ValueError: a text has a NUL in it.
         """
         n = len(texts)
         found, answers, expires = np.empty(n, np.bool_), np.empty(n, ANSWER), np.empty(n)
@@ -307,7 +310,12 @@ class ScoreKernels:
         """Enters answers (n,) under texts (n,): the first is the one of this `number`, from 1 on.
 
         `since` is the moment they were read, `marks` (n,) the places in `changed` that concern them.
+
+        Raises:
+            ValueError: there are not as many answers or marks as texts, or a text has a NUL in it.
         """
+        if not len(texts) == len(answers) == len(marks):
+            raise ValueError("there are not as many answers or marks as texts")
         self._remember_answers(
             *(table, _join(texts), len(texts), _start_of(key)),
             *(number, expires, since, _start_of(marks), _start_of(np.ascontiguousarray(answers))),
@@ -369,7 +377,10 @@ def _measure_depths(nodes: NDArray[np.void], roots: NDArray[np.int32]) -> NDArra
 
 
 def _join(texts: Sequence[str]) -> bytes:
-    return ("\n".join(texts) + "\n").encode()
+    joined = "\0".join([*texts, ""]).encode()
+    if joined.count(0) != len(texts):
+        raise ValueError("a text has a NUL in it")
+    return joined
 
 
 def _check_rows(values: FloatArray, n_features: int) -> FloatArray:
