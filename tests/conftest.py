@@ -24,6 +24,10 @@ DEMO_UNTIL = datetime(2026, 6, 1, tzinfo=UTC)
 def _log_everything() -> None:
     # An application that another test built in this process may have raised the level.
     structlog.reset_defaults()
+    # The default draws every variable of every frame: of an application that takes longer than clients wait.
+    *processors, _ = structlog.get_config()["processors"]
+    plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[*processors, plain])
 
 
 @pytest.fixture(scope="session")
