@@ -68,6 +68,17 @@ def test_two_thousand_scores_equal_the_same_scores_one_by_one_bit_for_bit(calibr
 
 
 @each_calibrator
+@settings(max_examples=200)
+@given(st.lists(any_float, max_size=9))
+def test_compiled_loops_and_numpy_give_the_same_bits(calibrator: Calibrator, odd: list[float]) -> None:
+    points = np.array(calibrator.params.get("scores", []))
+    beside = [np.nextafter(points, side) for side in (-INF, INF)]
+    raw = np.concatenate([odd, ODD_FLOATS, points, *beside, np.random.default_rng(5).normal(0.4, 0.4, 50)])
+    raw.flags.writeable = len(odd) % 2 == 0
+    assert calibrate(raw, calibrator).tobytes() == calibrate(raw, calibrator, lambda: None).tobytes()
+
+
+@each_calibrator
 def test_neither_place_nor_alignment_nor_memory_layout_changes_a_bit(calibrator: Calibrator) -> None:
     raw = np.random.default_rng(3).normal(0.4, 0.3, 300)
     expected = calibrate(raw, calibrator)

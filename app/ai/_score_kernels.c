@@ -1,5 +1,6 @@
-/* The loops of scoring, over the flat arrays that feature_plan.py, feature_safety.py, score_kernels.py and
- * prediction_cache.py lay out: features are built, made safe, and scored, and answers are remembered.
+/* The loops of scoring, over the flat arrays that feature_plan.py, feature_safety.py, score_kernels.py,
+ * calibration.py and prediction_cache.py lay out: features are built, made safe, scored and calibrated, and
+ * answers are remembered.
  *
  * Plain C99 without Python's headers: a shared library that ctypes opens, so that other threads run during a
  * call. The caller has checked every index and every shape; nothing here looks again.
@@ -324,6 +325,51 @@ void check_features(const struct rule *rules, int64_t n_features, int64_t n_grou
         checked[lead].rejected_feature = rejected_by;
         checked[lead].out_of_range = far_values;
         checked[lead].rejected = rejected_by >= 0;
+    }
+}
+
+static inline double between(double value, double lower, double upper) {
+    value = value > lower ? value : lower; /* a NaN is below everything */
+    return value < upper ? value : upper;
+}
+
+/* Returns how many of ascending numbers are no greater than `value`. */
+static inline int64_t count_up_to(const double *numbers, int64_t n, double value) {
+    int64_t first = 0;
+    while (n > 0) {
+        int64_t half = n / 2;
+        if (numbers[first + half] <= value) {
+            first += half + 1;
+            n -= half + 1;
+        } else {
+            n = half;
+        }
+    }
+    return first;
+}
+
+/* Reads the probabilities of raw scores off a curve through `n_points` (x, y), `widths` apart, as calibration.py
+ * does: the odds against are multiplied by `shift`, unless it is 0, and a share of `tie_break` is the score. */
+void calibrate_by_curve(const double *x, const double *y, const double *widths, int64_t n_points,
+                        const double *raw, int64_t n, double lower, double upper, double shift,
+                        double tie_break, double *probability) {
+    for (int64_t i = 0; i < n; i++) {
+        double score = between(between(raw[i], -1e150, 1e150), x[0], x[n_points - 1]);
+        int64_t right = count_up_to(x, n_points, score);
+        if (right > n_points - 1) right = n_points - 1;
+        int64_t left = right > 0 ? right - 1 : 0;
+        double p = y[left] + (score - x[left]) / widths[left] * (y[right] - y[left]);
+        if (p > y[right]) p = y[right];
+        if (shift != 0) {
+            p = between(p, 0, 1);
+            p = 1 / (1 + (1 - p) / p * shift);
+        }
+        p = between(p, lower, upper) + 0.0;
+        if (tie_break != 0) {
+            double target = lower + between(raw[i], 0, 1) * (upper - lower);
+            p = between((1 - tie_break) * p + tie_break * target, lower, upper) + 0.0;
+        }
+        probability[i] = p;
     }
 }
 

@@ -6,7 +6,7 @@ what comes out is finite, within the calibrator's bounds, and never ranks a high
 Training fits, on scores of rows the model has not seen; the predictor applies, and never fits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.ai.domain import ConfidenceMethod, FloatArray, IntArray, JsonObject
+from app.ai.score_kernels import ScoreKernels, installed_kernels
 from app.ai.venn_abers import VennAbersTable, look_up, merge
 
 CalibrationMethod = Literal["sigmoid", "spread", "isotonic", "venn_abers", "none"]
@@ -96,13 +97,25 @@ class Calibrator:
         return cls(**data)
 
 
-def calibrate(raw: FloatArray, calibrator: Calibrator) -> FloatArray:
+def calibrate(
+    raw: FloatArray,
+    calibrator: Calibrator,
+    find_kernels: Callable[[], ScoreKernels | None] = installed_kernels,
+) -> FloatArray:
     """Returns the probabilities (n,) of raw scores (n,), within the calibrator's bounds.
 
     A NaN says nothing, so it must not put a lead above any other: it is taken for the lowest score there is.
+    Without kernels it is NumPy that follows an isotonic curve, with the same result.
     """
-    scores = np.fmin(np.fmax(np.ascontiguousarray(raw, dtype=np.float64), -_HUGE), _HUGE)
-    params, curve = calibrator.params, calibrator.curve
+    raw = np.ascontiguousarray(raw, dtype=np.float64)
+    params, curve, kernels = calibrator.params, calibrator.curve, find_kernels()
+    if isinstance(curve, _Curve) and kernels is not None:
+        return kernels.calibrate_by_curve(
+            curve, raw,
+            lower=calibrator.lower, upper=calibrator.upper, tie_break=calibrator.tie_break,
+            shift=_odds_factor(calibrator.shift) if calibrator.shift else 0.0,
+        )  # fmt: skip
+    scores = np.fmin(np.fmax(raw, -_HUGE), _HUGE)
     if calibrator.method == "sigmoid":
         scores = _logistic(params["slope"] * scores + params["intercept"])
     elif calibrator.method == "spread":
@@ -126,8 +139,12 @@ def shift_log_odds(p: FloatArray, shift: float) -> FloatArray:
     """
     inside = np.minimum(np.maximum(p, 0.0), 1.0)
     with np.errstate(divide="ignore", over="ignore"):
-        shifted: FloatArray = 1.0 / (1.0 + (1.0 - inside) / inside * float(np.exp(-shift)))
+        shifted: FloatArray = 1.0 / (1.0 + (1.0 - inside) / inside * _odds_factor(shift))
     return shifted
+
+
+def _odds_factor(shift: float) -> float:
+    return float(np.exp(-shift))
 
 
 def confidence(p: FloatArray, method: ConfidenceMethod, intervals: FloatArray | None = None) -> FloatArray:
@@ -252,7 +269,7 @@ def equal_mass_bins(p: FloatArray, bins: int = 15) -> list[IntArray]:
 
 def _break_ties(probability: FloatArray, raw: FloatArray, calibrator: Calibrator) -> FloatArray:
     """Moves each probability towards its score's place between the bounds, by the share that breaks ties."""
-    place = np.minimum(np.fmax(np.ascontiguousarray(raw, dtype=np.float64), 0.0), 1.0)
+    place = np.minimum(np.fmax(raw, 0.0), 1.0)
     target = calibrator.lower + place * (calibrator.upper - calibrator.lower)
     moved: FloatArray = (1 - calibrator.tie_break) * probability + calibrator.tie_break * target
     return np.minimum(np.maximum(moved, calibrator.lower), calibrator.upper) + 0.0

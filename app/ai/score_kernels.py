@@ -2,9 +2,9 @@
 
 Trees are laid out once, when a model is loaded, as one array of small nodes; a call then walks 16 rows at a
 time down each tree, without a branch and without the interpreter's lock. Features are built and made safe,
-and answers are remembered and found, by one call each, whatever their number. Equal to scikit-learn and to
-NumPy to the last bit, see `_score_kernels.c`. Pure but for opening the library. Called by `inference`,
-`feature_plan`, `feature_safety`, `prediction_cache`.
+scores calibrated, and answers remembered and found, by one call each, whatever their number. Equal to
+scikit-learn and to NumPy to the last bit, see `_score_kernels.c`. Pure but for opening the library. Called by
+`inference`, `feature_plan`, `feature_safety`, `calibration`, `prediction_cache`.
 """
 
 import ctypes
@@ -135,7 +135,7 @@ class ScoreKernels:
             self._sum_trees, self._sum_terms = library.sum_trees, library.sum_terms
             self._logistic = library.logistic
             self._build_features, self._check_features = library.build_features, library.check_features
-            self._hash_text = library.hash_text
+            self._calibrate, self._hash_text = library.calibrate_by_curve, library.hash_text
             # These keep the interpreter's lock: what they read, no other thread writes during a call.
             locked = ctypes.PyDLL(path)
             self._find_answers, self._remember_answers = locked.find_answers, locked.remember_answers
@@ -153,6 +153,8 @@ class ScoreKernels:
         self._check_features.restype = None
         self._code_texts.argtypes = [_POINTER, _I64, ctypes.c_char_p, _I64, _I64, _POINTER]
         self._code_texts.restype = None
+        self._calibrate.argtypes = [*[_POINTER] * 3, _I64, _POINTER, _I64, *[_F64] * 4, _POINTER]
+        self._calibrate.restype = None
         self._hash_text.argtypes = [ctypes.c_char_p, _I64, _POINTER, _POINTER]
         self._hash_text.restype = None
         look: list[Any] = [ctypes.POINTER(AnswerTable), ctypes.c_char_p, _I64, _POINTER]
@@ -271,6 +273,30 @@ class ScoreKernels:
             *(_start_of(rows), _start_of(states), len(rows), _start_of(safe), _start_of(checked)),
         )
         return safe, checked
+
+    def calibrate_by_curve(
+        self,
+        curve: Sequence[FloatArray],
+        raw: FloatArray,
+        *,
+        lower: float,
+        upper: float,
+        shift: float,
+        tie_break: float,
+    ) -> FloatArray:
+        """Returns the probabilities (n,) of raw scores (n,) by a curve, see `calibration.Calibrator`.
+
+        `curve` are the scores (p,) of its points, their probabilities (p,) and widths (p,). `shift` is what
+        the odds against are multiplied by, 0 for nothing.
+        """
+        scores = raw if raw.flags.writeable else raw.copy()
+        probability = np.empty(len(raw))
+        points = map(_start_of, curve)
+        self._calibrate(
+            *(*points, len(curve[0]), _start_of(scores), len(raw)),
+            *(lower, upper, shift, tie_break, _start_of(probability)),
+        )
+        return probability
 
     def hash_text(self, text: bytes, key: HashKey) -> HashKey:
         """Returns the 128-bit hash (2,) of a text under a key (2,): SipHash-2-4."""
