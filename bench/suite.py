@@ -193,7 +193,11 @@ def print_cells(console: Console, samples: Mapping[Cell, Sample]) -> None:
 
 def _say_latency(sample: Sample, share: float) -> str:
     least, greatest = sample.spread(share)
-    return f"{sample.percentile(share):.2f} ({least:.2f}, {greatest:.2f})"
+    return "{} ({}, {})".format(*map(_say_milliseconds, (sample.percentile(share), least, greatest)))
+
+
+def _say_milliseconds(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2f}"
 
 
 async def run(bench: Bench, options: Options) -> dict[str, float]:
@@ -223,7 +227,7 @@ def main() -> None:
         rounds=1 if given.short else given.rounds,
         short=given.short,
     )
-    console = Console(width=110)
+    console = Console(width=130)
     with open_stage(given.var, options.leads) as stage, tempfile.TemporaryDirectory() as directory:
         lead_ids = sample_lead_ids(stage.url, min(_SAMPLE, options.leads), 0.5)
         with start_all(stage, Path(directory)) as servers:
