@@ -16,6 +16,7 @@ from tests.builders import (
     DAY,
     EVERY_TRANSFORM,
     ODD_FLOATS,
+    column,
     matrix,
     number_features,
     plausible_leads,
@@ -187,3 +188,18 @@ def test_blocks_hold_the_columns_they_were_stacked_from() -> None:
     other_kind = InputColumn(inputs[0].name, "boolean" if inputs[0].kind == "number" else "number")
     with pytest.raises(ValueError, match=f"'{other_kind.name}' is not a {other_kind.kind}"):
         stack_columns(leads, (other_kind,))
+
+
+def test_a_text_with_a_nul_in_it_is_refused() -> None:
+    leads = LeadColumns(2, {"city": column("text", "a\0b", "c")})
+    with pytest.raises(ValueError, match="NUL"):
+        stack_columns(leads, (InputColumn("city", "text"),))
+
+
+@needs_kernels
+def test_texts_that_are_not_as_many_as_the_leads_never_reach_the_loops() -> None:
+    features = FeatureSet((spec("is_present", ("city", "text")),))
+    for texts in (b"a\0", b"a\0b\0c\0", b"a\0\0c"):
+        blocks = ColumnBlocks(features.plan.inputs, np.empty((0, 2)), texts)
+        with pytest.raises(ValueError, match="as many texts"):
+            build_features(LeadColumns(2, blocks), features, AS_OF)

@@ -382,9 +382,3 @@ def test_texts_beyond_those_a_column_was_first_seen_to_hold_have_their_codes_too
         values = build_features(leads, features, AS_OF).values
         assert values[:, 0].tolist() == [2.0] * 300 + [1.0, 2.0, 3.0, 1.0]
         assert values[:, 1].tolist() == [5.0] * 300 + [5.0, 4.0, 6.0, 5.0]
-
-
-def test_a_text_with_a_nul_in_it_is_refused() -> None:
-    features = FeatureSet((spec("is_present", ("city", "text")),))
-    with pytest.raises(ValueError, match="NUL"):
-        build_features(LeadColumns(1, {"city": column("text", "a\0b")}), features, AS_OF)
