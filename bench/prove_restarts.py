@@ -122,7 +122,10 @@ async def _stop(server: Server, load: "_Load") -> tuple[int, float]:
 
 
 async def _is_ready(port: int) -> bool:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionRefusedError:  # by a service that does not drain: nobody listens any more
+        return False
     writer.write(b"GET /readyz HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")
     try:
         answer = await reader.read()
