@@ -2,8 +2,8 @@
  * calibration.py and prediction_cache.py lay out: features are built, made safe, scored and calibrated, and
  * answers are remembered.
  *
- * Plain C99 without Python's headers: a shared library that ctypes opens, so that other threads run during a
- * call. The caller has checked every index and every shape; nothing here looks again.
+ * Plain C99 without Python's headers: a shared library that ctypes opens, so that other threads run during most
+ * calls; score_kernels.py says which keep the interpreter's lock. The caller has checked every index and every shape; nothing here looks again.
  *
  * Every row adds its terms in one order, whatever rows stand beside it, and in scikit-learn's order: compiled
  * without contraction into fused operations (-ffp-contract=off) the sums are equal to the last bit. */

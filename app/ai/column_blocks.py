@@ -2,7 +2,7 @@
 
 A feature set is built from blocks, so a batch that comes as blocks in its order goes through untouched; the
 columns of anybody else are stacked. Pure. Called by the decoders of `app.db.lead_cells`, and by
-`feature_plan`.
+`feature_plan` and `score_kernels`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,6 +69,18 @@ def decode_text(text: bytes) -> str:
     return text.decode("utf-8", "surrogatepass")
 
 
+def join_texts(texts: Sequence[str]) -> bytes:
+    """Returns texts as one string, in which each ends with a NUL.
+
+    Raises:
+        ValueError: a text has a NUL in it.
+    """
+    joined = "\0".join([*texts, ""])
+    if joined.count("\0") > len(texts):
+        raise ValueError("a text has a NUL in it")
+    return encode_text(joined)
+
+
 def stack_columns(leads: LeadColumns, inputs: tuple[InputColumn, ...]) -> ColumnBlocks:
     """Returns these columns, those of numbers first, as blocks.
 
@@ -83,10 +95,7 @@ def stack_columns(leads: LeadColumns, inputs: tuple[InputColumn, ...]) -> Column
     absent = ~np.array([column.present for column in numbers], dtype=np.bool_).reshape(block.shape)
     block.view(np.uint64)[absent] = NULL_NUMBER
     texts = [text for column in columns[len(numbers) :] for text in column.values.tolist()]
-    joined = "".join([f"{text}\0" for text in texts])
-    if joined.count("\0") > len(texts):
-        raise ValueError("a text has a NUL in it")
-    return ColumnBlocks(inputs, block, encode_text(joined))
+    return ColumnBlocks(inputs, block, join_texts(texts))
 
 
 def _find_column(leads: LeadColumns, wanted: InputColumn) -> Column:

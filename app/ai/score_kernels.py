@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from app.ai.column_blocks import join_texts
 from app.ai.domain import ANSWER, AnswerArray, BoolArray, CodeArray, FloatArray, IntArray
 from app.ai.fitted_trees import Tree
 
@@ -318,7 +319,7 @@ class ScoreKernels:
         n = len(texts)
         found, answers, expires = np.empty(n, np.bool_), np.empty(n, ANSWER), np.empty(n)
         filled = map(_start_of, (found, answers, expires))
-        self._find_answers(table, _join(texts), n, _start_of(key), now, all_changed, *filled)
+        self._find_answers(table, join_texts(texts), n, _start_of(key), now, all_changed, *filled)
         return found, answers, expires
 
     def remember_answers(
@@ -343,7 +344,7 @@ class ScoreKernels:
         if not len(texts) == len(answers) == len(marks):
             raise ValueError("there are not as many answers or marks as texts")
         self._remember_answers(
-            *(table, _join(texts), len(texts), _start_of(key)),
+            *(table, join_texts(texts), len(texts), _start_of(key)),
             *(number, expires, since, _start_of(marks), _start_of(np.ascontiguousarray(answers))),
         )
 
@@ -400,13 +401,6 @@ def _measure_depths(nodes: NDArray[np.void], roots: NDArray[np.int32]) -> NDArra
         if not at.size:
             return depths
         depths[tree] += 1
-
-
-def _join(texts: Sequence[str]) -> bytes:
-    joined = "\0".join([*texts, ""]).encode()
-    if joined.count(0) != len(texts):
-        raise ValueError("a text has a NUL in it")
-    return joined
 
 
 def _check_rows(values: FloatArray, n_features: int) -> FloatArray:
