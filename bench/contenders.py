@@ -224,7 +224,7 @@ class Floor:
 
     async def _connect(self) -> psycopg.AsyncConnection[Any]:
         connection = await psycopg.AsyncConnection.connect(self._url, autocommit=True)
-        await connection.execute("SET jit = off")
+        await connection.execute("SET jit = off; SET plan_cache_mode = force_generic_plan")
         return connection
 
 

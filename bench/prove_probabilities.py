@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 from xml.etree import ElementTree as ET
@@ -332,9 +333,8 @@ def _find_file_order(asked: argparse.Namespace, options: TrainingOptions) -> Int
         line = {record.fields[at]: record.line for record in file.records("order")}
     lines: list[int] = []
     for chunk in fetch_all_chunks(options.url, TABLE, [InputColumn(str(options.label), "boolean")]):
-        assert chunk.external_refs is not None
-        decided = chunk.leads.columns[str(options.label)].present
-        lines += [line[ref] for ref in chunk.external_refs.values[decided]]
+        decided = chunk.leads.columns[str(options.label)].present.tolist()
+        lines += [line[ref.decode()] for ref in compress(chunk.external_refs, decided) if ref is not None]
     return np.argsort(lines)
 
 

@@ -176,7 +176,7 @@ def test_a_page_without_references_has_none(url: str) -> None:
         connection.execute("ALTER TABLE leads DROP COLUMN external_ref")
     [page] = fetch_all_chunks(url, "leads", [InputColumn("city", "text"), InputColumn("visits", "number")])
     assert page.lead_ids == [A, B, C, D]
-    assert page.external_refs is None
+    assert page.external_refs == []
     assert page.leads.columns["city"].values.tolist() == ["Zürich", "", "", "a b"]
     assert page.leads.columns["visits"].present.tolist() == [True, False, True, True]
 
@@ -185,9 +185,7 @@ def test_a_page_tells_the_reference_of_each_lead_apart_from_its_texts(url: str) 
     with psycopg.connect(url) as connection:
         connection.execute("UPDATE leads SET external_ref = NULL WHERE lead_id = %s", [C])
     [page] = fetch_all_chunks(url, "leads", [InputColumn("city", "text"), InputColumn("tint", "text")])
-    assert page.external_refs is not None
-    assert page.external_refs.values.tolist() == ["lead_1", "lead_2", "", "twice"]
-    assert page.external_refs.present.tolist() == [True, True, False, True]
+    assert page.external_refs == [b"lead_1", b"lead_2", None, b"twice"]
     assert page.leads.columns["city"].values.tolist() == ["Zürich", "", "", "a b"]
 
 
@@ -211,11 +209,8 @@ async def test_a_page_equals_a_batch_bit_for_bit(demo_url: str, connect: Connect
             assert batched.values[found.row_of].tolist() == paged.values.tolist() or (
                 batched.values[found.row_of].tobytes() == paged.values.tobytes()
             )
-        assert chunk.external_refs is not None
-        assert (
-            chunk.external_refs.values.tolist()
-            == found.leads.columns["external_ref"].values[found.row_of].tolist()
-        )
+        refs = found.leads.columns["external_ref"].values[found.row_of].tolist()
+        assert [ref.decode() for ref in chunk.external_refs if ref is not None] == refs
 
 
 async def test_a_page_by_key_equals_a_batch_bit_for_bit(url: str, connect: Connect) -> None:

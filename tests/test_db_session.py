@@ -11,7 +11,7 @@ import pytest
 from psycopg.pq.abc import PGresult
 
 from app.db.engine import Database
-from app.db.session import Session, column_values
+from app.db.session import Session, row_values
 from app.errors import DatabaseUnavailableError
 from bench.fault_proxy import FaultProxy
 from tests.test_db_engine import (  # noqa: F401 - fixtures
@@ -33,7 +33,7 @@ DOUBLE = "SELECT ($1::int4 * 2) AS doubled"
 
 async def double(database: Database, number: int) -> int:
     result = await database.query(DOUBLE, [struct.pack(">i", number)])
-    ((value,),) = column_values(result)
+    (value,) = row_values(result, 0)
     assert value is not None
     return int(struct.unpack(">i", value)[0])
 
@@ -49,7 +49,16 @@ async def test_a_statement_is_prepared_once_and_asked_again(database_url: str, c
     database = connect(database_url, pool_size=1)
     assert [await double(database, number) for number in (1, 2, 3)] == [2, 4, 6]
     result = await database.query("SELECT count(*)::text FROM pg_prepared_statements", [])
-    assert column_values(result) == [[b"2"]]  # that one and this one
+    assert row_values(result, 0) == [b"2"]  # that one and this one
+
+
+async def test_a_statement_is_planned_once_for_all_parameters(database_url: str, connect: Connect) -> None:  # noqa: F811
+    database = connect(database_url, pool_size=1)
+    for number in range(7):
+        await double(database, number)
+    plans = "SELECT format('%s, %s', generic_plans, custom_plans) FROM pg_prepared_statements"
+    counted = await database.query(f"{plans} WHERE statement = $1", [DOUBLE.encode()])
+    assert row_values(counted, 0) == [b"7, 0"]
 
 
 async def test_many_at_once_share_the_pool_and_keep_apart(database_url: str, connect: Connect) -> None:  # noqa: F811
@@ -63,7 +72,7 @@ async def test_many_at_once_share_the_pool_and_keep_apart(database_url: str, con
 async def test_a_large_question_and_a_large_answer_come_through(database_url: str, connect: Connect) -> None:  # noqa: F811
     text = b"x" * 20_000_000
     result = await connect(database_url, deadline_seconds=20).query("SELECT upper($1::text)", [text])
-    assert column_values(result) == [[text.upper()]]
+    assert row_values(result, 0) == [text.upper()]
 
 
 async def test_the_driver_and_the_session_take_turns_on_one_connection(
@@ -192,7 +201,7 @@ async def test_a_read_whose_backend_is_killed_is_asked_once_more(database_url: s
     call = asyncio.create_task(database.query("SELECT pg_sleep(1)::text", []))
     with psycopg.connect(database_url, autocommit=True) as connection:
         assert await eventually(lambda: connection.execute(KILL).fetchone() == (1,))
-    assert column_values(await call) == [[b""]]
+    assert row_values(await call, 0) == [b""]
     assert connections(database_url) == 1
 
 

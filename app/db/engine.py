@@ -30,7 +30,9 @@ T = TypeVar("T")
 _PREPARE_SESSION = """
     SELECT set_config('statement_timeout', %(milliseconds)s, false),
            set_config('jit', 'off', false),       -- compiling costs more than any statement of ours takes
-           set_config('TimeZone', 'UTC', false)
+           set_config('TimeZone', 'UTC', false),
+           -- A plan for these very IDs takes longer to make than the one for any IDs to carry out.
+           set_config('plan_cache_mode', 'force_generic_plan', false)
 """
 
 

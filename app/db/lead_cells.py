@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 from psycopg import sql
 
-from app.ai.column_blocks import NULL_NUMBER, NULL_TEXT, ColumnBlocks, text_column
-from app.ai.domain import Column, ColumnKind, InputColumn, LeadColumns
+from app.ai.column_blocks import NULL_NUMBER, NULL_TEXT, ColumnBlocks
+from app.ai.domain import ColumnKind, InputColumn, LeadColumns
 
 LEAD_ID, EXTERNAL_REF, CREATED_AT = "lead_id", "external_ref", "created_at"
 
@@ -60,10 +60,10 @@ _SEPARATOR_SQL, _SEPARATOR = sql.SQL("'\\x00'::bytea"), b"\0"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LeadChunk:
-    """A page of leads in the order of their IDs; `external_refs` is None where the relation has none."""
+    """Leads that came as a row each; `external_refs` are UTF-8, None for NULL, and none where not read."""
 
     lead_ids: list[str]
-    external_refs: Column | None
+    external_refs: Sequence[bytes | None]
     leads: LeadColumns
 
 
@@ -92,18 +92,21 @@ def batch_statement(
     by_ref: bool,
     rows: Rows,
 ) -> str:
-    """Returns the statement for a batch: lead IDs, references or NULL, then one value for each column.
+    """Returns the statement for a batch.
 
-    Its parameters are, numbered in this order, lead IDs (`uuid[]`) if it asks by them and references
-    (`text[]`) if it asks by them; it asks by one of them at least, and for `parts` by one of them only.
+    A row of many leads has lead IDs, references or NULL, then one value for each column; a row that is one
+    lead is as in `page_statement`, with a reference if it asks by them. Its parameters are, numbered in this
+    order, lead IDs (`uuid[]`) if it asks by them and references (`text[]`) if it asks by them; it asks by one
+    of them at least, and for `parts` by one of them only.
     """
     asked = ["lead_id = ANY({}::uuid[])"] * by_id + ["external_ref = ANY({}::text[])"] * by_ref
     # Named as no relation is, whose columns would be meant otherwise.
     some = f"(${{}})[lead_scoring_parts.first : lead_scoring_parts.first + {PART_LEADS - 1}]"
     given = some if rows == "parts" else "${}"
     conditions = [condition.format(given.format(number)) for number, condition in enumerate(asked, 1)]
+    of_rows = _of_each_lead if rows == "leads" else _of_all_leads
     composed = sql.SQL("SELECT {} FROM {} WHERE {}").format(
-        _outputs(types, columns, with_refs=by_ref, in_one_row=rows != "leads"),
+        of_rows(types, columns, with_refs=by_ref),
         sql.Identifier(*relation.split(".")),
         sql.SQL(" OR ".join(conditions)),
     )
@@ -117,15 +120,8 @@ def batch_statement(
 
 def page_statement(relation: str, types: ColumnTypes, columns: Sequence[InputColumn]) -> sql.Composed:
     """Returns the statement with two values a lead: its numbers, and its texts, ID and reference first."""
-    numbers: list[sql.Composable] = [_cell(column, types) for column in columns if column.kind != "text"]
-    texts: list[sql.Composable] = [sql.SQL("convert_to(lead_id::text, 'UTF8')")]
-    if EXTERNAL_REF in types:
-        texts.append(_cell(InputColumn(EXTERNAL_REF, "text"), types))
-    texts += [_cell(column, types) for column in columns if column.kind == "text"]
-    return sql.SQL("SELECT {}, {} FROM {} ORDER BY lead_id").format(
-        sql.SQL(" || ").join(numbers or [sql.SQL("''::bytea")]),
-        sql.SQL(" || '\\x00'::bytea || ").join(texts),
-        sql.Identifier(*relation.split(".")),
+    return sql.SQL("SELECT {} FROM {} ORDER BY lead_id").format(
+        _of_each_lead(types, columns, with_refs=EXTERNAL_REF in types), sql.Identifier(*relation.split("."))
     )
 
 
@@ -140,7 +136,7 @@ def key_page_statement(
     return sql.SQL(
         "SELECT {} FROM (SELECT * FROM {} {} ORDER BY lead_id FETCH FIRST %(rows)s ROWS WITH TIES) AS page"
     ).format(
-        _outputs(types, columns, with_refs=EXTERNAL_REF in types, in_one_row=True),
+        _of_all_leads(types, columns, with_refs=EXTERNAL_REF in types),
         sql.Identifier(*relation.split(".")),
         sql.SQL("" if first else "WHERE lead_id > %(after)s"),
     )
@@ -158,18 +154,29 @@ def recent_statement(relation: str, types: ColumnTypes) -> sql.Composed:
     ).format(sql.Identifier(*relation.split(".")))
 
 
-def _outputs(
-    types: ColumnTypes, columns: Sequence[InputColumn], *, with_refs: bool, in_one_row: bool
-) -> sql.Composed:
-    """Returns lead IDs, references or NULL, then the cells of each column; put together for one row."""
+def _of_each_lead(types: ColumnTypes, columns: Sequence[InputColumn], *, with_refs: bool) -> sql.Composed:
+    """Returns the two values of a row that is one lead: its numbers, and ID, perhaps reference, and texts."""
+    numbers: list[sql.Composable] = [_cell(column, types) for column in columns if column.kind != "text"]
+    texts: list[sql.Composable] = [sql.SQL("convert_to(lead_id::text, 'UTF8')")]
+    if with_refs:
+        texts.append(_cell(InputColumn(EXTERNAL_REF, "text"), types))
+    texts += [_cell(column, types) for column in columns if column.kind == "text"]
+    return sql.SQL("{}, {}").format(
+        sql.SQL(" || ").join(numbers or [sql.SQL("''::bytea")]),
+        sql.SQL(" || '\\x00'::bytea || ").join(texts),
+    )
 
-    def output(cell: sql.Composable, separator: sql.SQL) -> sql.Composable:
-        return sql.SQL("string_agg({}, {})").format(cell, separator) if in_one_row else cell
+
+def _of_all_leads(types: ColumnTypes, columns: Sequence[InputColumn], *, with_refs: bool) -> sql.Composed:
+    """Returns the values of a row of many leads: their IDs, references or NULL, then those of each column."""
+
+    def together(cell: sql.Composable, separator: sql.SQL) -> sql.Composable:
+        return sql.SQL("string_agg({}, {})").format(cell, separator)
 
     def of_column(column: InputColumn) -> sql.Composable:
-        return output(_cell(column, types), _SEPARATOR_SQL if column.kind == "text" else sql.SQL("''"))
+        return together(_cell(column, types), _SEPARATOR_SQL if column.kind == "text" else sql.SQL("''"))
 
-    ids = output(sql.SQL("uuid_send(lead_id)"), sql.SQL("''"))
+    ids = together(sql.SQL("uuid_send(lead_id)"), sql.SQL("''"))
     refs = of_column(InputColumn(EXTERNAL_REF, "text")) if with_refs else sql.SQL("NULL")
     return sql.SQL(", ").join([ids, refs, *map(of_column, columns)])
 
@@ -197,19 +204,8 @@ def _cell(column: InputColumn, types: ColumnTypes) -> sql.Composed:
     return sql.SQL("coalesce(float8send({}), {})").format(number, _NULL_NUMBER_SQL)
 
 
-def join_rows(
-    values: Sequence[Sequence[bytes | None]], columns: Sequence[InputColumn], *, with_refs: bool
-) -> list[bytes | None]:
-    """Returns the one row `batch_statement` would give in one row, from the values of its columns."""
-    kinds = ["id", "text" if with_refs else "none", *[kind for _, kind in columns]]
-    return [
-        None if kind == "none" else (_SEPARATOR if kind == "text" else b"").join(cells)  # type: ignore[arg-type]
-        for kind, cells in zip(kinds, values, strict=True)
-    ]
-
-
 def decode_batch(columns: Sequence[InputColumn], cells: Sequence[bytes | None], n: int) -> LeadColumns:
-    """Decodes the values of a batch row, one for each column: those of the `n` leads it found."""
+    """Decodes the values of a row of many leads, one for each column: those of the `n` it found."""
     found = list(zip(columns, cells, strict=True))
     numbers = [(column, cell or b"") for column, cell in found if column.kind != "text"]
     texts = [(column, cell or b"") for column, cell in found if column.kind == "text"]
@@ -224,7 +220,11 @@ def decode_batch(columns: Sequence[InputColumn], cells: Sequence[bytes | None], 
 
 def split_texts(cells: bytes) -> list[bytes | None]:
     """Returns the texts of one value of a batch row as UTF-8, None for NULL; there is at least one row."""
-    return [None if text == NULL_TEXT else text for text in cells.split(_SEPARATOR)]
+    return _find_nulls(cells.split(_SEPARATOR))
+
+
+def _find_nulls(texts: Sequence[bytes]) -> list[bytes | None]:
+    return [None if text == NULL_TEXT else text for text in texts]
 
 
 def _join_texts(texts: Sequence[bytes]) -> bytes:
@@ -232,17 +232,18 @@ def _join_texts(texts: Sequence[bytes]) -> bytes:
     return _SEPARATOR.join([*texts, b""])
 
 
-def decode_page(
-    rows: Sequence[tuple[bytes, bytes]], columns: Sequence[InputColumn], *, with_refs: bool
+def decode_rows(
+    rows: Sequence[Sequence[bytes]], columns: Sequence[InputColumn], *, with_refs: bool
 ) -> LeadChunk:
-    """Decodes one or more rows of `page_statement`."""
-    inputs = tuple(sorted(columns, key=lambda column: column.kind == "text"))
+    """Decodes one or more rows that are one lead each."""
+    inputs = [column for column in columns if column.kind != "text"]
+    inputs += [column for column in columns if column.kind == "text"]
     bits = np.frombuffer(b"".join(row[0] for row in rows), ">u8").reshape(len(rows), -1)
     texts = _SEPARATOR.join([row[1] for row in rows]).split(_SEPARATOR)
     width = len(texts) // len(rows)
     numbers = np.ascontiguousarray(bits.T, dtype=np.uint64).view(np.float64)
     by_column = [text for at in range(1 + with_refs, width) for text in texts[at::width]]
-    blocks = ColumnBlocks(inputs, numbers, _join_texts(by_column))
-    refs = text_column(texts[1::width]) if with_refs else None
+    blocks = ColumnBlocks(tuple(inputs), numbers, _join_texts(by_column))
     lead_ids = [lead_id.decode() for lead_id in texts[0::width]]
+    refs = _find_nulls(texts[1::width]) if with_refs else []
     return LeadChunk(lead_ids, refs, LeadColumns(len(rows), blocks))

@@ -42,15 +42,14 @@ from app.db.lead_cells import (
     batch_statement,
     column_kinds,
     decode_batch,
-    decode_page,
-    join_rows,
+    decode_rows,
     page_statement,
     quoted_relation,
     recent_statement,
     split_texts,
     wrong_columns,
 )
-from app.db.session import column_values
+from app.db.session import row_values
 from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedError
 
 _FEW_LEADS = 8
@@ -117,7 +116,7 @@ class PostgresLeadSource:
         uuids, others = split_uuids(lead_ids)
         refs = others if EXTERNAL_REF in self._types else []
         if not uuids and not refs:
-            use_part(0, _understand(lead_ids, columns, [None] * (2 + len(columns)), b""))
+            use_part(0, _understand_rows(lead_ids, columns, [], with_refs=False))
             return
         rows = self._choose_rows(len(lead_ids), one_kind=not uuids or not others)
         statement = self._statement(columns, by_id=bool(uuids), by_ref=bool(refs), rows=rows)
@@ -125,7 +124,7 @@ class PostgresLeadSource:
         parameters = ([pack_uuids(asked)] if uuids else []) + ([pack_texts(refs)] if refs else [])
 
         def use_row(row: PGresult) -> None:
-            place, *values = (row.get_value(0, field) for field in range(row.nfields))
+            place, *values = row_values(row, 0)
             first = int.from_bytes(place or b"")
             part = slice(first, first + PART_LEADS)
             of_part = asked[first * UUID_BYTES : part.stop * UUID_BYTES]
@@ -139,14 +138,11 @@ class PostgresLeadSource:
             raise self._failure("the statement failed", exc) from exc
         finally:
             self._under_way -= 1
-        if rows != "parts":
-            values = column_values(result)
-            of_all = (
-                join_rows(values, columns, with_refs=bool(refs))
-                if rows == "leads"
-                else [value for (value,) in values]
-            )
-            use_part(0, _understand(lead_ids, columns, of_all, asked))
+        if rows == "leads":
+            found = [row_values(result, row) for row in range(result.ntuples)]
+            use_part(0, _understand_rows(lead_ids, columns, found, with_refs=bool(refs)))
+        elif rows == "one":
+            use_part(0, _understand(lead_ids, columns, row_values(result, 0), asked))
 
     def _choose_rows(self, leads: int, *, one_kind: bool) -> Rows:
         """Returns how a batch is read; only IDs of one kind can be counted off in parts."""
@@ -253,7 +249,7 @@ def fetch_all_chunks(
             with connection.cursor("leads", binary=True) as cursor:
                 cursor.execute(page_statement(relation, types, columns))
                 while rows := cursor.fetchmany(chunk_rows):
-                    yield decode_page(rows, columns, with_refs=EXTERNAL_REF in types)
+                    yield decode_rows(rows, columns, with_refs=EXTERNAL_REF in types)
     except psycopg.OperationalError as exc:
         raise DatabaseUnavailableError from exc
     except psycopg.Error as exc:
@@ -292,11 +288,33 @@ def _understand(
     leads = decode_batch(columns, cells, len(found) // UUID_BYTES)
     if len(asked) == len(lead_ids) * UUID_BYTES:
         return FetchedLeads(_match_uuids(asked, found), lead_ids, leads)
-    names = _name_leads(found)
-    row_of = _look_up(lead_ids, _rows_by_ref(found_refs) | _rows(names))
-    named = zip(lead_ids, row_of.tolist(), strict=True)
-    uuid_of = [lead_id if row < 0 else names[row] for lead_id, row in named]
+    refs = [] if found_refs is None else split_texts(found_refs)
+    row_of, uuid_of = _match_names(lead_ids, _name_leads(found), refs)
     return FetchedLeads(row_of, uuid_of, leads)
+
+
+def _understand_rows(
+    lead_ids: Sequence[str], columns: Sequence[InputColumn], rows: Sequence[Any], *, with_refs: bool
+) -> FetchedLeads:
+    """Decodes rows of one lead each: those found of these IDs."""
+    if not rows:
+        nothing = decode_batch(columns, [None] * len(columns), 0)
+        return FetchedLeads(_look_up(lead_ids, {}), lead_ids, nothing)
+    chunk = decode_rows(rows, columns, with_refs=with_refs)
+    row_of, uuid_of = _match_names(lead_ids, chunk.lead_ids, chunk.external_refs)
+    return FetchedLeads(row_of, uuid_of, chunk.leads)
+
+
+def _match_names(
+    lead_ids: Sequence[str], uuids: Sequence[str], refs: Sequence[bytes | None]
+) -> tuple[IntArray, Sequence[str]]:
+    """Returns the row of each lead asked, and its UUID, or what it was asked by if it is not there.
+
+    `uuids` and, unless nobody asked by one, `refs` are those of the rows found.
+    """
+    row_of = _look_up(lead_ids, _rows_by_ref(refs) | _rows(uuids))
+    named = zip(lead_ids, row_of.tolist(), strict=True)
+    return row_of, [lead_id if row < 0 else uuids[row] for lead_id, row in named]
 
 
 def _match_uuids(asked: bytes, found: bytes) -> IntArray:
@@ -328,10 +346,9 @@ def _rows(keys: Sequence[_Key]) -> dict[_Key, int]:
     return rows
 
 
-def _rows_by_ref(refs: bytes | None) -> dict[str, int]:
+def _rows_by_ref(refs: Sequence[bytes | None]) -> dict[str, int]:
     # A UUID is never understood as a reference, whatever a CRM has for references.
-    rows = _rows(split_texts(refs)) if refs else {}
-    named = {ref.decode(): row for ref, row in rows.items() if ref is not None}
+    named = {ref.decode(): row for ref, row in _rows(refs).items() if ref is not None}
     return {ref: row for ref, row in named.items() if not is_uuid(ref)}
 
 

@@ -8,7 +8,6 @@ parameters, wait once, take the values. It knows no SQL. Called by `engine`.
 import asyncio
 import select
 from collections.abc import Callable, Sequence
-from itertools import product, starmap
 from typing import Any
 
 import psycopg
@@ -164,8 +163,6 @@ class Session:
             arrival.set_exception(error)
 
 
-def column_values(result: PGresult) -> list[list[bytes | None]]:
-    """Returns the values of each column, row by row."""
-    rows, columns = range(result.ntuples), range(result.nfields)
-    values = list(starmap(result.get_value, product(rows, columns)))
-    return [values[column :: len(columns)] for column in columns]
+def row_values(result: PGresult, row: int) -> list[bytes | None]:
+    """Returns the values of a row."""
+    return [result.get_value(row, field) for field in range(result.nfields)]
