@@ -129,7 +129,7 @@ class FakeTelemetry:
         request_id: str | None = None,
         *,
         deadline_seconds: float | None = None,
-        under_way: int = 1,
+        under_way: int = 0,
     ) -> None:
         if self.error is not None:
             raise self.error

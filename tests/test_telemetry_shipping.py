@@ -154,7 +154,15 @@ async def test_requests_ready_at_once_share_a_commit_where_they_stand(tmp_path: 
     assert log.writers == [threading.current_thread().name]
 
 
-async def test_an_event_among_other_requests_waits_for_three_quarters_of_theirs(tmp_path: Path) -> None:
+async def test_the_event_of_a_lone_request_does_not_wait_for_a_turn_of_the_loop(tmp_path: Path) -> None:
+    turned = asyncio.Event()
+    async with opened(TelemetryLog(tmp_path), Table(), quick_disk_seconds=60) as telemetry:
+        asyncio.get_running_loop().call_soon(turned.set)
+        await telemetry.record(EVENT, "alone", under_way=1)
+        assert not turned.is_set()
+
+
+async def test_an_event_among_other_requests_waits_for_more_than_half_of_theirs(tmp_path: Path) -> None:
     log = GatedLog(tmp_path)
     async with opened(log, Table(), quick_disk_seconds=60, company_seconds=60) as telemetry:
         recordings = [asyncio.create_task(telemetry.record(EVENT, f"{n}", under_way=4)) for n in range(2)]

@@ -45,12 +45,13 @@ class Telemetry(Protocol):
         request_id: str | None = None,
         *,
         deadline_seconds: float | None = None,
-        under_way: int = 1,
+        under_way: int = 0,
     ) -> None:
         """Returns once the event is durable: on this machine, or else in the database.
 
         `deadline_seconds` is what the request has left, `under_way` how many requests will have an event
-        soon, this one among them. A caller that is cancelled while it waits leaves exactly one event behind.
+        soon, this one among them, 0 if that is not known. A caller that is cancelled while it waits leaves
+        exactly one event behind.
 
         Raises:
             TelemetryUnavailableError: the event could not be made durable.
@@ -79,7 +80,7 @@ class NullTelemetry:
         request_id: str | None = None,
         *,
         deadline_seconds: float | None = None,
-        under_way: int = 1,
+        under_way: int = 0,
     ) -> None:
         """Forgets the event."""
 
@@ -162,7 +163,7 @@ class MlTelemetry:
         request_id: str | None = None,
         *,
         deadline_seconds: float | None = None,
-        under_way: int = 1,
+        under_way: int = 0,
     ) -> None:
         """See `Telemetry.record`."""
         if not self._open:

@@ -24,9 +24,6 @@ from app.ai.telemetry_log import TelemetryLog
 from app.errors import TelemetryUnavailableError
 from app.metrics import TELEMETRY_FAILURES, TELEMETRY_RECORD_SECONDS, observe_event
 
-_COMPANY_SHARE = 0.75
-"""Of the requests under way, so many have their events ready when a commit no longer waits for the others."""
-
 _MOST_COUNTED = 8
 """So many requests under way, at most, make an event wait longer."""
 
@@ -61,8 +58,12 @@ class Company:
         self._spared = 0
 
     def is_awaited(self, ready: int, under_way: int) -> bool:
-        """Tells whether the newest of the events that are `ready` makes the commit wait."""
-        if ready >= _COMPANY_SHARE * under_way:
+        """Tells whether the newest of the events that are `ready` makes the commit wait.
+
+        Not if more than half of the requests under way have theirs: what the rest would spare the disk, their
+        callers lose.
+        """
+        if ready > under_way / 2:
             return False
         if self._spared:
             self._spared -= 1
@@ -111,10 +112,10 @@ class TelemetryWriter:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def write(self, event: StoredEvent, deadline_seconds: float, under_way: int = 1) -> None:
+    async def write(self, event: StoredEvent, deadline_seconds: float, under_way: int = 0) -> None:
         """Returns once the event is durable; it is written also if the caller is cancelled meanwhile.
 
-        `under_way` is how many requests will have an event soon, this one among them.
+        `under_way` is how many requests will have an event soon, this one among them, 0 if that is not known.
 
         Raises:
             TelemetryUnavailableError: it is not durable within the deadline. An event that had already
@@ -140,8 +141,11 @@ class TelemetryWriter:
                     self._company_seconds * min(under_way, _MOST_COUNTED), self._write_ready
                 )
             return
-        self._commits_soon = True
-        self._loop.call_soon(self._write_ready)
+        if under_way == 1:
+            self._write_ready()
+        else:
+            self._commits_soon = True
+            self._loop.call_soon(self._write_ready)
 
     def _is_quick(self) -> bool:
         return self._commit_seconds < self._quick_seconds

@@ -81,7 +81,7 @@ class AuditMiddleware:
                 event,
                 record.request_id,
                 deadline_seconds=_seconds_left(record),
-                under_way=self._admission.in_flight if (record.asked or 0) <= MOST_LEADS else 1,
+                under_way=self._admission.in_flight if (record.asked or 0) <= MOST_LEADS else 0,
             )
         except TelemetryUnavailableError:
             raise
