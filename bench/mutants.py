@@ -34,6 +34,11 @@ class Mutant:
         return f"{self.module}:{self.lines.start}: {self.change}"
 
 
+def leave_unchanged(module: str, source: str) -> Mutant:
+    """Returns the module at a path without a mistake."""
+    return Mutant(module, range(0), "unchanged", compile(source, module, "exec"))
+
+
 def draw_mutants(module: str, source: str) -> list[Mutant]:
     """Returns every mutant of the module at a path, in the order of its lines."""
     tree = ast.parse(source)

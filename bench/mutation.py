@@ -25,6 +25,7 @@ from hypothesis import Phase, settings
 from bench.mutants import Mutant
 
 TEST_SECONDS, MUTANT_SECONDS, MUTANT_BYTES = 60, 300, 8 * 2**30
+_RAN_NONE = {pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED}
 _LIBRARIES = ("hypothesis.stateful", "fastapi", "psycopg", "sklearn.ensemble", "skops.io", "structlog",
               "cryptography.hazmat.primitives.asymmetric.ed25519")  # fmt: skip
 
@@ -51,14 +52,18 @@ class _Planted(MetaPathFinder):
 
 
 def find_survivors(
-    mutants: Sequence[Mutant], tests_of: Callable[[Mutant], Sequence[str]], seed: int
+    mutants: Sequence[Mutant],
+    tests_of: Callable[[Mutant], Sequence[str]],
+    seed: int,
+    unchanged: Mutant,
 ) -> list[Mutant]:
     """Returns the mutants whose tests pass; as many at a time as there are processors.
 
-    A mutant that never ends, or takes all memory, is noticed.
+    A mutant that never ends, takes all memory, or cannot even be imported by its tests is noticed.
+    `unchanged` is the module without a mistake.
 
     Raises:
-        RuntimeError: a mutant has no tests, or this process has `app` imported already.
+        RuntimeError: a mutant has no tests that can be run, or this process has `app` imported already.
     """
     if any(name.startswith("app.") for name in sys.modules):
         raise RuntimeError("this process has imported app")
@@ -79,8 +84,12 @@ def find_survivors(
             process.join()
             if process.exitcode == pytest.ExitCode.OK:
                 survivors.append(mutant)
-            elif process.exitcode in {pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED}:
-                raise RuntimeError(f"no tests were run for {mutant}")
+            elif process.exitcode in _RAN_NONE:
+                alone = context.Process(target=_try, args=(unchanged, tests_of(mutant), seed))
+                alone.start()
+                alone.join()
+                if alone.exitcode in _RAN_NONE:
+                    raise RuntimeError(f"there are no tests for {mutant}")
     return survivors
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.core_tests import CORE, Coverage, run_tests
 from bench.figures import Figure
-from bench.mutants import Mutant, draw_mutants
+from bench.mutants import Mutant, draw_mutants, leave_unchanged
 from bench.mutation import find_survivors
 from bench.proof import ProofRun, run_proof
 from bench.scratch import open_scratch
@@ -63,11 +63,11 @@ def _score(
     module: str, tests_of: Callable[[Mutant], Sequence[str]], seed: int, *, at_most: int | None = None
 ) -> Figure:
     source = Path(module).read_text()
-    unchanged = Mutant(module, range(0), "unchanged", compile(source, module, "exec"))
-    if not find_survivors([unchanged], lambda _: CORE[module], seed):
+    unchanged = leave_unchanged(module, source)
+    if not find_survivors([unchanged], lambda _: CORE[module], seed, unchanged):
         raise RuntimeError(f"the tests of {module} fail without any mistake in it")
     mutants = draw_mutants(module, source)[:at_most]
-    survivors = find_survivors(mutants, tests_of, seed)
+    survivors = find_survivors(mutants, tests_of, seed, unchanged)
     for survivor in survivors:
         print(f"not noticed: {survivor}", flush=True)
     share = 100 * (1 - len(survivors) / len(mutants))
