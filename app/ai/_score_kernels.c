@@ -221,9 +221,10 @@ void logistic(double *values, int64_t n) {
 }
 
 /* Finds the codes (n_columns, n_leads) of texts that each end with a NUL, column after column, among the
- * `n_known` that are known of each column, or -1. */
-void code_texts(const struct known_text *known, int64_t n_known, const char *texts, int64_t n_columns,
-                int64_t n_leads, int32_t *codes) {
+ * `n_known` that are known of each column, or -1; returns how many are not known. */
+int64_t code_texts(const struct known_text *known, int64_t n_known, const char *texts, int64_t n_columns,
+                   int64_t n_leads, int32_t *codes) {
+    int64_t unknown = n_columns * n_leads;
     for (int64_t column = 0; column < n_columns; column++, known += n_known) {
         for (int64_t lead = 0; lead < n_leads; lead++) {
             size_t size = strlen(texts) + 1;
@@ -231,6 +232,7 @@ void code_texts(const struct known_text *known, int64_t n_known, const char *tex
             for (int64_t at = 0; at < n_known && known[at].size; at++) {
                 if ((size_t)known[at].size == size && memcmp(known[at].text, texts, size) == 0) {
                     code = known[at].code;
+                    unknown--;
                     break;
                 }
             }
@@ -238,6 +240,7 @@ void code_texts(const struct known_text *known, int64_t n_known, const char *tex
             texts += size;
         }
     }
+    return unknown;
 }
 
 /* Returns a number if it is usable, else NaN; `state` says which. */

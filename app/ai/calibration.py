@@ -160,8 +160,8 @@ def confidence(p: FloatArray, method: ConfidenceMethod, intervals: FloatArray | 
             raise ValueError("the confidence method interval needs intervals")
         width: FloatArray = intervals[:, 1] - intervals[:, 0]
         return 1.0 - width
-    safe = np.where(np.isnan(p), 0.5, np.minimum(np.maximum(p, 0.0), 1.0))
-    likelier = np.maximum(safe, 1.0 - safe)
+    # Beyond 0 and 1 it is sure, and of a NaN as unsure as can be.
+    likelier = np.fmax(np.minimum(np.maximum(p, 1.0 - p), 1.0), 0.5)
     if method == "max_probability":
         return likelier
     if method == "margin":

@@ -144,13 +144,13 @@ class TextCoder:
             ValueError: there are not as many texts.
         """
         if kernels is None:
-            codes = np.full((len(self._codes), n), UNKNOWN_CODE, np.int32)
+            codes, unknown = np.full((len(self._codes), n), UNKNOWN_CODE, np.int32), n * len(self._codes)
         else:
-            codes = kernels.code_texts(self._seen, texts, n)
-        unknown = (codes.ravel() == UNKNOWN_CODE).nonzero()[0].tolist()
+            codes, unknown = kernels.code_texts(self._seen, texts, n)
         if unknown:
+            places = (codes.ravel() == UNKNOWN_CODE).nonzero()[0].tolist()
             words = texts.split(b"\0")
-            codes.flat[unknown] = [self._codes[place // n][words[place]] for place in unknown]
+            codes.flat[places] = [self._codes[place // n][words[place]] for place in places]
         return codes
 
 

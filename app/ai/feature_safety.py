@@ -27,7 +27,7 @@ Siddiqi, Credit Risk Scorecards, 2006): below 0.1 no change worth acting on, fro
 
 _CHECKED = tuple(CHECKED.fields or ())
 _TAIL = 0.001
-_OK, _CAUTION, _ABSTAIN = (np.uint8(VERDICTS.index(verdict)) for verdict in ("ok", "caution", "abstain"))
+_CAUTION, _ABSTAIN = np.uint8(VERDICTS.index("caution")), np.uint8(VERDICTS.index("abstain"))
 _SMALLEST = 5e-324  # no coverage but 0 is less
 _ONE_IN_A_THOUSAND = 3.0902
 _WEIGHT_UNITS = 2.0**40
@@ -245,7 +245,7 @@ def build_verdicts(
     `min_coverage`, or a value lies far outside the training range.
     """
     enough = min_coverage / 4 if abstain_below is None else min(abstain_below, min_coverage)
-    verdicts = np.where((coverage < min_coverage) | (out_of_range > 0), _CAUTION, _OK)
+    verdicts = ((coverage < min_coverage) | (out_of_range > 0)) * _CAUTION  # otherwise 0, which is ok
     verdicts[coverage < max(enough, _SMALLEST)] = _ABSTAIN
     return verdicts
 

@@ -22,7 +22,6 @@ from app.ai.calibration import calibrate, confidence
 from app.ai.domain import (
     AMBIGUOUS_LEAD,
     ANSWER,
-    ANSWER_BYTES,
     UNKNOWN_LEAD,
     VERDICTS,
     AnswerArray,
@@ -113,23 +112,18 @@ class _Found(NamedTuple):
         """Returns what is found at these places, in this order."""
         told = enumerate(places) if self.explanations else ()
         return self._replace(
-            answers=self.answers[places],
-            fate=self.fate[places],
+            answers=self.answers.take(places),
+            fate=self.fate.take(places),
             explanations={at: self.explanations[place] for at, place in told if place in self.explanations},
         )
 
 
 class _Outcome(NamedTuple):
-    """What became of each position asked (m,): its answer, its fate, and whether the cache knew it."""
+    """What became of each position asked (m,), and the answers of those that are answered, in order."""
 
-    answers: AnswerArray
     fate: IntArray
-    hit: BoolArray
-
-    def kept(self) -> AnswerArray:
-        """Returns the answers of the answered positions; moving them costs, and mostly they are all there."""
-        answered = self.fate == _ANSWERED
-        return self.answers if answered.all() else self.answers[answered]
+    kept: AnswerArray
+    cache_hits: int
 
 
 class Stopwatch:
@@ -231,7 +225,8 @@ class Predictor:
         if missing.size:
             try:
                 found = await self._look_up(bundle, context, _pick(canonical, missing))
-                answers[missing], fate[missing] = found.answers, found.fate
+                answers.put(missing, found.answers)
+                fate.put(missing, found.fate)
                 watch.stages_ms |= found.stages_ms
             except DatabaseUnavailableError:
                 hit, answers, ages = cache.recall(bundle.ref, context.as_of, canonical)
@@ -239,16 +234,18 @@ class Predictor:
                     raise
                 age = float(ages.max())
                 answers["verdict"] = np.maximum(answers["verdict"], _CAUTION)
-        outcome = _Outcome(answers, fate, hit)
+        answered = (fate == _ANSWERED).nonzero()[0]
+        kept = answers if len(answered) == len(answers) else answers.take(answered)
+        outcome = _Outcome(fate, kept, int(np.count_nonzero(hit)))
         predictions = self._assemble(bundle, lead_ids, outcome, watch.stages_ms)
         if age is not None:
             predictions = replace(predictions, degraded_age_seconds=age)
         if "interval" in context.include:
-            intervals = widen(find_intervals(bundle, outcome.kept()), age or 0.0, predictions.bounds)
+            intervals = widen(find_intervals(bundle, kept), age or 0.0, predictions.bounds)
             predictions = replace(predictions, intervals=intervals)
         if found is not None and "reasons" in context.include:
-            answered = (fate == _ANSWERED).nonzero()[0].tolist()
-            predictions = replace(predictions, explanations=[found.explanations[index] for index in answered])
+            explanations = [found.explanations[index] for index in answered.tolist()]
+            predictions = replace(predictions, explanations=explanations)
         return predictions
 
     async def _look_up(self, bundle: ModelBundle, context: RequestContext, lead_ids: Sequence[str]) -> _Found:
@@ -302,9 +299,9 @@ class Predictor:
             scored = inline or await self._score_apart(bundle, leads, as_of, watch.lap)
             self._drift.add(scored.features, bundle.feature_set.fingerprint)
             found = (row_of >= 0).nonzero()[0]
-            rows, places = row_of[found], first + found
-            answers.view(ANSWER_BYTES)[places] = scored.answers.view(ANSWER_BYTES)[rows]
-            fate[places] = np.where(scored.rejected[rows], _FEATURES_REJECTED, _ANSWERED)
+            rows, places = row_of.take(found), first + found
+            answers.put(places, scored.answers.take(rows))
+            fate.put(places, np.where(scored.rejected.take(rows), _FEATURES_REJECTED, _ANSWERED))
             if explain:
                 told = await self._explain(bundle, leads, as_of, scored.answers)
                 explanations |= zip(places.tolist(), map(told.__getitem__, rows.tolist()), strict=True)
@@ -314,7 +311,7 @@ class Predictor:
             bundle.ref,
             as_of,
             _pick(lead_ids, answered),
-            answers[answered],
+            answers.take(answered),
             uuids=_pick(uuid_of, answered),
             since=since,
         )
@@ -337,21 +334,20 @@ class Predictor:
     def _assemble(
         self, bundle: ModelBundle, lead_ids: Sequence[str], outcome: _Outcome, stages_ms: dict[Stage, float]
     ) -> Predictions:
-        answered = outcome.fate == _ANSWERED
-        declined = (~answered).nonzero()[0].tolist()
-        kept = outcome.kept()
+        fate, kept, cache_hits = outcome
+        declined = (fate != _ANSWERED).nonzero()[0].tolist()
         return Predictions(
             asked=len(lead_ids),
-            lead_ids=list(compress(lead_ids, answered.tolist()) if declined else lead_ids),
+            lead_ids=list(compress(lead_ids, (fate == _ANSWERED).tolist()) if declined else lead_ids),
             raw_score=kept["raw_score"],
             probability=kept["probability"],
             confidence=kept["confidence"],
             coverage=kept["coverage"],
             prediction=kept["prediction"],
             verdict=kept["verdict"],
-            cache_hits=int(np.count_nonzero(outcome.hit)),
+            cache_hits=cache_hits,
             rejections=tuple(
-                Rejection(lead_ids[position], position, *_REJECTIONS[int(outcome.fate[position])])
+                Rejection(lead_ids[position], position, *_REJECTIONS[int(fate[position])])
                 for position in declined
             ),
             model=bundle.ref,
@@ -387,7 +383,8 @@ def score_leads(
     lap("safety")
     raw = bundle.scorer(checked.values)
     lap("scoring")
-    probability = np.where(verdict == _ABSTAIN, bundle.bounded_base_rate, calibrate(raw, bundle.calibrator))
+    probability = calibrate(raw, bundle.calibrator)
+    probability[verdict == _ABSTAIN] = bundle.bounded_base_rate
     answers = np.empty(leads.n, ANSWER)
     answers["raw_score"] = raw
     answers["probability"] = probability

@@ -153,7 +153,7 @@ class ScoreKernels:
         self._check_features.argtypes = [_POINTER, *[_I64] * 3, *[_POINTER] * 2, _I64, *[_POINTER] * 2]
         self._check_features.restype = None
         self._code_texts.argtypes = [_POINTER, _I64, ctypes.c_char_p, _I64, _I64, _POINTER]
-        self._code_texts.restype = None
+        self._code_texts.restype = _I64
         self._calibrate.argtypes = [*[_POINTER] * 3, _I64, _POINTER, _I64, *[_F64] * 4, _POINTER]
         self._calibrate.restype = None
         self._hash_text.argtypes = [ctypes.c_char_p, _I64, _POINTER, _POINTER]
@@ -222,8 +222,8 @@ class ScoreKernels:
         self._logistic(_start_of(log_odds), len(log_odds))
         return log_odds
 
-    def code_texts(self, known: NDArray[np.void], texts: bytes, n: int) -> NDArray[np.int32]:
-        """Returns the codes (b, n) of the `n` texts of each column, or `UNKNOWN_CODE`.
+    def code_texts(self, known: NDArray[np.void], texts: bytes, n: int) -> tuple[NDArray[np.int32], int]:
+        """Returns the codes (b, n) of the `n` texts of each column, and how many are `UNKNOWN_CODE`.
 
         `known` (b, s) are `KNOWN_TEXT`; each of the texts ends with a NUL, column after column.
 
@@ -234,8 +234,7 @@ class ScoreKernels:
         if texts.count(0) != columns * n or texts[-1:] not in (b"", b"\0"):
             raise ValueError("there are not as many texts as columns times leads")
         codes = np.empty((columns, n), np.int32)
-        self._code_texts(_start_of(known), slots, texts, columns, n, _start_of(codes))
-        return codes
+        return codes, self._code_texts(_start_of(known), slots, texts, columns, n, _start_of(codes))
 
     def build_features(
         self,

@@ -312,7 +312,8 @@ def _match_names(
 
     `uuids` and, unless nobody asked by one, `refs` are those of the rows found.
     """
-    row_of = _look_up(lead_ids, _rows_by_ref(refs) | _rows(uuids))
+    rows = _rows(uuids)
+    row_of = _look_up(lead_ids, _rows_by_ref(refs) | rows if refs else rows)
     named = zip(lead_ids, row_of.tolist(), strict=True)
     return row_of, [lead_id if row < 0 else uuids[row] for lead_id, row in named]
 
