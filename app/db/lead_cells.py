@@ -142,16 +142,16 @@ def key_page_statement(
     )
 
 
-def recent_statement(relation: str, types: ColumnTypes) -> sql.Composed:
+def recent_statement(relation: str, types: ColumnTypes, leads: int) -> sql.Composed:
     """Returns the statement whose rows are the ID and perhaps the reference of the newest leads, as text.
 
-    Its parameter is their number.
+    It names their number: a plan for any number would expect a tenth of all leads, and sort them.
     """
     refs = ", external_ref::text" if EXTERNAL_REF in types else ""
     return sql.SQL(
         f"SELECT lead_id::text{refs} FROM {{}}"  # noqa: S608  names of our own
-        " WHERE created_at IS NOT NULL ORDER BY created_at DESC LIMIT %s"
-    ).format(sql.Identifier(*relation.split(".")))
+        " WHERE created_at IS NOT NULL ORDER BY created_at DESC LIMIT {}"
+    ).format(sql.Identifier(*relation.split(".")), sql.Literal(leads))
 
 
 def _of_each_lead(types: ColumnTypes, columns: Sequence[InputColumn], *, with_refs: bool) -> sql.Composed:

@@ -165,10 +165,10 @@ class PostgresLeadSource:
         if CREATED_AT not in self._types:
             _log.warning("no_recent_leads", relation=self._relation, reason="it has no created_at")
             return []
-        statement = recent_statement(self._relation, self._types)
+        statement = recent_statement(self._relation, self._types, leads)
 
         async def read(connection: Connection) -> Any:
-            return await (await connection.execute(statement, [leads])).fetchall()
+            return await (await connection.execute(statement)).fetchall()
 
         try:
             rows = await self._database.run(read)
