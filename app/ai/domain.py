@@ -42,7 +42,7 @@ ANSWER = np.dtype(
 )
 """Everything an answer says of one lead; a batch is an array of these: answers are moved, never rebuilt.
 
-By `take` and `put`: NumPy moves an answer in square brackets field by field, which takes ten times as long.
+By `take` and `put`: NumPy moves an answer in square brackets field by field, which takes many times as long.
 """
 
 AnswerArray = NDArray[np.void]

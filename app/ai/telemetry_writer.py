@@ -142,7 +142,7 @@ class TelemetryWriter:
                 )
             return
         if under_way == 1:
-            self._write_ready()
+            self._write_ready()  # nobody else could be ready a turn later
         else:
             self._commits_soon = True
             self._loop.call_soon(self._write_ready)

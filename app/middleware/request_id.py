@@ -8,7 +8,6 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
-from typing import Any
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -44,7 +43,6 @@ class RequestIdMiddleware:
         self._now = now
         self._monotonic = monotonic
         self._new_id = new_id
-        self._log = _log.bind()  # as it is, a logger is put together anew for each line
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -67,7 +65,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send_named)
         finally:
             # In the loop's next turn: the answer leaves at the end of this one, and need not wait for it.
-            asyncio.get_running_loop().call_soon(close_record, record, status, self._monotonic(), self._log)
+            asyncio.get_running_loop().call_soon(close_record, record, status, self._monotonic())
             structlog.contextvars.reset_contextvars(**bound)
 
 
@@ -89,12 +87,12 @@ def build_record(
     )
 
 
-def close_record(record: RequestRecord, status: int, now: float, log: Any = _log) -> None:
+def close_record(record: RequestRecord, status: int, now: float) -> None:
     """Counts a request that has ended, and writes its line; `now` is on the clock of its `started`."""
     observe_request(record.route, status, record.error_code, now - record.started)
     if record.predictions is not None and status < 400:
         _count_batch(record.predictions)
-    log.info(
+    _log.info(
         "request",
         route=record.route,
         status=status,
