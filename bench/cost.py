@@ -2,25 +2,29 @@
 
 On is authentication by API key, a signed model, telemetry, a rate limit nobody reaches, deadlines for
 clients, and the limit on requests in flight. All three read the same leads from the same PostgreSQL without a
-cache, and must answer the same probabilities before anything is timed. For `prove_cost` and `make bench`.
+cache, and must answer the same probabilities before anything is timed. They are started anew for every round:
+two services of the same code may differ by a tenth, as long as they run. For `prove_cost` and `make bench`.
 """
 
 import base64
 import json
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import uvloop
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from app.db.api_keys import create_key
 from app.training.signing import sign_models
 from bench.data import Stage
 from bench.figures import Figure
-from bench.load import Cell, Sample, ask, build_request, cycle, measure_in_turns
+from bench.load import Cell, Sample, ask, build_request, cycle, measure_in_turns, run_load
 from bench.servers import Server, start_service
 
 CLIENTS = (1, 16, 64)
@@ -28,6 +32,8 @@ MOST_MORE_MS = {1: 1.5, 16: 1.5, 64: 12.0}
 LEAST_SPEED = 0.9
 TOLERANCE = 1e-9
 COMPARED = 200
+WARM_UP = 500
+"""Requests that each service has answered before it is timed."""
 LARGER = ((50, 16), (2000, 1))
 """Leads in a request, and connections, of the requests that ask for more than one lead."""
 
@@ -62,9 +68,10 @@ class Trio:
             for lead_id in asked
         )
 
-    async def measure(self, lead_ids: Sequence[str], *, seconds: float, rounds: int) -> list[Figure]:
-        """Times them in turns; returns what telemetry adds, and the speed all of it leaves."""
-        samples: dict[Cell, Sample] = {}
+    async def measure(
+        self, samples: dict[Cell, Sample], lead_ids: Sequence[str], *, seconds: float, seed: int
+    ) -> None:
+        """Times them in turns, a burst of each cell; `seed` draws the order."""
 
         def draw(_name: str, size: int) -> Iterator[bytes]:
             starts = range(0, min(len(lead_ids), 400 * size) - size + 1, size)
@@ -72,8 +79,21 @@ class Trio:
             return cycle([build_request(body, credential=self.key) for body in bodies])
 
         ports = {name: server.port for name, server in self.servers.items()}
-        await measure_in_turns(CELLS, samples, ports, draw, seconds=seconds, rounds=rounds)
-        return build_figures(samples)
+        for name, port in ports.items():
+            await run_load(port, draw(name, 1), Sample(), connections=16, seconds=0, at_least=WARM_UP)
+        await measure_in_turns(CELLS, samples, ports, draw, seconds=seconds, rounds=1, seed=seed)
+
+
+def measure_cost(
+    stage: Stage, lead_ids: Sequence[str], *, seconds: float, rounds: int, plant: str | None = None
+) -> tuple[int, list[Figure]]:
+    """Returns how many answers differ, and what telemetry adds and the speed all of it leaves."""
+    differ, samples = 0, dict[Cell, Sample]()
+    for number in range(rounds):
+        with tempfile.TemporaryDirectory() as directory, start_trio(stage, Path(directory), plant) as trio:
+            differ += uvloop.run(trio.count_differences(lead_ids))
+            uvloop.run(trio.measure(samples, lead_ids, seconds=seconds, seed=number))
+    return differ, build_figures(samples)
 
 
 def build_figures(samples: Mapping[Cell, Sample]) -> list[Figure]:
@@ -121,13 +141,11 @@ def start_trio(stage: Stage, directory: Path, plant: str | None = None) -> Itera
     }
     signed = Stage(stage.url, models)
     silent = {"AI_TELEMETRY_ENABLED": "false"}
-    with ExitStack() as stack:
-        servers = [
-            stack.enter_context(server)
-            for server in (
-                start_service("all", signed, directory, plant=plant, **safe),
-                start_service("silent", signed, directory, **safe, **silent),
-                start_service("none", stage, directory, plant="unguarded", **uncached, **silent),
-            )
-        ]
+    starting = [
+        start_service("all", signed, directory, plant=plant, **safe),
+        start_service("silent", signed, directory, **safe, **silent),
+        start_service("none", stage, directory, plant="unguarded", **uncached, **silent),
+    ]
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        servers = pool.map(stack.enter_context, starting)
         yield Trio({server.name: server for server in servers}, key)

@@ -110,12 +110,13 @@ async def measure_in_turns(
     *,
     seconds: float,
     rounds: int,
+    seed: int = 1,
 ) -> None:
-    """Adds to the sample of each cell, a burst each, every round in another order.
+    """Adds to the sample of each cell, a burst each, every round in another order, which `seed` draws.
 
     `requests` are those of a contender, by its name and the leads in each.
     """
-    order = random.Random(1)  # noqa: S311  an order of play, nothing secret
+    order = random.Random(seed)  # noqa: S311  an order of play, nothing secret
     for _ in range(rounds):
         for cell in order.sample(cells, len(cells)):
             name, size, connections = cell

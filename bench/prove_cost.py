@@ -6,13 +6,10 @@ never fails a run, because a machine that is busy with something else decides it
 make prove-cost [LONG=1] [SEED=n]
 """
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import uvloop
-
-from bench.cost import CLIENTS, start_trio
+from bench.cost import CLIENTS, measure_cost
 from bench.data import open_stage, sample_lead_ids
 from bench.figures import Figure
 from bench.proof import ProofRun, run_proof
@@ -37,14 +34,9 @@ def answers_another(run: ProofRun) -> Sequence[Figure]:
 
 
 def _measure(run: ProofRun, *, seconds: float, rounds: int, plant: str | None = None) -> Sequence[Figure]:
-    with (
-        open_stage(Path("var/bench"), LEADS) as stage,
-        tempfile.TemporaryDirectory() as directory,
-        start_trio(stage, Path(directory), plant) as trio,
-    ):
+    with open_stage(Path("var/bench"), LEADS) as stage:
         lead_ids = sample_lead_ids(stage.url, LEADS, run.seed % 100 / 100)
-        differ = uvloop.run(trio.count_differences(lead_ids))
-        timed = uvloop.run(trio.measure(lead_ids, seconds=seconds, rounds=rounds))
+        differ, timed = measure_cost(stage, lead_ids, seconds=seconds, rounds=rounds, plant=plant)
     return (Figure("answers that differ", differ, 0, unit=""), *timed)
 
 

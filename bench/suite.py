@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.bulk import BulkRates, measure_bulk
-from bench.cost import start_trio
+from bench.cost import measure_cost
 from bench.data import Stage, open_stage, sample_lead_ids
 from bench.figures import Figure, print_figures
 from bench.load import Cell, Sample, ask, build_request, cycle, measure_in_turns, run_load
@@ -154,7 +154,9 @@ def build_figures(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> 
     cold, warm, rate = bench.p50("cold", 2000), bench.p50("warm", 2000), bench.samples
     return [
         Figure("cold, 1 lead, p50 / floor", bench.p50("cold", 1) / bench.p50("floor", 1), 1.25),
-        Figure("the same / floor with the event on the disk first",
+        Figure("the disk alone: floor with an event on it first / floor",
+               bench.p50("durable_floor", 1) / bench.p50("floor", 1), 1.25),
+        Figure("cold, 1 lead, p50 / floor with an event on the disk first",
                bench.p50("cold", 1) / bench.p50("durable_floor", 1), 1.25),
         Figure("cold, 2,000 leads, p50 / floor", cold / bench.p50("floor", 2000), 1.15),
         Figure("cold, 2,000 leads, 8 connections, rate / floor",
@@ -165,7 +167,9 @@ def build_figures(bench: Bench, facts: Mapping[str, float], bulk: BulkRates) -> 
         Figure("row by row / cold, 1,000 leads", facts["row_by_row_ms"] / bench.p50("cold", 1000), 300,
                at_least=True),
         Figure("warm, 1 lead, p50 / bare echo", bench.p50("warm", 1) / bench.p50("echo", 1), 1.5),
-        Figure("the same / echo with an event on the disk first",
+        Figure("the disk alone: echo with an event on it first / bare echo",
+               bench.p50("durable_echo", 1) / bench.p50("echo", 1), 1.5),
+        Figure("warm, 1 lead, p50 / echo with an event on the disk first",
                bench.p50("warm", 1) / bench.p50("durable_echo", 1), 1.5),
         Figure("warm, 2,000 leads, p50", warm, max(4.0, 0.12 * cold), unit="ms"),
         Figure("bulk, read, score, write: rate / floor", bulk.service / bulk.floor, 0.6, at_least=True),
@@ -233,7 +237,11 @@ def main() -> None:
         with start_all(stage, Path(directory)) as servers:
             bench = Bench(servers, lead_ids, options)
             facts = uvloop.run(run(bench, options))
-        cost = [] if options.short else measure_cost(stage, Path(directory), lead_ids, options)
+        cost: list[Figure] = []
+        if not options.short:
+            differ, cost = measure_cost(stage, lead_ids, seconds=options.seconds, rounds=options.rounds)
+            if differ:
+                raise SystemExit("with and without what makes it safe the service answers differently")
         bulk = measure_bulk(stage, options.leads)
         with start_service("again", stage, Path(directory)) as server:
             facts["start_seconds"] = server.seconds_to_ready
@@ -244,18 +252,6 @@ def main() -> None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         cells, rates = describe_cells(bench.samples), {"service": bulk.service, "floor": bulk.floor}
         given.json.write_text(json.dumps({"cells": cells, "facts": facts, "bulk": rates}, indent=1))
-
-
-def measure_cost(stage: Stage, directory: Path, lead_ids: Sequence[str], options: Options) -> list[Figure]:
-    """Returns what safety costs.
-
-    Raises:
-        SystemExit: a service answers differently with it.
-    """
-    with start_trio(stage, directory) as trio:
-        if uvloop.run(trio.count_differences(lead_ids)):
-            raise SystemExit("with and without what makes it safe the service answers differently")
-        return uvloop.run(trio.measure(lead_ids, seconds=options.seconds, rounds=options.rounds))
 
 
 def describe_cells(samples: Mapping[Cell, Sample]) -> list[dict[str, Any]]:

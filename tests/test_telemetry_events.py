@@ -49,7 +49,7 @@ def make_predictions(
         calibration_method="sigmoid",
         confidence_method="max_probability",
         bounds=(0.01, 0.99),
-        stages_ms={"database": 1.25, "scoring": 0.5},
+        stages_ms={"database": 1.2504, "scoring": 0.49961},
     )
 
 

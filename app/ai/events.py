@@ -165,7 +165,7 @@ def _build_success(
         status=status,
         trace_id=record.trace_id,
         latency_ms=latency_ms,
-        stages_ms=predictions.stages_ms,
+        stages_ms={stage: round(spent, 3) for stage, spent in predictions.stages_ms.items()},
         asked=predictions.asked,
         answered=len(predictions.lead_ids),
         rejections=predictions.count_rejections(),
