@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -214,10 +214,12 @@ async def test_what_is_not_found_by_the_deadline_is_refused_and_nothing_is_left_
     caching_world.source.gate = asyncio.Event()
     for _ in range(3):  # more than may look up at once
         with pytest.raises(OverloadedError):
-            await caching_world.ask(*asked, context=replace(CONTEXT, answer_by=time.monotonic() + 0.02))
+            await caching_world.ask(
+                *asked, context=msgspec.structs.replace(CONTEXT, answer_by=time.monotonic() + 0.02)
+            )
     caching_world.source.gate.set()
     assert len((await caching_world.ask(*asked)).lead_ids) == count
-    late = replace(CONTEXT, answer_by=time.monotonic() - 1)
+    late = msgspec.structs.replace(CONTEXT, answer_by=time.monotonic() - 1)
     assert (await caching_world.ask(*asked, context=late)).cache_hits == count
 
 
@@ -226,7 +228,7 @@ async def test_who_waits_for_a_look_up_of_others_waits_no_longer_than_his_own_de
     patient = [asyncio.create_task(world.ask(f"lead_{number}")) for number in range(SLOTS + 1)]
     await world.source.reached.wait()
     with pytest.raises(OverloadedError):
-        await world.ask("lead_9", context=replace(CONTEXT, answer_by=time.monotonic() + 0.02))
+        await world.ask("lead_9", context=msgspec.structs.replace(CONTEXT, answer_by=time.monotonic() + 0.02))
     world.source.gate.set()
     answers = await asyncio.gather(*patient)
     assert [answer.lead_ids for answer in answers] == [["lead_0"], ["lead_1"], ["lead_2"]]
@@ -355,7 +357,7 @@ async def test_an_answer_remembered_for_somebody_else_still_has_its_interval(cac
     remembered = await caching_world.ask_intervals("lead_1", "empty")
     caching_world.source.error = None
     caching_world.models.bundle = dataclasses.replace(
-        BUNDLE, ref=dataclasses.replace(BUNDLE.ref, sha256="f" * 64)
+        BUNDLE, ref=msgspec.structs.replace(BUNDLE.ref, sha256="f" * 64)
     )
     assert remembered == await caching_world.ask_intervals("lead_1", "empty")
 

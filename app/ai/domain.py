@@ -7,9 +7,9 @@ This module imports no I/O library and knows no rule; everything in `app.ai` may
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -71,16 +71,14 @@ class Column(NamedTuple):
     present: BoolArray
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LeadColumns:
+class LeadColumns(msgspec.Struct, frozen=True, eq=False):
     """`n` leads as columns, by column name."""
 
     n: int
     columns: Mapping[str, Column]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FetchedLeads:
+class FetchedLeads(msgspec.Struct, frozen=True, eq=False):
     """What the lead source knows of the IDs asked.
 
     `row_of` (one entry for each ID asked) is the row in `leads`, or `UNKNOWN_LEAD`, or `AMBIGUOUS_LEAD`.
@@ -140,8 +138,7 @@ class EventSink(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class StoredEvent:
+class StoredEvent(msgspec.Struct, frozen=True):
     """One event as the telemetry log keeps it: `meta` is the JSON text of a closed event schema."""
 
     id: str
@@ -151,8 +148,7 @@ class StoredEvent:
     created_at: str
 
 
-@dataclass(frozen=True, slots=True)
-class ModelRef:
+class ModelRef(msgspec.Struct, frozen=True):
     """Which model: id, version, and the SHA-256 of the artifact's bytes."""
 
     model_id: str
@@ -160,8 +156,7 @@ class ModelRef:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class Rejection:
+class Rejection(msgspec.Struct, frozen=True):
     """One lead we decline, inside a good answer."""
 
     lead_id: str
@@ -170,8 +165,7 @@ class Rejection:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Contribution:
+class Contribution(msgspec.Struct, frozen=True):
     """What one column, or features that share their columns, adds to a lead's raw score.
 
     `value` is the class the lead's value falls in, in words of ours: never a text of the lead.
@@ -182,8 +176,7 @@ class Contribution:
     contribution: float
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True):
     """How a probability comes about: all of it added up is the probability, to 1e-9."""
 
     base_rate: float
@@ -192,16 +185,14 @@ class Receipt:
     bounds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(msgspec.Struct, frozen=True):
     """The receipt of one answer, and its largest contributions as sentences, the largest first."""
 
     receipt: Receipt
     reasons: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RequestContext:
+class RequestContext(msgspec.Struct, frozen=True):
     """What a prediction is asked for.
 
     Its request ID, the moment its features are true for (s UTC), what it carries beyond the usual, and the
@@ -214,8 +205,7 @@ class RequestContext:
     answer_by: float | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Predictions:
+class Predictions(msgspec.Struct, frozen=True, eq=False):
     """The outcome of one batch; the arrays have one entry for each answered position, in request order.
 
     `lead_ids` are as they were sent. `verdict` holds indices into `VERDICTS`. `stages_ms` is wall time by

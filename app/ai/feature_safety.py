@@ -130,8 +130,7 @@ class SafetyRules(NamedTuple):
         return cls(table, len(speakers), max(int(units.sum()), 1))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CheckedFeatures:
+class CheckedFeatures(NamedTuple):
     """Features of `n` leads as the model gets them.
 
     `values` (n, k) is finite except where a spec says `keep`. `coverage` (n,) is the share of features that

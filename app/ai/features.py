@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -31,8 +31,7 @@ Outside = Literal["clip", "keep", "reject", "impute"]
 lead, or the training median."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FeatureMatrix:
+class FeatureMatrix(NamedTuple):
     """Built features of `n` leads: float64 `values` (n, k), C-contiguous, and uint8 `states` (n, k).
 
     A value is finite where the state is PRESENT and NaN elsewhere, unless the spec gives a missing or unseen

@@ -11,12 +11,13 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import structlog
+from msgspec.structs import replace
 
 from app.ai.calibration import calibrate, confidence
 from app.ai.domain import (

@@ -8,8 +8,7 @@ and `app.db.lead_pages`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from psycopg import sql
@@ -58,8 +57,7 @@ _NULL_TEXT_SQL = sql.SQL(f"'\\x{NULL_TEXT.hex()}'::bytea")
 _SEPARATOR_SQL, _SEPARATOR = sql.SQL("'\\x00'::bytea"), b"\0"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LeadChunk:
+class LeadChunk(NamedTuple):
     """Leads that came as a row each; `external_refs` are UTF-8, None for NULL, and none where not read."""
 
     lead_ids: list[str]

@@ -112,8 +112,9 @@ class Guard(SecurityBase):
 
     async def __call__(self, request: Request) -> None:
         """Called by FastAPI before the route is, and before any of the body is read."""
-        authenticator: Authenticator = request.state.authenticator
+        state = request.scope["state"]
+        authenticator: Authenticator = state["authenticator"]
         client = await authenticator.identify(request.scope["headers"])
         if not client.may(self._scope):
             raise NotAllowedError
-        request.state.client = client.name
+        state["client"] = client.name

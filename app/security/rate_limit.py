@@ -52,6 +52,7 @@ async def limit_rate(request: Request) -> None:
     Raises:
         RateLimitedError: see `RateLimiter.admit`.
     """
-    limiter: RateLimiter = request.state.rate_limiter
+    state = request.scope["state"]
+    limiter: RateLimiter = state["rate_limiter"]
     address = request.scope.get("client") or ("",)
-    limiter.admit(getattr(request.state, "client", None) or address[0])
+    limiter.admit(state.get("client") or address[0])
