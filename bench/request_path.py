@@ -46,6 +46,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="leadscore-") as folder:
         older = check_out(asked.baseline, Path(folder, "baseline"))
+        build_loops(older)
         with (
             started(older, older, Path(folder, "var-baseline")) as first,
             started(ROOT, older, Path(folder, "var-current")) as second,
@@ -64,6 +65,15 @@ def check_out(ref: str, folder: Path) -> Path:
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder, filter="tar")
     return folder
+
+
+def build_loops(code: Path) -> None:
+    """Compiles the scoring loops of a commit, without which it would score by other means, if it has any."""
+    if (code / "setup.py").exists():
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=code, check=True)
+        if not list((code / "app" / "ai").glob("*.so")):
+            raise SystemExit("the scoring loops of the baseline could not be compiled; see above")
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 """The benchmark in its short form: it fails when contenders answer differently, never because of time."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from app.ai.score_kernels import load_kernels
 from bench.all_proofs import Outcome, prove
 from bench.figures import Figure
 from bench.load import Sample
+from bench.request_path import build_loops
 from tests.service import ROOT
 
 
@@ -83,3 +86,18 @@ def test_all_proofs_go_on_after_one_that_fails() -> None:
     assert "of-nothing" in run.stdout
     assert "of-little" in run.stdout
     assert run.stdout.count("No module named") == 2
+
+
+def test_an_older_commit_is_timed_with_its_loops_compiled(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "app/ai/_score_kernels.c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    build_loops(tmp_path)
+    (library,) = (tmp_path / "app" / "ai").glob("_score_kernels*.so")
+    assert load_kernels(str(library)) is not None
+
+
+def test_a_commit_whose_loops_cannot_be_compiled_is_not_timed(tmp_path: Path) -> None:
+    (tmp_path / "setup.py").write_text("from setuptools import setup\n\nsetup(packages=[])\n")
+    with pytest.raises(SystemExit, match="could not be compiled"):
+        build_loops(tmp_path)
