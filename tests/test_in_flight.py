@@ -163,13 +163,54 @@ async def test_the_deadline_of_a_request_begins_when_it_has_arrived() -> None:
     assert record.answer_by == clock.now + DEADLINE_SECONDS - RECORD_SECONDS
 
 
-def test_one_that_has_arrived_whole_may_wait_longer_than_one_that_has_not() -> None:
+def busy_with(requests: int, seconds_each: float) -> Admission:
+    """An admission that has settled on this, with so many requests under way."""
     admission = Admission(limit=100)
-    for _ in range(ALWAYS):
+    for number in range(200):
         admission.enter()
-    for _ in range(200):  # until what is learnt has settled
-        admission.note(1.5 * LONGEST_WAIT_SECONDS / ALWAYS)
+        admission.leave(number * seconds_each, (number + 1) * seconds_each, well_answered=True)
+    for _ in range(requests):
+        admission.enter()
+    return admission
+
+
+def test_one_that_has_arrived_whole_may_wait_longer_than_one_that_has_not() -> None:
+    admission = busy_with(ALWAYS, 1.5 * LONGEST_WAIT_SECONDS / ALWAYS)
     assert admission.is_full()
     assert not admission.is_full(ARRIVED_WAIT_SECONDS)
-    admission.leave()
+    admission.leave(0.0, 1e6, well_answered=False)
     assert not admission.is_full()
+
+
+def test_who_waits_is_counted_once_however_many_are_answered_one_after_the_other() -> None:
+    admission, each = Admission(limit=100), LONGEST_WAIT_SECONDS / 10.5
+    for number in range(200):  # twenty at a time, all of which wait for those before them
+        admission.enter()
+        admission.leave((number - 20) * each, number * each, well_answered=True)
+    for under_way, full in ((10, False), (11, True)):
+        for _ in range(under_way - admission.in_flight):
+            admission.enter()
+        assert admission.is_full() == full
+
+
+@pytest.mark.parametrize("well_answered", [True, False])
+def test_a_moment_in_which_all_stood_still_turns_nobody_away(well_answered: bool) -> None:
+    admission = busy_with(16, 0.001)
+    resumed = 100.0
+    admission.leave(resumed - 1, resumed, well_answered=well_answered)
+    for _ in range(15):  # what the disk, or the machine, kept from being answered is answered together
+        admission.leave(resumed - 1, resumed, well_answered=True)
+    for _ in range(16):
+        assert not admission.is_full()
+        admission.enter()
+
+
+def test_requests_that_get_no_good_answer_are_not_held_against_those_that_do() -> None:
+    admission, now = busy_with(0, 0.001), 0.2
+    for number in range(1000):
+        admission.enter()
+        now += 0.001
+        admission.leave(now - 0.1, now, well_answered=number % 100 == 0)
+    for _ in range(50):
+        assert not admission.is_full()
+        admission.enter()

@@ -1,15 +1,17 @@
 """Decides which scoring requests a worker takes on, so that nobody waits in vain.
 
-How long a request would wait is how many are under way, times the time each of them has added to an answer of
-late. That covers every queue there is: for the processor, for the scoring thread, for a database connection.
-Only good answers count: a database that does not answer makes nobody busy, and remembered leads are answered
-while it is away. Only what may ask for predictions counts: whoever asks for health or metrics while the
-service is busy needs an answer most. And only a request that has arrived counts: one whose body trickles in
-must not take the place of another. When it has arrived its deadline begins, from which every later step
-draws: the predictor what it looks up, the audit what it records. `shedding` asks first, and refuses most of
-a rush before any of it is read.
+How long a request would wait is how many are under way, times the time between two answers of late while
+there was something to do (Little's law). That covers every queue there is: for the processor, for the
+scoring thread, for a database connection. A disk or a machine that stood still for a moment has kept all
+that were under way from being answered once, not each of them. Only good answers count: a database that does
+not answer makes nobody busy, and remembered leads are answered while it is away. Only what may ask for
+predictions counts: whoever asks for health or metrics while the service is busy needs an answer most. And
+only a request that has arrived counts: one whose body trickles in must not take the place of another. When
+it has arrived its deadline begins, from which every later step draws: the predictor what it looks up, the
+audit what it records. `shedding` asks first, and refuses most of a rush before any of it is read.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection
 
@@ -43,6 +45,7 @@ class Admission:
         self._limit = limit
         self._in_flight = 0
         self._seconds_each = 0.0
+        self._last_ended = -math.inf
 
     @property
     def in_flight(self) -> int:
@@ -54,18 +57,20 @@ class Admission:
         waits = self._in_flight * self._seconds_each > longest_wait
         return self._in_flight >= self._limit or (waits and self._in_flight >= ALWAYS)
 
-    def enter(self) -> int:
-        """Takes a place; returns how many are taken."""
+    def enter(self) -> None:
+        """Takes a place."""
         self._in_flight += 1
-        return self._in_flight
 
-    def leave(self) -> None:
-        """Gives a place back."""
+    def leave(self, began: float, ended: float, *, well_answered: bool) -> None:
+        """Gives the place back of a request that was under way between these seconds.
+
+        From a good answer it learns how long that kept others waiting: since the one before had ended.
+        """
         self._in_flight -= 1
-
-    def note(self, seconds_each: float) -> None:
-        """Learns from a good answer what each request under way has added to it."""
-        self._seconds_each += _NEWEST_SHARE * (seconds_each - self._seconds_each)
+        if well_answered:
+            seconds = ended - max(began, self._last_ended)
+            self._seconds_each += _NEWEST_SHARE * (seconds - self._seconds_each)
+        self._last_ended = ended
 
 
 class InFlightLimit:
@@ -100,25 +105,26 @@ class InFlightLimit:
             return
         if self._admission.is_full():
             raise OverloadedError
-        place, began = 0, 0.0
+        began: float | None = None
+        well_answered = False
 
         async def receive_counting() -> Message:
-            nonlocal place, began
+            nonlocal began
             message = await receive()
-            if not place and not message.get("more_body", False):
+            if began is None and not message.get("more_body", False):
                 if self._admission.is_full(ARRIVED_WAIT_SECONDS):
                     raise OverloadedError
-                place, began = self._admission.enter(), self._monotonic()
+                self._admission.enter()
+                began = self._monotonic()
                 scope["state"]["record"].answer_by = began + self._answer_seconds
             return message
 
         try:
             await self._app(scope, receive_counting, send)
-            if place and _is_well_answered(scope["state"]["record"]):
-                self._admission.note((self._monotonic() - began) / place)
+            well_answered = _is_well_answered(scope["state"]["record"])
         finally:
-            if place:
-                self._admission.leave()
+            if began is not None:
+                self._admission.leave(began, self._monotonic(), well_answered=well_answered)
 
 
 def _is_well_answered(record: RequestRecord) -> bool:
