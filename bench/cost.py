@@ -109,19 +109,23 @@ def build_figures(samples: Mapping[Cell, Sample]) -> list[Figure]:
     return [
         *(
             Figure(
-                f"telemetry on, {clients} connections: p99 more", added, MOST_MORE_MS[clients],
+                f"telemetry on, {_count(clients, 'connection')}: p99 more", added, MOST_MORE_MS[clients],
                 unit="ms", binding=False,
             )
             for clients, added in more.items()
         ),
         *(
             Figure(
-                f"all of it on / none, {size:,} leads, {clients} connections: rate", share, LEAST_SPEED,
-                at_least=True, binding=False,
+                f"all of it on / none, {_count(size, 'lead')}, {_count(clients, 'connection')}: rate",
+                share, LEAST_SPEED, at_least=True, binding=False,
             )
             for (size, clients), share in speed.items()
         ),
     ]  # fmt: skip
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number > 1 else ''}"
 
 
 @contextmanager
