@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from app.db.api_keys import create_key
 from app.training.signing import sign_models
 from bench.data import Stage
-from bench.figures import Figure
+from bench.figures import Figure, count
 from bench.load import Cell, Sample, ask, build_request, cycle, measure_in_turns, run_load
 from bench.servers import Server, start_service
 
@@ -109,23 +109,19 @@ def build_figures(samples: Mapping[Cell, Sample]) -> list[Figure]:
     return [
         *(
             Figure(
-                f"telemetry on, {_count(clients, 'connection')}: p99 more", added, MOST_MORE_MS[clients],
+                f"telemetry on, {count(clients, 'connection')}: p99 more", added, MOST_MORE_MS[clients],
                 unit="ms", binding=False,
             )
             for clients, added in more.items()
         ),
         *(
             Figure(
-                f"all of it on / none, {_count(size, 'lead')}, {_count(clients, 'connection')}: rate",
+                f"all of it on / none, {count(size, 'lead')}, {count(clients, 'connection')}: rate",
                 share, LEAST_SPEED, at_least=True, binding=False,
             )
             for (size, clients), share in speed.items()
         ),
     ]  # fmt: skip
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number > 1 else ''}"
 
 
 @contextmanager

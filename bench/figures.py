@@ -50,5 +50,10 @@ def print_figures(console: Console, title: str, figures: Sequence[Figure]) -> No
     console.print(table)
 
 
+def count(number: int, noun: str) -> str:
+    """Returns the number with its noun, `1 lead` or `2,000 leads`."""
+    return f"{number:,} {noun}{'s' if number > 1 else ''}"
+
+
 def _say(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"

@@ -27,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.figures import count
+
 ROOT = Path(__file__).parent.parent
 BASELINE = "9713f6a"
 """The last commit before intervals, receipts and verdicts by evidence came into the request path."""
@@ -139,7 +141,7 @@ def ask(service: http.client.HTTPConnection, body: str, leads: int) -> float:
 
 def report(leads: int, times: np.ndarray, ref: str) -> None:
     """Prints the latencies and their ratio, with the 95 % bootstrap interval over the paired requests."""
-    print(f"{leads:,} lead{'s' if leads > 1 else ''}, {len(times):,} requests each")
+    print(f"{count(leads, 'lead')}, {len(times):,} requests each")
     for place, name in enumerate((f"{NAMES[0]} ({ref})", NAMES[1])):
         p50, p99 = np.percentile(times[:, place], (50, 99))
         print(f"  {name:<24} p50 {p50:7.2f} ms   p99 {p99:7.2f} ms")

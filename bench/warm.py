@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 from fastapi import FastAPI, Request, Response
 
+from bench.figures import count
+
 ROOT = Path(__file__).parent.parent
 PATH = "/ai/advanced-ml/predict-batch"
 PEOPLE, WARM_UP = 10_000, 30
@@ -57,7 +59,7 @@ def main() -> None:
         connections["echo"] = stack.enter_context(started(server))
         for leads, requests in ((1, asked.singles), (2000, asked.batches)):
             times = measure(connections, leads, requests)
-            report(f"{leads:,} lead{'s' if leads > 1 else ''}", dict(zip(connections, times.T, strict=True)))
+            report(count(leads, "lead"), dict(zip(connections, times.T, strict=True)))
 
 
 def report(title: str, times: dict[str, np.ndarray]) -> None:
