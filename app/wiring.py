@@ -5,6 +5,7 @@ worker that uses them. Called by `main`.
 """
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -213,7 +214,7 @@ def _run_until_closed(stack: AsyncExitStack, work: Coroutine[Any, Any, None], na
 def _report_load(report: LoadReport, registry: ModelRegistry, telemetry: Telemetry) -> None:
     ready = registry.status().bundle is not None
     observe_model_load("loaded" if report.bundle else "refused", ready=ready)
-    telemetry.submit(_build_load_event(report))
+    telemetry.submit(functools.partial(_build_load_event, report))
 
 
 def _build_load_event(report: LoadReport) -> ModelLoaded | ModelLoadFailed:

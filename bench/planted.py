@@ -133,9 +133,11 @@ def slow_telemetry() -> None:
     """Telemetry that takes 20 ms more for each event."""
 
     class SlowTelemetry(MlTelemetry):
-        async def record(self, event: Event, request_id: str | None = None, **known: Any) -> None:
+        async def record(
+            self, build: Callable[[], Event], request_id: str | None = None, **known: Any
+        ) -> None:
             await asyncio.sleep(SLOW_SECONDS)
-            await super().record(event, request_id, **known)
+            await super().record(build, request_id, **known)
 
     app.wiring.MlTelemetry = SlowTelemetry  # type: ignore[misc]
 
@@ -152,8 +154,10 @@ def hasty_telemetry() -> None:
     """Says at once that an event is durable, and writes it a little later."""
 
     class HastyTelemetry(MlTelemetry):
-        async def record(self, event: Event, request_id: str | None = None, **_: object) -> None:
-            asyncio.get_running_loop().call_later(HASTY_SECONDS, self.submit, event, request_id)
+        async def record(
+            self, build: Callable[[], Event], request_id: str | None = None, **_: object
+        ) -> None:
+            asyncio.get_running_loop().call_later(HASTY_SECONDS, self.submit, build, request_id)
 
     app.wiring.MlTelemetry = HastyTelemetry  # type: ignore[misc]
 

@@ -182,7 +182,7 @@ async def _try_disk(case: Case, disk: FailingDisk, database: Database, tally: Ta
 
 async def _record(telemetry: MlTelemetry, names: list[str], database: Database, tally: Tally) -> list[str]:
     outcomes = await asyncio.gather(
-        *(telemetry.record(EVENT, name) for name in names), return_exceptions=True
+        *(telemetry.record(lambda: EVENT, name) for name in names), return_exceptions=True
     )
     refused = [outcome for outcome in outcomes if outcome is not None]
     assert all(isinstance(outcome, TelemetryUnavailableError) for outcome in refused), refused

@@ -1,7 +1,7 @@
 """One honest fake for each protocol: they keep the protocol's promises, and nothing else."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -125,7 +125,7 @@ class FakeTelemetry:
 
     async def record(
         self,
-        event: Event,
+        build: Callable[[], Event],
         request_id: str | None = None,
         *,
         deadline_seconds: float | None = None,
@@ -133,10 +133,10 @@ class FakeTelemetry:
     ) -> None:
         if self.error is not None:
             raise self.error
-        self.events.append(event)
+        self.events.append(build())
 
-    def submit(self, event: Event, request_id: str | None = None) -> None:
-        self.events.append(event)
+    def submit(self, build: Callable[[], Event], request_id: str | None = None) -> None:
+        self.events.append(build())
 
     def backlog(self) -> int:
         return 0

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
@@ -40,7 +40,7 @@ class Journal:
 
     async def record(
         self,
-        event: Event,
+        build: Callable[[], Event],
         request_id: str | None = None,
         *,
         deadline_seconds: float | None = None,
@@ -49,13 +49,13 @@ class Journal:
         if self.broken:
             raise TelemetryUnavailableError
         self.under_way.append(under_way)
-        self.submit(event, request_id)
+        self.submit(build, request_id)
         if self.gate is not None:
             await self.gate.wait()
 
-    def submit(self, event: Event, request_id: str | None = None) -> None:
+    def submit(self, build: Callable[[], Event], request_id: str | None = None) -> None:
         self.steps.append("event")
-        self.events.append((event, request_id))
+        self.events.append((build(), request_id))
 
     def backlog(self) -> int:
         return 0

@@ -23,6 +23,10 @@ EVENT = PredictionError(
 )  # fmt: skip
 
 
+def make_event() -> PredictionError:
+    return EVENT
+
+
 class Table:
     """A sink with a primary key, which can be away, and which can fail after it committed."""
 
@@ -117,7 +121,7 @@ async def opened(
 async def test_what_is_recorded_arrives_once_with_its_request_id(tmp_path: Path) -> None:
     table = Table()
     async with opened(TelemetryLog(tmp_path), table) as telemetry:
-        await asyncio.gather(*(telemetry.record(EVENT, f"req-{n:03}") for n in range(200)))
+        await asyncio.gather(*(telemetry.record(make_event, f"req-{n:03}") for n in range(200)))
         await until(lambda: len(table.rows) == 200)
         await until(lambda: telemetry.backlog() == 0)
         assert telemetry.state() == "ok"
@@ -129,7 +133,7 @@ async def test_nothing_is_acknowledged_before_the_log_committed(tmp_path: Path) 
     log = GatedLog(tmp_path)
     async with opened(log, Table()) as telemetry:
         log.gate.clear()
-        recording = asyncio.create_task(telemetry.record(EVENT, "req"))
+        recording = asyncio.create_task(telemetry.record(make_event, "req"))
         await until(log.reached.is_set)
         assert not recording.done()
         log.gate.set()
@@ -140,7 +144,7 @@ async def test_requests_that_wait_together_share_a_commit(tmp_path: Path) -> Non
     log = GatedLog(tmp_path)
     async with opened(log, Table()) as telemetry:
         log.gate.clear()
-        recordings = [asyncio.create_task(telemetry.record(EVENT, f"req-{n}")) for n in range(40)]
+        recordings = [asyncio.create_task(telemetry.record(make_event, f"req-{n}")) for n in range(40)]
         await until(log.reached.is_set)
         log.gate.set()
         await asyncio.gather(*recordings)
@@ -150,7 +154,7 @@ async def test_requests_that_wait_together_share_a_commit(tmp_path: Path) -> Non
 async def test_requests_ready_at_once_share_a_commit_where_they_stand(tmp_path: Path) -> None:
     log = WatchedLog(tmp_path)
     async with opened(log, Table(), quick_disk_seconds=60) as telemetry:
-        await asyncio.gather(*(telemetry.record(EVENT, f"req-{n}") for n in range(40)))
+        await asyncio.gather(*(telemetry.record(make_event, f"req-{n}") for n in range(40)))
     assert log.writers == [threading.current_thread().name]
 
 
@@ -158,17 +162,19 @@ async def test_the_event_of_a_lone_request_does_not_wait_for_a_turn_of_the_loop(
     turned = asyncio.Event()
     async with opened(TelemetryLog(tmp_path), Table(), quick_disk_seconds=60) as telemetry:
         asyncio.get_running_loop().call_soon(turned.set)
-        await telemetry.record(EVENT, "alone", under_way=1)
+        await telemetry.record(make_event, "alone", under_way=1)
         assert not turned.is_set()
 
 
 async def test_an_event_among_other_requests_waits_for_more_than_half_of_theirs(tmp_path: Path) -> None:
     log = GatedLog(tmp_path)
     async with opened(log, Table(), quick_disk_seconds=60, company_seconds=60) as telemetry:
-        recordings = [asyncio.create_task(telemetry.record(EVENT, f"{n}", under_way=4)) for n in range(2)]
+        recordings = [
+            asyncio.create_task(telemetry.record(make_event, f"{n}", under_way=4)) for n in range(2)
+        ]
         await turns()
         assert log.commits == 0
-        await telemetry.record(EVENT, "the third", under_way=4)
+        await telemetry.record(make_event, "the third", under_way=4)
         await asyncio.gather(*recordings)
         assert log.commits == 1
 
@@ -176,14 +182,14 @@ async def test_an_event_among_other_requests_waits_for_more_than_half_of_theirs(
 async def test_an_event_whose_company_does_not_come_is_written_all_the_same(tmp_path: Path) -> None:
     log = GatedLog(tmp_path)
     async with opened(log, Table(), quick_disk_seconds=60, company_seconds=0.001) as telemetry:
-        await telemetry.record(EVENT, "alone", under_way=100)
+        await telemetry.record(make_event, "alone", under_way=100)
         assert log.commits == 1
 
 
 async def test_an_event_that_waits_for_others_is_shipped_when_the_telemetry_closes(tmp_path: Path) -> None:
     table = Table()
     async with opened(TelemetryLog(tmp_path), table, quick_disk_seconds=60, company_seconds=60) as telemetry:
-        recording = asyncio.create_task(telemetry.record(EVENT, "waits", under_way=100))
+        recording = asyncio.create_task(telemetry.record(make_event, "waits", under_way=100))
         await turns()
     await recording
     assert table.request_ids() == ["waits"]
@@ -213,8 +219,8 @@ def test_company_that_comes_is_waited_for_again() -> None:
 async def test_a_disk_that_was_slow_is_waited_for_on_the_thread(tmp_path: Path) -> None:
     log = WatchedLog(tmp_path)
     async with opened(log, Table(), quick_disk_seconds=1e-9) as telemetry:
-        await telemetry.record(EVENT, "req-0")
-        await telemetry.record(EVENT, "req-1")
+        await telemetry.record(make_event, "req-0")
+        await telemetry.record(make_event, "req-1")
     assert log.writers == [threading.current_thread().name, "telemetry-writer"]
 
 
@@ -222,7 +228,7 @@ async def test_a_sink_that_fails_after_its_commit_makes_no_second_row(tmp_path: 
     table = Table()
     table.failures_after_commit = 3
     async with opened(TelemetryLog(tmp_path), table) as telemetry:
-        await asyncio.gather(*(telemetry.record(EVENT, f"req-{n}") for n in range(20)))
+        await asyncio.gather(*(telemetry.record(make_event, f"req-{n}") for n in range(20)))
         await until(lambda: table.failures_after_commit == 0 and telemetry.backlog() == 0)
     assert len(table.rows) == 20
     assert table.deliveries > 20
@@ -233,7 +239,7 @@ async def test_an_absent_database_delays_events_and_loses_none(tmp_path: Path) -
     table.away = True
     async with opened(TelemetryLog(tmp_path), table) as telemetry:
         for number in range(120):
-            await telemetry.record(EVENT, f"req-{number:03}")
+            await telemetry.record(make_event, f"req-{number:03}")
         await until(lambda: telemetry.state() == "shipping_delayed" and telemetry.backlog() == 120)
         table.away = False
         await until(lambda: len(table.rows) == 120)
@@ -266,12 +272,12 @@ async def test_closing_ships_what_is_left(tmp_path: Path) -> None:
     table = Table()
     telemetry = MlTelemetry(TelemetryLog(tmp_path), table, ship_interval_seconds=3600)
     await telemetry.open()
-    await telemetry.record(EVENT, "recorded")
-    telemetry.submit(EVENT, "submitted")
+    await telemetry.record(make_event, "recorded")
+    telemetry.submit(make_event, "submitted")
     await telemetry.close()
     assert table.request_ids() == ["recorded", "submitted"]
     with pytest.raises(TelemetryUnavailableError):
-        await telemetry.record(EVENT, "late")
+        await telemetry.record(make_event, "late")
 
 
 async def test_closing_with_the_database_away_ends_in_time_and_the_next_run_ships(tmp_path: Path) -> None:
@@ -281,7 +287,7 @@ async def test_closing_with_the_database_away_ends_in_time_and_the_next_run_ship
 
     telemetry = MlTelemetry(TelemetryLog(tmp_path), Frozen())
     await telemetry.open()
-    await telemetry.record(EVENT, "kept")
+    await telemetry.record(make_event, "kept")
     async with asyncio.timeout(2):
         await telemetry.close(deadline_seconds=0.05)
     table = Table()
@@ -293,7 +299,7 @@ async def test_a_cancelled_request_leaves_exactly_one_event(tmp_path: Path) -> N
     log, table = GatedLog(tmp_path), Table()
     async with opened(log, table) as telemetry:
         log.gate.clear()
-        recordings = [asyncio.create_task(telemetry.record(EVENT, f"req-{n}")) for n in range(10)]
+        recordings = [asyncio.create_task(telemetry.record(make_event, f"req-{n}")) for n in range(10)]
         await until(log.reached.is_set)
         for recording in recordings:
             recording.cancel()
@@ -308,10 +314,10 @@ async def test_disk_and_database_gone_give_an_error_in_time_and_no_event_for_it(
     async with opened(log, table, deadline_seconds=0.05) as telemetry:
         log.gate.clear()
         table.away = True
-        first = asyncio.create_task(telemetry.record(EVENT, "already on its way to the disk"))
+        first = asyncio.create_task(telemetry.record(make_event, "already on its way to the disk"))
         await until(log.reached.is_set)
         with pytest.raises(TelemetryUnavailableError):
-            await telemetry.record(EVENT, "withdrawn")
+            await telemetry.record(make_event, "withdrawn")
         with pytest.raises(TelemetryUnavailableError):
             await first
         assert telemetry.state() == "unavailable"
@@ -329,10 +335,10 @@ async def test_a_log_that_cannot_be_written_refuses_and_recovers(tmp_path: Path)
     async with opened(TelemetryLog(in_the_way), table) as telemetry:
         assert telemetry.state() == "unavailable"
         with pytest.raises(TelemetryUnavailableError):
-            await telemetry.record(EVENT, "refused")
+            await telemetry.record(make_event, "refused")
         in_the_way.unlink()
         await until(lambda: telemetry.state() in ("ok", "shipping_delayed"))
-        await telemetry.record(EVENT, "taken")
+        await telemetry.record(make_event, "taken")
         table.away = False
     assert table.request_ids() == ["taken"]
 
@@ -343,17 +349,17 @@ async def test_while_the_log_cannot_be_written_events_go_to_the_database_at_once
     table = Table()
     async with opened(TelemetryLog(in_the_way), table) as telemetry:
         assert telemetry.state() == "direct"
-        await telemetry.record(EVENT, "direct")
+        await telemetry.record(make_event, "direct")
         assert table.request_ids() == ["direct"]
         table.away = True
         with pytest.raises(TelemetryUnavailableError):
-            await telemetry.record(EVENT, "refused")
+            await telemetry.record(make_event, "refused")
         assert telemetry.state() == "unavailable"
         table.away = False
         await until(lambda: telemetry.state() == "direct")  # without an event to try it on
         in_the_way.unlink()
         await until(lambda: telemetry.state() == "ok")
-        await telemetry.record(EVENT, "logged")
+        await telemetry.record(make_event, "logged")
     assert table.request_ids() == ["direct", "logged"]
 
 
@@ -365,7 +371,7 @@ async def test_an_event_the_log_fails_under_is_in_the_database_before_the_answer
     table = Table()
     async with opened(Failing(tmp_path), table) as telemetry:
         assert telemetry.state() == "ok"
-        await telemetry.record(EVENT, "first")
+        await telemetry.record(make_event, "first")
         assert table.request_ids() == ["first"]
 
 
@@ -392,7 +398,7 @@ def make_unusable(directory: Path) -> TelemetryLog:
 async def test_events_that_go_to_the_database_at_the_same_time_share_an_insert(tmp_path: Path) -> None:
     table = GatedTable()
     async with opened(make_unusable(tmp_path), table) as telemetry:
-        recordings = [asyncio.create_task(telemetry.record(EVENT, f"{n:03}")) for n in range(80)]
+        recordings = [asyncio.create_task(telemetry.record(make_event, f"{n:03}")) for n in range(80)]
         await until(lambda: table.inserts == 1)
         table.gate.set()
         await asyncio.gather(*recordings)
@@ -404,7 +410,7 @@ async def test_a_frozen_database_behind_a_failed_disk_gives_an_error_in_time(tmp
     table = GatedTable()
     async with opened(make_unusable(tmp_path), table, deadline_seconds=0.05) as telemetry:
         with pytest.raises(TelemetryUnavailableError):
-            await telemetry.record(EVENT, "late")
+            await telemetry.record(make_event, "late")
         table.gate.set()
     assert table.request_ids() == ["late"]
 
@@ -414,7 +420,7 @@ async def test_disk_and_database_together_take_no_longer_than_the_request_has_le
     async with opened(log, table, deadline_seconds=60.0) as telemetry, asyncio.timeout(10):
         log.gate.clear()
         with pytest.raises(TelemetryUnavailableError):
-            await telemetry.record(EVENT, "late", deadline_seconds=0.05)
+            await telemetry.record(make_event, "late", deadline_seconds=0.05)
         log.gate.set()
         table.gate.set()
 
@@ -422,7 +428,7 @@ async def test_disk_and_database_together_take_no_longer_than_the_request_has_le
 async def test_a_request_cancelled_on_its_way_to_the_database_leaves_its_event(tmp_path: Path) -> None:
     table = GatedTable()
     async with opened(make_unusable(tmp_path), table) as telemetry:
-        recordings = [asyncio.create_task(telemetry.record(EVENT, f"req-{n}")) for n in range(3)]
+        recordings = [asyncio.create_task(telemetry.record(make_event, f"req-{n}")) for n in range(3)]
         await until(lambda: table.inserts == 1)
         for recording in recordings:
             recording.cancel()
@@ -438,17 +444,35 @@ async def test_an_event_outside_its_schema_is_refused_and_stops_nothing(tmp_path
     )
     async with opened(TelemetryLog(tmp_path), table) as telemetry:
         with pytest.raises(TelemetryUnavailableError):
-            await telemetry.record(bad, "bad")
-        telemetry.submit(bad, "bad")
-        await telemetry.record(EVENT, "good")
+            await telemetry.record(lambda: bad, "bad")
+        telemetry.submit(lambda: bad, "bad")
+        await telemetry.record(make_event, "good")
     assert table.request_ids() == ["good"]
+
+
+async def test_an_event_that_cannot_be_made_stops_no_other_of_its_group(tmp_path: Path) -> None:
+    table, log = Table(), GatedLog(tmp_path)
+
+    def fail() -> PredictionError:
+        raise ZeroDivisionError
+
+    async with opened(log, table, quick_disk_seconds=60, company_seconds=0.001) as telemetry:
+        outcomes = await asyncio.gather(
+            *(telemetry.record(build, name, under_way=6)
+              for build, name in ((make_event, "first"), (fail, "none"), (make_event, "last"))),
+            return_exceptions=True,
+        )  # fmt: skip
+        assert log.commits == 1
+        assert telemetry.state() == "ok"
+    assert [type(outcome) for outcome in outcomes] == [type(None), ZeroDivisionError, type(None)]
+    assert table.request_ids() == ["first", "last"]
 
 
 async def test_two_workers_on_one_log_deliver_each_event_once(tmp_path: Path) -> None:
     table = Table()
     numbers = itertools.count()
     async with opened(TelemetryLog(tmp_path), table) as one, opened(TelemetryLog(tmp_path), table) as other:
-        recordings = [telemetry.record(EVENT, f"{next(numbers):03}") for telemetry in (one, other) * 100]
+        recordings = [telemetry.record(make_event, f"{next(numbers):03}") for telemetry in (one, other) * 100]
         await asyncio.gather(*recordings)
         await until(lambda: len(table.rows) == 200)
     assert table.request_ids() == [f"{n:03}" for n in range(200)]
@@ -458,13 +482,13 @@ async def test_two_workers_on_one_log_deliver_each_event_once(tmp_path: Path) ->
 async def test_submitting_from_other_threads_loses_nothing(tmp_path: Path) -> None:
     table = Table()
     async with opened(TelemetryLog(tmp_path), table) as telemetry:
-        submit = [asyncio.to_thread(telemetry.submit, EVENT, f"{number}") for number in range(20)]
+        submit = [asyncio.to_thread(telemetry.submit, make_event, f"{number}") for number in range(20)]
         await asyncio.gather(*submit)
     assert len(table.rows) == 20
 
 
 async def test_telemetry_that_is_off_accepts_everything() -> None:
     telemetry = NullTelemetry()
-    await telemetry.record(EVENT, "req")
-    telemetry.submit(EVENT)
+    await telemetry.record(make_event, "req")
+    telemetry.submit(make_event)
     assert (telemetry.backlog(), telemetry.state()) == (0, "off")

@@ -37,7 +37,7 @@ async def main():
         number = 0
         while True:
             name = f"{sys.argv[2]}-{client_number}-{number}"
-            await telemetry.record(event, name)
+            await telemetry.record(lambda: event, name)
             os.write(1, name.encode() + b"\\n")
             number += 1
     await asyncio.gather(*(client(number) for number in range(8)))

@@ -7,6 +7,7 @@ request waits for the database, unless the log cannot be written: then events go
 """
 
 import asyncio
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -37,11 +38,11 @@ _log = structlog.get_logger("app.telemetry")
 
 
 class Telemetry(Protocol):
-    """Where events are recorded."""
+    """Where events are recorded; `build` makes one when it is written, a little later and on any thread."""
 
     async def record(
         self,
-        event: Event,
+        build: Callable[[], Event],
         request_id: str | None = None,
         *,
         deadline_seconds: float | None = None,
@@ -55,11 +56,12 @@ class Telemetry(Protocol):
 
         Raises:
             TelemetryUnavailableError: the event could not be made durable.
+            Exception: whatever `build` raises.
         """
         ...
 
-    def submit(self, event: Event, request_id: str | None = None) -> None:
-        """Enqueues the event and returns at once; may be called from any thread."""
+    def submit(self, build: Callable[[], Event], request_id: str | None = None) -> None:
+        """Has the event recorded and returns at once; may be called from any thread."""
         ...
 
     def backlog(self) -> int:
@@ -76,7 +78,7 @@ class NullTelemetry:
 
     async def record(
         self,
-        event: Event,
+        build: Callable[[], Event],
         request_id: str | None = None,
         *,
         deadline_seconds: float | None = None,
@@ -84,7 +86,7 @@ class NullTelemetry:
     ) -> None:
         """Forgets the event."""
 
-    def submit(self, event: Event, request_id: str | None = None) -> None:
+    def submit(self, build: Callable[[], Event], request_id: str | None = None) -> None:
         """Forgets the event."""
 
     def backlog(self) -> int:
@@ -159,7 +161,7 @@ class MlTelemetry:
 
     async def record(
         self,
-        event: Event,
+        build: Callable[[], Event],
         request_id: str | None = None,
         *,
         deadline_seconds: float | None = None,
@@ -168,23 +170,21 @@ class MlTelemetry:
         """See `Telemetry.record`."""
         if not self._open:
             raise TelemetryUnavailableError
-        stored = self._store(event, request_id)
+        # The ID is given here: an event that goes to both, because the log failed late, is the same in both.
+        store = functools.partial(self._store, build, self._new_id(), request_id)
         ends = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
         if self._writer.usable:
             with suppress(TelemetryUnavailableError):
-                await self._writer.write(stored, self._seconds_until(ends), under_way)
+                await self._writer.write(store, self._seconds_until(ends), under_way)
                 return
-        await self._direct.write(stored, self._seconds_until(ends))
+        await self._direct.write(store(), self._seconds_until(ends))
 
     def _seconds_until(self, ends: float) -> float:
         return min(self._record_deadline_seconds, max(0.0, ends - time.monotonic()))
 
-    def submit(self, event: Event, request_id: str | None = None) -> None:
+    def submit(self, build: Callable[[], Event], request_id: str | None = None) -> None:
         """See `Telemetry.submit`; an event that cannot be written is counted and lost."""
-        try:
-            self._writer.enqueue(self._store(event, request_id))
-        except TelemetryUnavailableError:
-            TELEMETRY_FAILURES.labels("lost").inc()
+        self._writer.enqueue(functools.partial(self._store, build, self._new_id(), request_id))
 
     def backlog(self) -> int:
         """See `Telemetry.backlog`."""
@@ -196,10 +196,11 @@ class MlTelemetry:
             return "direct" if self._direct.usable else "unavailable"
         return "ok" if self._shipping else "shipping_delayed"
 
-    def _store(self, event: Event, request_id: str | None) -> StoredEvent:
+    def _store(self, build: Callable[[], Event], event_id: str, request_id: str | None) -> StoredEvent:
+        event = build()
         created_at = self._now().isoformat(timespec="microseconds").replace("+00:00", "Z")
         try:
-            return encode_event(event, self._new_id(), created_at, request_id)
+            return encode_event(event, event_id, created_at, request_id)
         except msgspec.ValidationError as exc:
             # The message of the exception may hold the value, so the schema's name has to do.
             _log.error("event_outside_schema", schema=type(event).__name__)

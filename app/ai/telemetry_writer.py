@@ -39,10 +39,11 @@ _log = structlog.get_logger("app.telemetry")
 class _Entry:
     """An event on its way to the log; `written` gets None, or the error that kept it from being durable."""
 
-    event: StoredEvent
+    build: Callable[[], StoredEvent]
     written: "_Written | None" = None
     deadline_seconds: float = 0.0
     withdrawn: bool = False
+    error: Exception | None = None
 
 
 class Company:
@@ -112,18 +113,22 @@ class TelemetryWriter:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def write(self, event: StoredEvent, deadline_seconds: float, under_way: int = 0) -> None:
+    async def write(
+        self, build: Callable[[], StoredEvent], deadline_seconds: float, under_way: int = 0
+    ) -> None:
         """Returns once the event is durable; it is written also if the caller is cancelled meanwhile.
 
-        `under_way` is how many requests will have an event soon, this one among them, 0 if that is not known.
+        `build` makes it just before it is written, here or on the thread: those of a group are made one after
+        another, which takes half as long as among everything else. `under_way` is how many requests will have
+        an event soon, this one among them, 0 if that is not known.
 
         Raises:
-            TelemetryUnavailableError: it is not durable within the deadline. An event that had already
-                reached the disk by then stays.
+            TelemetryUnavailableError: it could not be made, or is not durable within the deadline. An event
+                that had already reached the disk by then stays.
         """
         began = time.perf_counter()
         written: _Written = self._loop.create_future()
-        self._ready.append(_Entry(event, written, deadline_seconds))
+        self._ready.append(_Entry(build, written, deadline_seconds))
         self._plan_commit(under_way)
         try:
             error = await written
@@ -163,10 +168,10 @@ class TelemetryWriter:
                 self._hand_over(entry)
             return
         try:
-            error = self._write_group(ready)
+            self._write_group(ready)
         finally:
             self._log_free.release()
-        _settle(_find_waiting(ready), error)
+        _settle_entries(ready)
 
     def _hand_over(self, entry: _Entry) -> None:
         if entry.written is not None:
@@ -175,18 +180,18 @@ class TelemetryWriter:
         self._jobs.put(entry)
 
     def _withdraw(self, entry: _Entry) -> None:
-        entry.withdrawn = True
-        self._note("deadline", TimeoutError())
-        _settle(_find_waiting([entry]), TimeoutError())
+        entry.withdrawn, entry.error = True, TimeoutError()
+        self._note("deadline", entry.error)
+        _settle_entries([entry])
 
     def end_wait(self) -> None:
         """Has what waits for the events of other requests written now."""
         if self._ready:
             self._write_ready()
 
-    def enqueue(self, event: StoredEvent) -> None:
+    def enqueue(self, build: Callable[[], StoredEvent]) -> None:
         """Has the event written and returns at once; may be called from any thread."""
-        self._jobs.put(_Entry(event))
+        self._jobs.put(_Entry(build))
 
     async def run(self, work: Callable[[TelemetryLog], _T]) -> _T:
         """Returns what `work` does to the log, after everything enqueued before it.
@@ -198,7 +203,7 @@ class TelemetryWriter:
 
         def call() -> None:
             try:
-                settle = functools.partial(_settle, [outcome], work(self._telemetry_log))
+                settle = functools.partial(_settle, outcome, work(self._telemetry_log))
             except Exception as exc:  # noqa: BLE001 - raised again where it is awaited
                 settle = functools.partial(_settle_error, outcome, exc)
             self._tell_loop(settle)
@@ -257,24 +262,27 @@ class TelemetryWriter:
         return group, job
 
     def _commit(self, group: Sequence[_Entry]) -> None:
-        error = self._write_group(group)
-        if waiting := _find_waiting(group):
-            self._tell_loop(functools.partial(_settle, waiting, error))
+        self._write_group(group)
+        self._tell_loop(functools.partial(_settle_entries, group))
 
-    def _write_group(self, group: Sequence[_Entry]) -> BaseException | None:
+    # --- on either ---------------------------------------------------------------------------------------
+
+    def _write_group(self, group: Sequence[_Entry]) -> None:
+        events = [event for entry in group if (event := _build(entry)) is not None]
         began = time.perf_counter()
         try:
-            self._telemetry_log.write([entry.event for entry in group])
+            self._telemetry_log.write(events)
         except Exception as exc:  # noqa: BLE001 - the thread must outlive whatever it was; who waits is told
             self._note("write", exc.__cause__ or exc)
-            TELEMETRY_FAILURES.labels("lost").inc(sum(entry.written is None for entry in group))
-            return exc
-        finally:
-            self._commit_seconds = time.perf_counter() - began
-        self._note_usable()
-        for entry in group:
-            observe_event(entry.event.action)
-        return None
+            for entry in group:
+                entry.error = entry.error or exc
+        else:
+            self._note_usable()
+            for event in events:
+                observe_event(event.action)
+        self._commit_seconds = time.perf_counter() - began
+        if lost := sum(entry.written is None and entry.error is not None for entry in group):
+            TELEMETRY_FAILURES.labels("lost").inc(lost)
 
     def _tell_loop(self, call: Callable[[], None]) -> None:
         with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
@@ -292,14 +300,23 @@ class TelemetryWriter:
         self._usable = True
 
 
-def _find_waiting(group: Sequence[_Entry]) -> Sequence[_Written]:
-    return [entry.written for entry in group if entry.written is not None]
+def _build(entry: _Entry) -> StoredEvent | None:
+    try:
+        return entry.build()
+    except Exception as exc:  # noqa: BLE001 - told to who waits for it; the others have done nothing
+        entry.error = exc
+        return None
 
 
-def _settle(waiting: "Sequence[asyncio.Future[_T]]", result: _T) -> None:
-    for future in waiting:
-        if not future.done():
-            future.set_result(result)
+def _settle_entries(group: Sequence[_Entry]) -> None:
+    for entry in group:
+        if entry.written is not None:
+            _settle(entry.written, entry.error)
+
+
+def _settle(future: "asyncio.Future[_T]", result: _T) -> None:
+    if not future.done():
+        future.set_result(result)
 
 
 def _settle_error(future: "asyncio.Future[_T]", error: Exception) -> None:

@@ -5,13 +5,14 @@ the promise that every answered request has a row in `ai_events`. An exception t
 500 problem here, because a server that sees one closes the connection without a word. Never looks at a body.
 """
 
+import functools
 import time
 from collections.abc import Callable
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.ai.events import PredictionError, PredictionSuccess, RequestRecord, build_prediction_event
+from app.ai.events import Event, RequestRecord, build_prediction_event
 from app.ai.micro_batching import MOST_LEADS
 from app.ai.ml_telemetry import Telemetry
 from app.errors import InternalError, LeadScoringError, TelemetryUnavailableError
@@ -76,9 +77,8 @@ class AuditMiddleware:
         """
         record: RequestRecord = scope["state"]["record"]
         try:
-            event = self._build_event(record, status)
             await self._telemetry(scope).record(
-                event,
+                self._describe(record, status),
                 record.request_id,
                 deadline_seconds=_seconds_left(record),
                 under_way=self._admission.in_flight if (record.asked or 0) <= MOST_LEADS else 0,
@@ -93,7 +93,7 @@ class AuditMiddleware:
         """Leaves the event of a request that ended before it had an answer."""
         record: RequestRecord = scope["state"]["record"]
         record.error_code = record.error_code or "CLIENT_CLOSED_REQUEST"
-        self._telemetry(scope).submit(self._build_event(record, CLIENT_CLOSED_REQUEST), record.request_id)
+        self._telemetry(scope).submit(self._describe(record, CLIENT_CLOSED_REQUEST), record.request_id)
 
     def build_problem(self, scope: Scope, error: LeadScoringError) -> ASGIApp:
         """Returns the response that carries the error, which becomes the outcome of the request."""
@@ -108,8 +108,8 @@ class AuditMiddleware:
         if template is not None:
             scope["state"]["record"].route = template
 
-    def _build_event(self, record: RequestRecord, status: int) -> PredictionSuccess | PredictionError:
-        return build_prediction_event(record, status, record.latency_ms(self._monotonic()))
+    def _describe(self, record: RequestRecord, status: int) -> Callable[[], Event]:
+        return functools.partial(build_prediction_event, record, status, record.latency_ms(self._monotonic()))
 
 
 class _Answer:

@@ -9,6 +9,7 @@ use.
 """
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable
 
@@ -79,8 +80,9 @@ class Shedding:
         await answer(scope, receive, send)
 
     async def _record(self, scope: Scope, record: RequestRecord, status: int) -> None:
-        event = build_prediction_event(record, status, record.latency_ms(self._monotonic()))
-        await self._telemetry(scope).record(event, record.request_id)
+        latency_ms = record.latency_ms(self._monotonic())
+        build = functools.partial(build_prediction_event, record, status, latency_ms)
+        await self._telemetry(scope).record(build, record.request_id)
 
     async def _wait_for_others(self) -> None:
         if self._group is None:
