@@ -1,8 +1,8 @@
 """What is recorded of a request or of a model load: closed schemas, and how they are built and encoded.
 
 An event holds enumerations, numbers, digests and the request's own ID; never a lead ID (an external reference
-may be an e-mail address), never a value the caller or the database sent. `middleware.audit` builds prediction
-events, `wiring` builds load events, `ml_telemetry` records what they build.
+may be an e-mail address), never a value the caller or the database sent. The middleware and `wiring` say what
+is to be recorded, `ml_telemetry` has it built and encoded when it is written.
 """
 
 from collections.abc import Mapping
