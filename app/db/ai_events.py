@@ -13,11 +13,12 @@ from app.db.array_parameters import pack_texts
 from app.db.engine import Database
 from app.errors import DatabaseUnavailableError
 
+# Cast row by row: arrays of what is not text would be made first, and copied, which takes the server longer.
 _INSERT = """
     INSERT INTO ai_events (id, action, meta, request_id, created_at)
-    SELECT * FROM unnest(
-        $1::text[]::uuid[], $2::text[], $3::text[]::jsonb[], $4::text[], $5::text[]::timestamptz[]
-    )
+    SELECT id::uuid, action, meta::jsonb, request_id, created_at::timestamptz
+    FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[])
+        AS event (id, action, meta, request_id, created_at)
     ON CONFLICT (id) DO NOTHING
 """
 
