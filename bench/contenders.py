@@ -101,7 +101,7 @@ psycopg.adapters.register_dumper(_Packed, _PackedDumper)
 _INSERT = """
     WITH recorded AS (
         INSERT INTO ai_events (id, action, meta, created_at)
-        SELECT gen_random_uuid(), 'bench.floor', unnest(%b::text[]::jsonb[]), now()
+        SELECT gen_random_uuid(), 'bench.floor', unnest(%b::text[])::jsonb, now()
         RETURNING 1
     ) SELECT count(*) FROM recorded
 """
