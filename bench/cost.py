@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psycopg
 import uvloop
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -90,6 +91,9 @@ def measure_cost(
     """Returns how many answers differ, and what telemetry adds and the speed all of it leaves."""
     differ, samples = 0, dict[Cell, Sample]()
     for number in range(rounds):
+        with psycopg.connect(stage.url, autocommit=True) as connection:
+            # What was done before is on the disk first: its pages would come among the events of this.
+            connection.execute("CHECKPOINT")
         with tempfile.TemporaryDirectory() as directory, start_trio(stage, Path(directory), plant) as trio:
             differ += uvloop.run(trio.count_differences(lead_ids))
             uvloop.run(trio.measure(samples, lead_ids, seconds=seconds, seed=number))
