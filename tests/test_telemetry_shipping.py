@@ -13,7 +13,7 @@ from app.ai.domain import StoredEvent
 from app.ai.events import PredictionError
 from app.ai.ml_telemetry import MlTelemetry, NullTelemetry
 from app.ai.telemetry_log import TelemetryLog
-from app.ai.telemetry_writer import Company
+from app.ai.telemetry_writer import Patience
 from app.errors import DatabaseUnavailableError, TelemetryUnavailableError
 from tests.test_telemetry_log import make_events
 
@@ -158,12 +158,35 @@ async def test_requests_ready_at_once_share_a_commit_where_they_stand(tmp_path: 
     assert log.writers == [threading.current_thread().name]
 
 
-async def test_the_event_of_a_lone_request_does_not_wait_for_a_turn_of_the_loop(tmp_path: Path) -> None:
+async def test_a_lone_caller_does_not_wait_for_a_turn_of_the_loop_after_having_been_alone(
+    tmp_path: Path,
+) -> None:
     turned = asyncio.Event()
     async with opened(TelemetryLog(tmp_path), Table(), quick_disk_seconds=60) as telemetry:
+        await telemetry.record(make_event, "first", under_way=1)
         asyncio.get_running_loop().call_soon(turned.set)
-        await telemetry.record(make_event, "alone", under_way=1)
+        await telemetry.record(make_event, "second", under_way=1)
         assert not turned.is_set()
+
+
+async def test_requests_that_are_read_in_the_same_turn_share_a_commit(tmp_path: Path) -> None:
+    log, loop = GatedLog(tmp_path), asyncio.get_running_loop()
+    recordings: list[asyncio.Task[None]] = []
+
+    async with opened(log, Table(), quick_disk_seconds=60) as telemetry:
+
+        def read(name: str) -> None:
+            recordings.append(asyncio.create_task(telemetry.record(make_event, name, under_way=1)))
+
+        for _ in range(3):  # a request is read, and others in the turn in which the first has its event
+            recordings.clear()
+            log.commits = 0
+            read("first")
+            loop.call_soon(read, "second")
+            loop.call_soon(read, "third")
+            await turns()
+            await asyncio.gather(*recordings)
+            assert log.commits == 1
 
 
 async def test_an_event_among_other_requests_waits_for_more_than_half_of_theirs(tmp_path: Path) -> None:
@@ -195,25 +218,23 @@ async def test_an_event_that_waits_for_others_is_shipped_when_the_telemetry_clos
     assert table.request_ids() == ["waits"]
 
 
-def test_company_that_does_not_come_is_waited_for_less_and_less() -> None:
-    company = Company()
+def test_who_does_not_come_is_waited_for_less_and_less() -> None:
+    patience = Patience()
     spared = []
     for _ in range(8):
-        assert company.is_awaited(1, under_way=2)
-        company.note(1)
-        spared.append(next(n for n in range(100) if company.is_awaited(1, under_way=2)))
+        assert patience.take()
+        patience.note(1)
+        spared.append(next(n for n in range(100) if patience.take()))
     assert spared == [1, 3, 7, 15, 31, 63, 63, 63]
 
 
-def test_company_that_comes_is_waited_for_again() -> None:
-    company = Company()
+def test_who_comes_is_waited_for_again() -> None:
+    patience = Patience()
     for _ in range(6):
-        company.note(1)
+        patience.note(1)
     for _ in range(6):
-        company.note(2)
-    assert company.is_awaited(1, under_way=2)
-    assert not company.is_awaited(1, under_way=1)
-    assert not company.is_awaited(3, under_way=4)
+        patience.note(2)
+    assert patience.take()
 
 
 async def test_a_disk_that_was_slow_is_waited_for_on_the_thread(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Everything done to the telemetry log, one thing after another: on the event loop, or on a thread.
 
 Events that are ready together share one commit, made where they stand: the way to a thread and back takes
-longer than a quick disk. Among other requests an event waits a moment for theirs (`Company`), because a
+longer than a quick disk. Among other requests an event waits a moment for theirs (`Patience`), because a
 synchronised disk costs the processor as much for one event as for twenty. A disk that is not quick is waited
 for on the thread. Runs in every worker that serves, started after the fork by `ml_telemetry`, its only
 caller, and knows nothing of the database.
@@ -46,26 +46,19 @@ class _Entry:
     error: Exception | None = None
 
 
-class Company:
+class Patience:
     """Whether a commit waits for the events of other requests.
 
     A wait that nobody joins spares the next event one; if that happens again and again, the next 3, 7 and at
-    most 63, and each wait that somebody joins halves that: the others may be requests that take much longer,
-    or wait for a database that does not answer.
+    most 63, and each wait that somebody joins halves that.
     """
 
     def __init__(self) -> None:
         self._in_vain = 0
         self._spared = 0
 
-    def is_awaited(self, ready: int, under_way: int) -> bool:
-        """Tells whether the newest of the events that are `ready` makes the commit wait.
-
-        Not if more than half of the requests under way have theirs: what the rest would spare the disk, their
-        callers lose.
-        """
-        if ready > under_way / 2:
-            return False
+    def take(self) -> bool:
+        """Tells whether to wait this time."""
         if self._spared:
             self._spared -= 1
             return False
@@ -93,7 +86,7 @@ class TelemetryWriter:
         self._quick_seconds = quick_seconds
         self._company_seconds = company_seconds
         self._ready: list[_Entry] = []
-        self._company = Company()
+        self._company, self._newcomers = Patience(), Patience()
         self._wait: asyncio.TimerHandle | None = None
         self._commits_soon = False
         self._jobs: queue.SimpleQueue[_Entry | Callable[[], None]] = queue.SimpleQueue()
@@ -140,17 +133,20 @@ class TelemetryWriter:
     def _plan_commit(self, under_way: int) -> None:
         if self._commits_soon:
             return
-        if self._is_quick() and self._company.is_awaited(len(self._ready), under_way):
+        # Not for the smaller half of the requests under way: what they would spare the disk, the others lose.
+        if self._is_quick() and len(self._ready) <= under_way / 2 and self._company.take():
             if self._wait is None:
                 self._wait = self._loop.call_later(
                     self._company_seconds * min(under_way, _MOST_COUNTED), self._write_ready
                 )
             return
-        if under_way == 1:
-            self._write_ready()  # nobody else could be ready a turn later
-        else:
-            self._commits_soon = True
-            self._loop.call_soon(self._write_ready)
+        if under_way == 1 and not self._newcomers.take():
+            self._write_ready()
+            return
+        # Others may have sent a request that nobody has looked at. In the next turn of the event loop they
+        # are read, and those that need not wait for the database have an event in the one after.
+        self._commits_soon = True
+        self._loop.call_soon(self._loop.call_soon, self._write_ready)
 
     def _is_quick(self) -> bool:
         return self._commit_seconds < self._quick_seconds
@@ -158,7 +154,9 @@ class TelemetryWriter:
     def _write_ready(self) -> None:
         """Writes what is ready, if the disk has been quick of late and the log is free."""
         ready, self._ready = self._ready, []
-        self._commits_soon = False
+        if self._commits_soon:
+            self._commits_soon = False
+            self._newcomers.note(len(ready))
         if self._wait is not None:
             self._wait.cancel()
             self._wait = None
