@@ -58,7 +58,7 @@ class AuditMiddleware:
         answer = _Answer(self, scope, receive, send)
         try:
             await self._app(scope, answer.receive, answer.send)
-            if not answer.client_gone:
+            if not answer.is_settled:
                 await answer.fail(InternalError())
         except Exception:  # noqa: BLE001 - logged, and answered as an internal error
             _log.exception("unhandled_exception")
@@ -116,16 +116,21 @@ class _Answer:
     """One request's answer on its way out: its first message waits for the event."""
 
     def __init__(self, audit: AuditMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
-        self.client_gone = False
+        self._client_gone = False
         self._audit, self._scope, self._receive, self._send = audit, scope, receive, send
         self._started = False
         self._withheld = False
         self._handed_over = False
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether an answer is under way, or nobody is there to take one."""
+        return self._started or self._client_gone
+
     async def receive(self) -> Message:
         """Hands the application what the client sends, and notices when the client is gone."""
         message = await self._receive()
-        self.client_gone = self.client_gone or message["type"] == "http.disconnect"
+        self._client_gone = self._client_gone or message["type"] == "http.disconnect"
         return message
 
     async def send(self, message: Message) -> None:
