@@ -44,20 +44,52 @@ async def settle() -> None:
 async def start(
     batching: MicroBatching[str, list[str]], *calls: Sequence[str]
 ) -> list["asyncio.Task[list[str]]"]:
-    tasks = [asyncio.create_task(ask(batching, lead_ids)) for lead_ids in calls]
-    await settle()
+    """Begins the calls, each when those before it have come as far as they can."""
+    tasks = []
+    for lead_ids in calls:
+        tasks.append(asyncio.create_task(ask(batching, lead_ids)))
+        await settle()
     return tasks
 
 
 BUSY = [[f"busy{slot}"] for slot in range(SLOTS)]
 
 
-async def test_a_request_sets_out_at_once_while_there_is_room() -> None:
+async def test_a_request_sets_out_by_itself_while_there_is_room() -> None:
     database = Database()
     tasks = await start(MicroBatching(database.look_up), *BUSY)
     assert database.asked == BUSY
     database.open.set()
     assert await asyncio.gather(*tasks) == [["w/busy0"], ["w/busy1"]]
+
+
+async def test_requests_that_are_read_in_the_same_turn_set_out_together_although_there_is_room() -> None:
+    database, loop = Database(), asyncio.get_running_loop()
+    database.open.set()
+    batching = MicroBatching(database.look_up)
+    tasks: list[asyncio.Task[list[str]]] = []
+
+    def read(lead_id: str) -> None:
+        tasks.append(asyncio.create_task(ask(batching, [lead_id])))
+
+    for turn in range(1, 4):  # one is read, and the others in the turn in which it asks
+        read("a")
+        loop.call_soon(read, "b")
+        loop.call_soon(read, "c")
+        await settle()
+        assert database.asked == [["a", "b", "c"]] * turn
+    assert await asyncio.gather(*tasks) == [["w/a"], ["w/b"], ["w/c"]] * 3
+
+
+async def test_who_was_alone_the_last_time_sets_out_at_once() -> None:
+    database = Database()
+    database.open.set()
+    batching = MicroBatching(database.look_up)
+    await start(batching, ["first"])
+    second = asyncio.create_task(ask(batching, ["second"]))
+    await asyncio.sleep(0)
+    assert database.asked == [["first"], ["second"]]
+    assert await second == ["w/second"]
 
 
 async def test_those_that_come_meanwhile_share_one_look_up_and_each_gets_its_own() -> None:

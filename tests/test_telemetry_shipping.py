@@ -12,8 +12,8 @@ import pytest
 from app.ai.domain import StoredEvent
 from app.ai.events import PredictionError
 from app.ai.ml_telemetry import MlTelemetry, NullTelemetry
+from app.ai.patience import Patience
 from app.ai.telemetry_log import TelemetryLog
-from app.ai.telemetry_writer import Patience
 from app.errors import DatabaseUnavailableError, TelemetryUnavailableError
 from tests.test_telemetry_log import make_events
 

@@ -1,8 +1,9 @@
 """Micro-batching: small look-ups of requests that are under way at the same time share one.
 
 Most of what one lead costs is not its own: a round trip to the database, and a hundred calls of NumPy. A
-request that meets fewer than `SLOTS` look-ups under way begins its own at once, so nobody ever waits while
-there is room. Those that come meanwhile are collected, and set out together when a look-up ends, or after
+request that meets fewer than `SLOTS` look-ups under way begins its own: two turns of the event loop later as
+long as that brings others (`Patience`), because callers who were answered together ask again together;
+otherwise at once. Those that find no room are collected, and set out together when a look-up ends, or after
 `LONGEST_WAIT_SECONDS`. Each gets what it would have got alone, because no lead's answer depends on the others
 in its batch; should a shared look-up fail by fault of its leads, each is tried alone. Knows nothing of leads.
 Called by `predictor`, on its event loop.
@@ -13,6 +14,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextvars import Context
 from typing import Generic, NamedTuple, TypeVar
 
+from app.ai.patience import Patience
 from app.errors import PredictionFailedError
 
 W = TypeVar("W", bound=Hashable)
@@ -45,6 +47,7 @@ class MicroBatching(Generic[W, T]):
     def __init__(self, look_up: Callable[[W, Sequence[str]], Awaitable[T]]) -> None:
         self._look_up = look_up
         self._under_way = 0
+        self._patience = Patience()
         self._waiting: dict[W, list[_Joined[T]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -55,17 +58,25 @@ class MicroBatching(Generic[W, T]):
         """
         if len(lead_ids) > MOST_LEADS:
             return await self._look_up(world, lead_ids), None
-        if self._under_way < SLOTS:
+        has_room = self._under_way < SLOTS and not self._waiting
+        if has_room and not self._patience.take():
             return await self._run(world, lead_ids), None
         loop = asyncio.get_running_loop()
         joined = _Joined[T](lead_ids, loop.create_future())
         waiting = self._waiting.setdefault(world, [])
         waiting.append(joined)
-        if len(waiting) == 1:
+        if has_room:
+            # In the first turn others are read, and have come this far in the second.
+            loop.call_soon(loop.call_soon, self._end_turns, world, waiting)
+        elif len(waiting) == 1:
             loop.call_later(LONGEST_WAIT_SECONDS, self._set_out, world, waiting)
         if sum(len(other.lead_ids) for other in waiting) >= MOST_SHARED:
             self._set_out(world, waiting)
         return await joined.part
+
+    def _end_turns(self, world: W, waiting: list[_Joined[T]]) -> None:
+        self._patience.note(len(waiting))
+        self._set_out(world, waiting)
 
     async def _run(self, world: W, lead_ids: Sequence[str]) -> T:
         self._under_way += 1

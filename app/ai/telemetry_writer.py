@@ -20,14 +20,13 @@ from typing import TypeVar
 import structlog
 
 from app.ai.domain import StoredEvent
+from app.ai.patience import Patience
 from app.ai.telemetry_log import TelemetryLog
 from app.errors import TelemetryUnavailableError
 from app.metrics import TELEMETRY_FAILURES, TELEMETRY_RECORD_SECONDS, observe_event
 
 _MOST_COUNTED = 8
 """So many requests under way, at most, make an event wait longer."""
-
-_MOST_SPARED = 63
 
 _T = TypeVar("_T")
 _Written = asyncio.Future[BaseException | None]
@@ -44,30 +43,6 @@ class _Entry:
     deadline_seconds: float = 0.0
     withdrawn: bool = False
     error: Exception | None = None
-
-
-class Patience:
-    """Whether a commit waits for the events of other requests.
-
-    A wait that nobody joins spares the next event one; if that happens again and again, the next 3, 7 and at
-    most 63, and each wait that somebody joins halves that.
-    """
-
-    def __init__(self) -> None:
-        self._in_vain = 0
-        self._spared = 0
-
-    def take(self) -> bool:
-        """Tells whether to wait this time."""
-        if self._spared:
-            self._spared -= 1
-            return False
-        return True
-
-    def note(self, ready: int) -> None:
-        """Learns how many events there were at the end of a wait."""
-        self._in_vain = self._in_vain // 2 if ready > 1 else min(2 * self._in_vain + 1, _MOST_SPARED)
-        self._spared = self._in_vain
 
 
 class TelemetryWriter:
