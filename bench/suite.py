@@ -251,6 +251,7 @@ def main() -> None:
     print_cells(console, bench.samples)
     if not options.short:
         with open_stage(given.var, options.leads // 10) as stage:
+            measure_bulk(stage, options.leads // 10)  # brings the leads into memory, where the others are
             fewer = measure_bulk(stage, options.leads // 10)
         print_figures(console, "figures", [*build_figures(bench, facts, bulk, fewer), *cost])
     if given.json:
