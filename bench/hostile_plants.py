@@ -87,7 +87,7 @@ def forget_events(app: ASGIApp) -> ASGIApp:
     """A route that answers without telling anybody."""
 
     class Forgetful:
-        async def record(self, *_: object) -> None:
+        async def record(self, *_: object, **__: object) -> None:
             return
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:

@@ -87,7 +87,7 @@ class TelemetryWriter:
         """Returns once the event is durable; it is written also if the caller is cancelled meanwhile.
 
         `build` makes it just before it is written, here or on the thread: those of a group are made one after
-        another, which takes half as long as among everything else. `under_way` is how many requests will have
+        another, which takes less time than among everything else. `under_way` is how many requests will have
         an event soon, this one among them, 0 if that is not known.
 
         Raises:
