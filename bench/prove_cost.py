@@ -9,7 +9,7 @@ make prove-cost [LONG=1] [SEED=n]
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.cost import CLIENTS, measure_cost
+from bench.cost import CLIENTS, build_figures, measure_cost
 from bench.data import open_stage, sample_lead_ids
 from bench.figures import Figure
 from bench.proof import ProofRun, run_proof
@@ -36,8 +36,8 @@ def answers_another(run: ProofRun) -> Sequence[Figure]:
 def _measure(run: ProofRun, *, seconds: float, rounds: int, plant: str | None = None) -> Sequence[Figure]:
     with open_stage(Path("var/bench"), LEADS) as stage:
         lead_ids = sample_lead_ids(stage.url, LEADS, run.seed % 100 / 100)
-        differ, timed = measure_cost(stage, lead_ids, seconds=seconds, rounds=rounds, plant=plant)
-    return (Figure("answers that differ", differ, 0, unit=""), *timed)
+        differ, samples = measure_cost(stage, lead_ids, seconds=seconds, rounds=rounds, plant=plant)
+    return (Figure("answers that differ", differ, 0, unit=""), *build_figures(samples))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from bench import cost
 from bench.bulk import BulkRates, measure_bulk
-from bench.cost import measure_cost
 from bench.data import Stage, open_stage, sample_lead_ids
 from bench.figures import Figure, print_figures
 from bench.load import Cell, Sample, ask, build_request, cycle, measure_in_turns, run_load
@@ -240,24 +240,29 @@ def main() -> None:
         with start_all(stage, Path(directory)) as servers:
             bench = Bench(servers, lead_ids, options)
             facts = uvloop.run(run(bench, options))
-        cost: list[Figure] = []
+        safety = dict[Cell, Sample]()
         if not options.short:
-            differ, cost = measure_cost(stage, lead_ids, seconds=options.seconds, rounds=options.rounds)
+            differ, safety = cost.measure_cost(
+                stage, lead_ids, seconds=options.seconds, rounds=options.rounds
+            )
             if differ:
                 raise SystemExit("with and without what makes it safe the service answers differently")
         bulk = measure_bulk(stage, options.leads)
         with start_service("again", stage, Path(directory)) as server:
             facts["start_seconds"] = server.seconds_to_ready
     print_cells(console, bench.samples)
+    measured = {"cells": describe_cells(bench.samples), "facts": facts, "bulk": asdict(bulk)}
     if not options.short:
         with open_stage(given.var, options.leads // 10) as stage:
             measure_bulk(stage, options.leads // 10)  # brings the leads into memory, where the others are
             fewer = measure_bulk(stage, options.leads // 10)
-        print_figures(console, "figures", [*build_figures(bench, facts, bulk, fewer), *cost])
+        print_figures(
+            console, "figures", [*build_figures(bench, facts, bulk, fewer), *cost.build_figures(safety)]
+        )
+        measured |= {"cells_of_safety": describe_cells(safety), "bulk_of_a_tenth": asdict(fewer)}
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        cells, rates = describe_cells(bench.samples), {"service": bulk.service, "floor": bulk.floor}
-        given.json.write_text(json.dumps({"cells": cells, "facts": facts, "bulk": rates}, indent=1))
+        given.json.write_text(json.dumps(measured, indent=1))
 
 
 def describe_cells(samples: Mapping[Cell, Sample]) -> list[dict[str, Any]]:

@@ -390,7 +390,16 @@ def test_the_candidates_and_the_intervals_come_from_the_report(
     assert "in the order of time" in markdown
     assert "recency" not in markdown
     assert "log-odds" not in markdown
-    moving = {**CHOICE, "recency": {"half_life": 0.5, "shift": True, "tried": [1, 2]}}
+    moving = {
+        **CHOICE,
+        "recency": {
+            "half_life": 0.5,
+            "intercept": True,
+            "log_loss_without": 0.41791,
+            "leads": 1200,
+            "tried": [1],
+        },
+    }
     shifted = msgspec.structs.replace(
         compared,
         report={**compared.report, "choice": moving},
@@ -398,8 +407,10 @@ def test_the_candidates_and_the_intervals_come_from_the_report(
     )
     _, markdown = render(shifted, held_out, charts=False)
     assert "moved all probabilities down by 0.125 in log-odds" in markdown
-    assert "| half life | 0.5 |" in markdown
-    assert "| shift | True |" in markdown
+    assert "| weights that halve with age | after 50% of the training window |" in markdown
+    assert "| level set anew to the latest leads | yes |" in markdown
+    assert "| log-loss without | 0.4179 |" in markdown
+    assert "| leads foretold | 1,200 |" in markdown
     assert "tried" not in markdown
     assert re.search(r"\| ROC AUC \| 0\.\d{4} \| 0\.8100 to 0\.8700 \|", markdown)
     _, plain = render(manifest, held_out, charts=False)

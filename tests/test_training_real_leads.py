@@ -1,10 +1,6 @@
-"""The proof on real leads: 9,240 enquiries out of a file that nobody here wrote.
-
-The file may not be redistributed, so it lies outside the repository; CI has it and must run this.
-"""
+"""The proof on real leads: 9,240 enquiries out of a file that nobody here wrote."""
 
 import csv
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,22 +22,9 @@ from app.training.report import TrainingReport
 from app.training.train import train
 from tests.fakes import fetch_at_once
 from tests.in_process import build_settings, serve
+from tests.real_leads import CSV, TRAPS, needs_real_leads
 
-CSV = Path(__file__).resolve().parents[2] / "shared" / "data" / "x_education_leads.csv"
-TRAPS = (
-    "tags",
-    "lead_quality",
-    "lead_profile",
-    "asymmetrique_activity_index",
-    "asymmetrique_profile_index",
-    "asymmetrique_activity_score",
-    "asymmetrique_profile_score",
-    "last_activity",
-    "last_notable_activity",
-)
-
-if not CSV.exists() and os.environ.get("CI") != "true":
-    pytest.skip("the real leads are not on this machine (../shared/data)", allow_module_level=True)
+pytestmark = needs_real_leads
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
  * answers are remembered.
  *
  * Plain C99 without Python's headers: a shared library that ctypes opens, so that other threads run during most
- * calls; score_kernels.py says which keep the interpreter's lock. The caller has checked every index and every shape; nothing here looks again.
+ * calls; score_kernels.py says which keep the interpreter's lock. The caller has checked every index and every
+ * shape; nothing here looks again.
  *
  * Every row adds its terms in one order, whatever rows stand beside it, and in scikit-learn's order: compiled
  * without contraction into fused operations (-ffp-contract=off) the sums are equal to the last bit. */

@@ -7,7 +7,7 @@ is to be recorded, `ml_telemetry` has it built and encoded when it is written.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -210,15 +210,3 @@ def encode_event(event: Event, event_id: str, created_at: str, request_id: str |
     meta = msgspec.json.encode(event)
     msgspec.json.decode(meta, type=type(event))
     return StoredEvent(event_id, _ACTIONS[type(event)], meta.decode(), request_id, created_at)
-
-
-def decode_event(action: str, meta: str) -> Event:
-    """Reads a recorded event back.
-
-    Raises:
-        msgspec.ValidationError: an unknown field, or a value outside the schema.
-        KeyError: no such action.
-    """
-    schema: Any = SCHEMAS[action]  # type: ignore[index]
-    event: Event = msgspec.json.decode(meta, type=schema)
-    return event

@@ -18,7 +18,6 @@ from fastapi.security.base import SecurityBase
 from app.errors import KeysUnavailableError, LeadScoringError, NotAllowedError, NotAuthenticatedError
 
 Scope = Literal["score", "read", "admin"]
-SCOPES: tuple[Scope, ...] = ("score", "read", "admin")
 """Ask for predictions; see health, models, cards, metrics and the API's description; both."""
 
 GUARD_ERRORS: tuple[type[LeadScoringError], ...] = (

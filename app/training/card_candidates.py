@@ -4,7 +4,7 @@ The evidence is the manifest's `report.choice`, which a model that nothing was c
 Never computes a figure. Called by `model_card`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from app.ai.model_manifest import ModelManifest
@@ -28,8 +28,9 @@ def describe_candidates(manifest: ModelManifest) -> list[Section]:
     tables = [_candidates(choice)]
     if choice.get("calibrators"):
         tables.append(_calibrators(choice))
-    if recency := _flat(choice.get("recency")):
-        tables.append(Table(("what", "value"), recency, "What is done about a base rate that moves"))
+    recency = choice.get("recency")
+    if isinstance(recency, Mapping) and "log_loss_without" in recency:
+        tables.append(_recency(recency))
     return [Section("Candidates compared", texts, tables=tables)]
 
 
@@ -65,15 +66,16 @@ def _calibrators(choice: Mapping[str, Any]) -> Table:
     return Table(head, rows, "Ways to turn scores into probabilities")
 
 
-def _flat(facts: object) -> Sequence[tuple[str, str]]:
-    """Returns the plain entries of a mapping as words and text; what is nested is for programs."""
-    if not isinstance(facts, Mapping):
-        return ()
-    return [
-        (str(name).replace("_", " "), _number(value, ".4g") or str(value))
-        for name, value in facts.items()
-        if isinstance(value, str | int | float)
+def _recency(facts: Mapping[str, Any]) -> Table:
+    half_life = _number(facts.get("half_life"), ".0%")
+    rows = [
+        ("weights that halve with age", f"after {half_life} of the training window" if half_life else "no"),
+        ("level set anew to the latest leads", "yes" if facts.get("intercept") is True else "no"),
+        ("log-loss with what is on", _number(facts.get("log_loss_with"), ".4f")),
+        ("log-loss without", _number(facts.get("log_loss_without"), ".4f")),
+        ("leads foretold", _number(facts.get("leads"), ",.0f")),
     ]
+    return Table(("what", "value"), rows, "What is done about a base rate that moves")
 
 
 def _with_spread(entry: Mapping[str, Any], name: str) -> str:

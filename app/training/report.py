@@ -63,7 +63,7 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
         ("features", str(len(manifest.feature_set))),
         ("calibration", str(manifest.calibrator["method"])),
         ("decision threshold", f"{manifest.threshold:.3f}"),
-        ("artifact", f"{manifest.file_size / 1e6:.1f} MB, sha256 {manifest.sha256}"),
+        ("artifact", f"{manifest.file_size / 1e3:,.0f} kB, sha256 {manifest.sha256}"),
     ]
     if training.as_of_from:
         rows.insert(2, ("as-of times", f"{training.as_of_from} to {training.as_of_to}"))
