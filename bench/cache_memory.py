@@ -16,7 +16,7 @@ from app.ai.domain import ANSWER, ModelRef
 from app.ai.prediction_cache import PredictionCache
 from app.ai.score_kernels import installed_kernels
 
-MODEL = ModelRef("advanced_ml_20260101_120000", "20260101_120000", "a" * 64)
+MODEL = ModelRef("advanced_ml_20260101_120000", "20260101_120000", "a" * 64, "a" * 64)
 CHUNK = 2_000
 
 

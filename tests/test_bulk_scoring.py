@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psycopg
 import pytest
@@ -194,10 +196,11 @@ def _score_partly(url: str, **options: Any) -> None:
     "changed",
     [
         {"bundle": build_lead_bundle("20260202_120000", seed=2)},
+        {"bundle": replace(BUNDLE, ref=msgspec.structs.replace(BUNDLE.ref, manifest_sha256="f" * 64))},
         {"as_of": datetime(2026, 6, 2, tzinfo=UTC)},
         {"policy": ScoringPolicy(min_coverage=0.9, confidence_method="max_probability")},
     ],
-    ids=["model", "day", "policy"],
+    ids=["model", "manifest", "day", "policy"],
 )
 def test_an_unfinished_run_of_another_model_day_or_policy_is_not_continued(
     leads_url: str, changed: dict[str, Any]

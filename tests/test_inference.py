@@ -5,6 +5,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
+from pkgutil import get_data
 
 import numpy as np
 import pytest
@@ -340,3 +341,12 @@ def test_a_library_that_is_missing_or_another_is_not_used(tmp_path, caplog):
         with pytest.raises(OSError, match=r"none\.so|not the library"):
             ScoreKernels(path)
         assert load_kernels(path) is None
+
+
+@needs_kernels
+def test_a_library_of_another_source_than_the_one_at_hand_is_not_used():
+    library = find_spec("app.ai._score_kernels").origin
+    source = get_data("app.ai", "_score_kernels.c")
+    ScoreKernels(library, source)
+    with pytest.raises(OSError, match="another version of its source"):
+        ScoreKernels(library, source.replace(b"86400", b"3600"))

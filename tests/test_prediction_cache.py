@@ -14,8 +14,8 @@ from app.ai.prediction_cache import NullCache, PredictionCache
 from app.ai.score_kernels import installed_kernels
 from tests.fakes import FakeClock
 
-MODEL = ModelRef("advanced_ml_20260101_120000", "20260101_120000", "a" * 64)
-OTHER = ModelRef("advanced_ml_20260101_120000", "20260101_120000", "b" * 64)
+MODEL = ModelRef("advanced_ml_20260101_120000", "20260101_120000", "a" * 64, "a" * 64)
+OTHER = ModelRef("advanced_ml_20260101_120000", "20260101_120000", "a" * 64, "b" * 64)
 DAY = 86_400.0
 
 

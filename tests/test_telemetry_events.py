@@ -44,7 +44,7 @@ def make_predictions(
         rejections=()
         if rejected is None
         else (Rejection(rejected, 2, "LEAD_NOT_FOUND", f"No lead {rejected}"),),
-        model=ModelRef("advanced_ml_20260101_120000", "20260101_120000", "ab" * 32),
+        model=ModelRef("advanced_ml_20260101_120000", "20260101_120000", "ab" * 32, "cd" * 32),
         calibration_method="sigmoid",
         confidence_method="max_probability",
         bounds=(0.01, 0.99),

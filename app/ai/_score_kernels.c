@@ -111,6 +111,9 @@ const int32_t record_bytes[] = {sizeof(struct node),  sizeof(struct cell_column)
                                 sizeof(struct entry), sizeof(struct set),         sizeof(struct known_text),
                                 sizeof(struct table)};
 
+/* Of this file, from setup.py. */
+const char source_sha256[] = SOURCE_SHA256;
+
 static inline double round_to_single(double value) {
     /* A huge value stays a value instead of becoming an infinity. */
     if (value > FLT_MAX) return FLT_MAX;

@@ -149,11 +149,16 @@ class StoredEvent(msgspec.Struct, frozen=True):
 
 
 class ModelRef(msgspec.Struct, frozen=True):
-    """Which model: id, version, and the SHA-256 of the artifact's bytes."""
+    """Which model: id, version, and the SHA-256 of the artifact's bytes.
+
+    Models of the same artifact may still answer differently, by another calibrator or threshold:
+    `manifest_sha256` is of all that decides an answer, the artifact included.
+    """
 
     model_id: str
     version: str
     sha256: str
+    manifest_sha256: str
 
 
 class Rejection(msgspec.Struct, frozen=True):

@@ -118,7 +118,7 @@ class PredictionCache:
     def _find(
         self, model: ModelRef, as_of: float, lead_ids: Sequence[str], now: float
     ) -> tuple[BoolArray, AnswerArray, FloatArray]:
-        key = self._key_of_world(model.sha256, as_of)
+        key = self._key_of_world(model.manifest_sha256, as_of)
         return self._kernels.find_answers(self._table, lead_ids, key, now, self._emptied)
 
     def remember(
@@ -135,7 +135,7 @@ class PredictionCache:
         self._kernels.remember_answers(
             self._table,
             lead_ids,
-            self._key_of_world(model.sha256, as_of),
+            self._key_of_world(model.manifest_sha256, as_of),
             answers,
             number=self._written + 1,
             expires=self._monotonic() + self._ttl_seconds,
@@ -168,9 +168,9 @@ class PredictionCache:
         """Tells whether answers are found at present."""
         return self._monotonic() < self._trusted_until
 
-    def _build_key(self, sha256: str, as_of: float) -> HashKey:
+    def _build_key(self, manifest_sha256: str, as_of: float) -> HashKey:
         """Returns what lead IDs are hashed under, together with the model and the as-of time."""
-        return self._kernels.hash_text(f"{sha256} {as_of}".encode(), self._secret)
+        return self._kernels.hash_text(f"{manifest_sha256} {as_of}".encode(), self._secret)
 
 
 class NullCache:

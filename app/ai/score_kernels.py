@@ -10,9 +10,12 @@ scikit-learn and to NumPy to the last bit, see `_score_kernels.c`. Pure but for 
 import ctypes
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import IntEnum
 from functools import cache
+from hashlib import sha256
 from importlib.util import find_spec
+from pkgutil import get_data
 from typing import Any
 
 import numpy as np
@@ -116,23 +119,27 @@ _LOG = logging.getLogger(__name__)
 _RECORDS = (NODE, CELL_COLUMN, FEATURE, LEVEL, RULE, CHECKED, ENTRY, SET, KNOWN_TEXT)
 _RECORD_BYTES = [*(record.itemsize for record in _RECORDS), ctypes.sizeof(AnswerTable)]
 _I32, _I64, _F64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_STALE = "built from another version of its source"
 
 # Where an array begins, in a third of the time NumPy's own `ctypes` takes; the array must be writable.
 _start_of: Callable[[Any], Any] = (ctypes.c_char * 0).from_buffer
 
 
 class ScoreKernels:
-    """The loops of one shared library.
+    """The loops of one shared library, built from `source` where that is at hand.
 
     Raises:
         OSError: there is no such library, or it is not of this version of the source.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, source: bytes | None = None) -> None:
         library = ctypes.CDLL(path)
         try:
             if list((_I32 * len(_RECORD_BYTES)).in_dll(library, "record_bytes")) != _RECORD_BYTES:
-                raise OSError("built from another version of its source")
+                raise OSError(_STALE)
+            built_from = (ctypes.c_char * 64).in_dll(library, "source_sha256").value.decode()
+            if source is not None and sha256(source).hexdigest() != built_from:
+                raise OSError(_STALE)
             self._sum_trees, self._sum_terms = library.sum_trees, library.sum_terms
             self._logistic = library.logistic
             self._build_features, self._check_features = library.build_features, library.check_features
@@ -352,15 +359,18 @@ class ScoreKernels:
 def installed_kernels() -> ScoreKernels | None:
     """Returns the loops that were built when this package was installed, see `load_kernels`."""
     found = find_spec("app.ai._score_kernels")
-    return load_kernels(found.origin if found else None)
+    source = None
+    with suppress(FileNotFoundError):  # a checkout has it, an installed package the library alone
+        source = get_data("app.ai", "_score_kernels.c")
+    return load_kernels(found.origin if found else None, source)
 
 
-def load_kernels(path: str | None) -> ScoreKernels | None:
+def load_kernels(path: str | None, source: bytes | None = None) -> ScoreKernels | None:
     """Returns the loops of the library at `path`, or None, with a line in the log, if they cannot be used."""
     reason = "they were not built when the package was installed"
     if path is not None:
         try:
-            return ScoreKernels(path)
+            return ScoreKernels(path, source)
         except OSError as exc:
             reason = str(exc)
     _LOG.warning(

@@ -48,14 +48,15 @@ _UPSERT = (
     f" ON CONFLICT (lead_id) DO UPDATE SET {', '.join(f'{name} = EXCLUDED.{name}' for name in _COLUMNS[1:])}"
 )
 _UNFINISHED = (
-    "SELECT last_lead_id, leads, scored FROM lead_score_runs WHERE source = %s AND model_sha256 = %s"
+    "SELECT last_lead_id, leads, scored FROM lead_score_runs WHERE source = %s AND manifest_sha256 = %s"
     " AND as_of = %s AND min_coverage = %s AND finished_at IS NULL"
 )
 _BEGIN = (
-    "INSERT INTO lead_score_runs (source, model_sha256, as_of, min_coverage, leads, scored, started_at)"
+    "INSERT INTO lead_score_runs (source, manifest_sha256, as_of, min_coverage, leads, scored, started_at)"
     " VALUES (%s, %s, %s, %s, 0, 0, now()) ON CONFLICT (source) DO UPDATE SET"
-    " model_sha256 = EXCLUDED.model_sha256, as_of = EXCLUDED.as_of, min_coverage = EXCLUDED.min_coverage,"
-    " last_lead_id = NULL, leads = 0, scored = 0, started_at = EXCLUDED.started_at, finished_at = NULL"
+    " manifest_sha256 = EXCLUDED.manifest_sha256, as_of = EXCLUDED.as_of,"
+    " min_coverage = EXCLUDED.min_coverage, last_lead_id = NULL, leads = 0, scored = 0,"
+    " started_at = EXCLUDED.started_at, finished_at = NULL"
 )
 _ADVANCE = "UPDATE lead_score_runs SET last_lead_id = %s, leads = %s, scored = %s WHERE source = %s"
 
@@ -98,7 +99,7 @@ class LeadScoreWriter:
         connection.prepare_threshold = None  # a plan is made for one page and no other
         _lock(connection)
         connection.execute(_STAGE)
-        names = (key.source, key.model.sha256, key.as_of, key.min_coverage)
+        names = (key.source, key.model.manifest_sha256, key.as_of, key.min_coverage)
         with connection.cursor(row_factory=namedtuple_row) as cursor:
             row = cursor.execute(_UNFINISHED, names).fetchone()
         if row is None:
