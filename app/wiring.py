@@ -173,6 +173,7 @@ def _open_registry(
     registry = ModelRegistry(
         catalogue,
         served=ServedVersions(settings.var_dir),
+        source_is_known=lambda: bool(lead_source.source_columns()),
         pinned_version=settings.ml_model_version,
         ttl_seconds=settings.ml_cache_ttl_seconds,
         on_load=lambda report: _report_load(report, registry, telemetry),

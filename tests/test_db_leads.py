@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -12,9 +13,9 @@ import pytest
 from app.ai.domain import AMBIGUOUS_LEAD, UNKNOWN_LEAD, FetchedLeads, InputColumn
 from app.db.engine import Database
 from app.db.lead_pages import read_pages
-from app.db.leads import PostgresLeadSource, fetch_all_chunks, fetch_columns
+from app.db.leads import SCHEMA_LOOK_SECONDS, PostgresLeadSource, fetch_all_chunks, fetch_columns
 from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedError
-from tests.fakes import fetch_at_once
+from tests.fakes import FakeClock, fetch_at_once
 
 A, B, C, D = (str(UUID(int=number)) for number in (0xA, 0xB, 0xC, 0xD))
 
@@ -65,9 +66,9 @@ def url(empty_database_url: str) -> str:
 async def connect() -> AsyncIterator[Callable[..., PostgresLeadSource]]:
     databases: list[Database] = []
 
-    def source(url: str, relation: str = "leads") -> PostgresLeadSource:
+    def source(url: str, relation: str = "leads", **options: Any) -> PostgresLeadSource:
         databases.append(Database(url, pool_size=4, deadline_seconds=10))
-        return PostgresLeadSource(databases[-1], relation)
+        return PostgresLeadSource(databases[-1], relation, **options)
 
     yield source
     for database in databases:
@@ -340,6 +341,26 @@ async def test_a_relation_in_another_schema_is_read(url: str, connect: Connect) 
     with psycopg.connect(url) as connection:
         connection.execute("CREATE SCHEMA crm; ALTER TABLE leads SET SCHEMA crm")
     assert (await fetch_at_once(connect(url, "crm.leads"), ["lead_1"], COLUMNS)).row_of.tolist() == [0]
+
+
+async def test_what_a_view_gains_while_it_is_read_is_seen_within_a_minute(url: str, connect: Connect) -> None:
+    columns, clock = [InputColumn("visits", "number")], FakeClock()
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE VIEW growing AS SELECT lead_id, visits FROM leads")
+    source = connect(url, "growing", monotonic=clock)
+
+    async def find() -> list[int]:
+        return (await fetch_at_once(source, [A, "lead_1"], columns)).row_of.tolist()
+
+    assert await find() == [0, UNKNOWN_LEAD]
+    with psycopg.connect(url) as connection:
+        connection.execute(
+            "CREATE OR REPLACE VIEW growing AS SELECT lead_id, visits, external_ref FROM leads"
+        )
+    assert await find() == [0, UNKNOWN_LEAD]
+    clock.now += SCHEMA_LOOK_SECONDS
+    assert (await find())[1] != UNKNOWN_LEAD
+    assert "external_ref" in source.source_columns()
 
 
 async def test_nothing_the_driver_says_reaches_the_error(url: str, connect: Connect) -> None:

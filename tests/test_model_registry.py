@@ -906,6 +906,51 @@ def test_a_model_the_lead_source_cannot_feed_is_passed_over_until_it_can(models,
     assert registry.load().ref.version == V2
 
 
+@pytest.mark.parametrize("suits", [True, False], ids=["suits", "does not suit"])
+async def test_a_model_taken_while_the_source_is_unknown_serves_only_if_it_suits_once_it_is_known(
+    models, tmp_path, open_registry, clock, suits
+):
+    known = set()
+    options = {
+        "incompatible": lambda manifest: (
+            "the column c is not there" if known and not suits and manifest.version == V2 else None
+        ),
+        "source_is_known": lambda: bool(known),
+        "served": ServedVersions(tmp_path),
+    }
+    publish(models, V1)
+    known.add("a")
+    open_registry(**options).load()
+    known.clear()  # the database is away when the service starts again, with a newer model
+    publish(models, V2)
+    registry = open_registry(**options)
+    assert registry.load().ref.version == V2
+    assert options["served"].highest() == V1
+    with deserialisations() as calls:
+        assert registry.load().ref.version == V2
+    assert not calls
+    known.add("a")
+    clock.now += 5
+    await registry.active()
+    assert registry.load().ref.version == (V2 if suits else V1)
+    assert options["served"].highest() == (V2 if suits else V1)
+    assert registry.status().reason == (None if suits else "incompatible")
+    assert open_registry(**options).load().ref.version == (V2 if suits else V1)
+
+
+def test_a_model_taken_unseen_does_not_serve_on_where_nothing_suits(models, open_registry):
+    known = set()
+    registry = open_registry(
+        incompatible=lambda _: "the column c is not there" if known else None,
+        source_is_known=lambda: bool(known),
+    )
+    publish(models, V1)
+    registry.load()
+    known.add("a")
+    with pytest.raises(ModelNotReadyError):
+        registry.load()
+
+
 def test_a_failing_listener_costs_the_service_nothing(models, open_registry):
     publish(models, V1)
     publish(models, V2).write_bytes(b"broken")

@@ -79,14 +79,17 @@ class _Loaded:
     identity: FileIdentity
     at: datetime
     at_monotonic: float
+    suits: bool  # known to suit the lead source
 
 
 class ModelRegistry:
     """Holds the active model of this process.
 
     `served` remembers across processes which versions have served; without it only this process's own is
-    known. Seconds are those of `monotonic`. `on_load` is told of every load and of every refusal that is
-    news, on the registry's own thread.
+    known. While `source_is_known` says no, nobody can tell which models suit the lead source: the newest
+    serves for the time being, is not remembered for it, and is looked at again. Seconds are those of
+    `monotonic`. `on_load` is told of every load and of every refusal that is news, on the registry's own
+    thread.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class ModelRegistry:
         catalogue: ModelCatalogue,
         *,
         served: ServedVersions | None = None,
+        source_is_known: Callable[[], bool] = lambda: True,
         pinned_version: str | None = None,
         ttl_seconds: float = 3600.0,
         retry_seconds: float = 5.0,
@@ -103,6 +107,7 @@ class ModelRegistry:
     ) -> None:
         self._catalogue = catalogue
         self._served = served
+        self._source_is_known = source_is_known
         self._pinned = pinned_version
         self._ttl = ttl_seconds
         self._retry = retry_seconds
@@ -203,8 +208,9 @@ class ModelRegistry:
         except Exception:  # noqa: BLE001  whatever happens here, what is loaded serves on and a next look comes
             self._reason = "internal_error"
             _log.exception("model_look_failed")
-        self._failures = 0 if self._loaded else min(self._failures + 1, 10)
-        pause = self._ttl if self._loaded else self._retry * min(2 ** (self._failures - 1), _MAX_BACKOFF)
+        settled = self._loaded is not None and self._loaded.suits
+        self._failures = 0 if settled else min(self._failures + 1, 10)
+        pause = self._ttl if settled else self._retry * min(2 ** (self._failures - 1), _MAX_BACKOFF)
         self._next_look = self._monotonic() + pause
 
     def _choose(self) -> str | None:
@@ -214,12 +220,16 @@ class ModelRegistry:
         reason: str | None = None if wanted else "no_artifact"
         for artifact in wanted:
             loaded = self._loaded
-            if loaded and artifact.identity == loaded.identity:
+            same = loaded is not None and artifact.identity == loaded.identity
+            if loaded and same and (loaded.suits or not self._source_is_known()):
                 break
             refusal = self._try_to_load(artifact)
             if refusal is None:
                 break
             reason = reason or refusal
+            if same and refusal == "incompatible":
+                self._loaded = None  # it was taken unseen, and can answer nothing
+                continue
             # The file of what serves went bad: better the copy in memory than an older model. And where one
             # is too old, those that follow are older still.
             serves = loaded is not None and artifact.version == loaded.bundle.ref.version
@@ -232,10 +242,11 @@ class ModelRegistry:
         bundle, reason = None, None
         try:
             self._refuse_rollback(artifact.version)
+            suits = self._source_is_known()
             bundle = self._catalogue.load(artifact)
-            if self._served is not None:
+            if suits and self._served is not None:
                 self._served.record(artifact.version)
-            self._loaded = _Loaded(bundle, artifact.identity, self._utc_now(), self._monotonic())
+            self._loaded = _Loaded(bundle, artifact.identity, self._utc_now(), self._monotonic(), suits)
         except ArtifactError as exc:
             bundle, reason = None, exc.reason
         except Exception:  # noqa: BLE001  a defect met in one artifact must not keep the next one from serving
@@ -248,7 +259,7 @@ class ModelRegistry:
     def _refuse_rollback(self, version: str) -> None:
         if self._pinned is not None:
             return
-        serving = self._loaded.bundle.ref.version if self._loaded else ""
+        serving = self._loaded.bundle.ref.version if self._loaded and self._loaded.suits else ""
         highest = self._served.highest() if self._served is not None else ""
         if version < max(serving, highest):
             raise ArtifactError("rollback_refused", "A newer version than this one has served here.")

@@ -5,8 +5,9 @@ columns a model asks for. Nothing here writes, or knows what a feature is. Used 
 `LeadSource`, and by training; bulk scoring reads the same cells by `app.db.lead_pages`.
 """
 
+import time
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -55,6 +56,9 @@ from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedE
 _FEW_LEADS = 8
 """Up to so many leads come as a row each: to put the cells of one together takes half the server's time."""
 
+SCHEMA_LOOK_SECONDS = 60.0
+"""So often the relation is looked at again by whoever reads it: the CRM may have given it more columns."""
+
 _Key = TypeVar("_Key", bound=Hashable)
 
 _log = structlog.get_logger(__name__)
@@ -63,12 +67,16 @@ _log = structlog.get_logger(__name__)
 class PostgresLeadSource:
     """Implements `LeadSource` over one relation."""
 
-    def __init__(self, database: Database, relation: str) -> None:
+    def __init__(
+        self, database: Database, relation: str, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
         """`relation` is a table or view, optionally with its schema (`crm.leads`)."""
         self._database = database
         self._relation = relation
+        self._monotonic = monotonic
         self._types: ColumnTypes = {}
         self._stale = True
+        self._look_again = 0.0
         self._statements: dict[tuple[object, ...], str] = {}
         self._under_way = 0
 
@@ -91,7 +99,9 @@ class PostgresLeadSource:
         types = await self._database.run(look)
         if types.get(LEAD_ID) != "uuid":
             raise self._failure("the relation is missing or has no lead_id of type uuid")
-        self._types, self._stale, self._statements = types, False, {}
+        if types != self._types:
+            self._types, self._statements = types, {}
+        self._stale, self._look_again = False, self._monotonic() + SCHEMA_LOOK_SECONDS
         return column_kinds(types)
 
     async def fetch(self, lead_ids: Sequence[str], columns: Sequence[InputColumn], use_part: UsePart) -> None:
@@ -103,9 +113,11 @@ class PostgresLeadSource:
             DatabaseUnavailableError: no answer within the deadline.
             PredictionFailedError: the relation no longer has a column, or it has another type.
         """
-        if not self._stale:
+        now = self._monotonic()
+        if not self._stale and now < self._look_again:
             await self._fetch(lead_ids, tuple(columns), use_part)
             return
+        self._look_again = now + SCHEMA_LOOK_SECONDS  # one looks; who comes meanwhile goes by what is known
         async with self._database.one_deadline():
             await self.fetch_schema()
             await self._fetch(lead_ids, tuple(columns), use_part)
