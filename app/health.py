@@ -30,7 +30,7 @@ from app.errors import (
     TelemetryUnavailableError,
     UnavailableError,
 )
-from app.metrics import render_metrics
+from app.metrics import observe_breaker, render_metrics
 from app.schemas.ai_ml import HealthResponse, Liveness, ModelsResponse, Readiness
 from app.schemas.openapi import describe_answers
 
@@ -224,8 +224,10 @@ async def get_readyz(operations: CurrentOperations) -> Response:
     return _answer({"status": "ready"})
 
 
-async def get_metrics() -> Response:
+async def get_metrics(operations: CurrentOperations) -> Response:
     """Answers with the figures of all workers together."""
+    if operations.breaker:
+        observe_breaker(operations.breaker.state)  # it goes half-open by the clock, without a request
     body, content_type = await asyncio.to_thread(render_metrics)
     return Response(body, headers={"Content-Type": content_type})
 

@@ -104,6 +104,9 @@ def assert_says_that_it_is_degraded(client: httpx2.Client, *lead_ids: str) -> No
     began = time.monotonic()
     while client.post(SCORE, json=list(lead_ids)).json().get("degraded") is not True:
         assert time.monotonic() - began < 0.25 + SLACK_SECONDS
+    old = client.post(LEGACY, json=list(lead_ids)).json()
+    assert old["degraded"] is True
+    assert old["degraded_age_seconds"] > 0
     health = client.get(HEALTH).json()
     assert (health["status"], health["prediction_cache"]) == ("healthy", {"freshness": "suspended"})
 
@@ -179,6 +182,9 @@ def test_the_legacy_circuit_opens_on_failures_of_the_service_and_one_probe_close
     finally:
         server.start()
     assert_recovers(client, "lead_1", within=3)
+    began = time.monotonic()
+    while "leadscore_breaker_state 1.0" not in client.get("/metrics").text:
+        assert time.monotonic() - began < 3
     began = time.monotonic()
     while (response := client.post(LEGACY, json=["lead_1"])).status_code != 200:
         assert response.json()["error_code"] == "CIRCUIT_OPEN"

@@ -62,6 +62,7 @@ def encode_answer(predictions: Predictions, request_id: str) -> bytes:
             "model_used": predictions.model.version,
             "total_processed": predictions.asked,
             "successful_predictions": len(predictions.lead_ids),
+            **predictions.describe_age(),
             "request_id": request_id,
             "via": "legacy-proxy",
         }

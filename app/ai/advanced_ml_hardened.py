@@ -94,7 +94,7 @@ def encode_answer(predictions: Predictions, request_id: str, elapsed_ms: float) 
             "processing_time_ms": round(elapsed_ms, 3),
             "cache_hit": 0 < answered == predictions.cache_hits,
             "cache_hits": predictions.cache_hits,
-            **_build_degraded(predictions.degraded_age_seconds),
+            **predictions.describe_age(),
             "schema_version": "v1",
             "contract_version": 1,
             "calibration_metadata": {
@@ -108,12 +108,6 @@ def encode_answer(predictions: Predictions, request_id: str, elapsed_ms: float) 
             "request_id": request_id,
         }
     )
-
-
-def _build_degraded(age_seconds: float | None) -> dict[str, bool | float]:
-    if age_seconds is None:
-        return {}
-    return {"degraded": True, "degraded_age_seconds": round(age_seconds, 3)}
 
 
 def _build_predictions(predictions: Predictions) -> list[_Prediction]:

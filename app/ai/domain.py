@@ -243,6 +243,12 @@ class Predictions(msgspec.Struct, frozen=True, eq=False):
         """Whether the answers are remembered ones that nobody can check at present."""
         return self.degraded_age_seconds is not None
 
+    def describe_age(self) -> "JsonObject":
+        """Returns what an answer says of remembered ones that nobody can check: nothing where none is."""
+        if self.degraded_age_seconds is None:
+            return {}
+        return {"degraded": True, "degraded_age_seconds": round(self.degraded_age_seconds, 3)}
+
     def count_rejections(self) -> dict[str, int]:
         """Returns how many positions were declined, by code."""
         return dict(Counter(rejection.code for rejection in self.rejections)) if self.rejections else {}

@@ -159,6 +159,11 @@ class LegacyPredictBatchResponse(_Message):
     model_used: Version
     total_processed: Count
     successful_predictions: Count
+    degraded: Literal[True] | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)
+    """Only while the lead database is away, see `PredictBatchResponse`."""
+    degraded_age_seconds: Annotated[float, Field(ge=0)] | SkipJsonSchema[None] = Field(
+        None, json_schema_extra=_never_null
+    )
     request_id: RequestId
     via: Literal["legacy-proxy"]
 
