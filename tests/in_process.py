@@ -93,6 +93,7 @@ _ODD_LEADS = """
         (gen_random_uuid(), 'odd_thin', now(), 2, NULL, NULL, NULL),
         (gen_random_uuid(), 'odd_rejected', now(), 2, 'NaN', 1, 'website'),
         (gen_random_uuid(), 'odd_nan', now(), 'NaN', 100, 'NaN', 'website'),
+        (NULL, 'odd_nameless', now(), 2, 100, 1, 'website'),
         (gen_random_uuid(), 'odd_infinite', 'infinity', 'Infinity', 100, '-Infinity', repeat('x', 1000000)),
         ('6f1c0c1e-5f0b-4a57-9a1c-0c6a3f0e9b11', 'odd:UUID@x.y_z-1', now(), 2, 100, 1, 'website');
     CREATE VIEW contract_leads AS SELECT * FROM lead_source UNION ALL SELECT * FROM odd_leads;

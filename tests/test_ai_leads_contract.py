@@ -287,13 +287,15 @@ def test_verdicts_tell_how_much_there_was_to_go_on(client: httpx2.Client, manife
 def test_a_lead_that_cannot_be_answered_is_named_with_its_reason_and_fails_nobody_else(
     client: httpx2.Client,
 ) -> None:
-    answer = ask(client, "nobody", "lead_1", "odd_twice", "odd_rejected", "odd_nan", str(UUID[:-1] + "2"))
+    unknown = ("nobody", str(UUID[:-1] + "2"), "odd_nameless")
+    answer = ask(client, "lead_1", "odd_twice", "odd_rejected", "odd_nan", *unknown)
     assert [prediction["lead_id"] for prediction in answer["predictions"]] == ["lead_1", "odd_nan"]
     assert [(error["position"], error["error_code"]) for error in answer["errors"]] == [
-        (0, "LEAD_NOT_FOUND"),
-        (2, "LEAD_AMBIGUOUS"),
-        (3, "FEATURES_REJECTED"),
+        (1, "LEAD_AMBIGUOUS"),
+        (2, "FEATURES_REJECTED"),
+        (4, "LEAD_NOT_FOUND"),
         (5, "LEAD_NOT_FOUND"),
+        (6, "LEAD_NOT_FOUND"),
     ]
     assert all(set(error) == {"lead_id", "position", "error_code", "message"} for error in answer["errors"])
 
@@ -325,6 +327,7 @@ def test_a_batch_of_two_thousand_equals_single_requests_bit_for_bit(uncached: ht
         "odd_rejected",
         "odd_nan",
         "odd_infinite",
+        "odd_nameless",
         UUID,
         UUID.upper(),
     ]

@@ -12,8 +12,16 @@ import pytest
 
 from app.ai.domain import AMBIGUOUS_LEAD, UNKNOWN_LEAD, FetchedLeads, InputColumn
 from app.db.engine import Database
+from app.db.lead_cells import batch_statement
 from app.db.lead_pages import read_pages
-from app.db.leads import SCHEMA_LOOK_SECONDS, PostgresLeadSource, fetch_all_chunks, fetch_columns
+from app.db.leads import (
+    SCHEMA_LOOK_SECONDS,
+    PostgresLeadSource,
+    count_leads,
+    fetch_all_chunks,
+    fetch_columns,
+    fetch_types,
+)
 from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedError
 from tests.fakes import FakeClock, fetch_at_once
 
@@ -163,6 +171,55 @@ async def test_two_rows_with_one_lead_id_are_ambiguous(url: str, connect: Connec
     found = await fetch_at_once(connect(url), [A, B], COLUMNS)
     assert found.row_of[0] == AMBIGUOUS_LEAD
     assert found.row_of[1] >= 0
+
+
+@pytest.mark.parametrize("others", [0, 20, 300], ids=["a row each", "one row", "parts"])
+@pytest.mark.parametrize("more", [[], [A]], ids=["by reference", "by both"])
+async def test_a_row_without_an_id_is_no_lead_and_fails_no_other(
+    url: str, connect: Connect, others: int, more: list[str]
+) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("INSERT INTO leads (external_ref, visits) VALUES ('nameless', 1), ('lead_1', 1)")
+        connection.execute(
+            "INSERT INTO leads (lead_id, external_ref, visits)"
+            " SELECT gen_random_uuid(), 'r' || n, 7 FROM generate_series(1, 300) n"
+        )
+    asked = ["nameless", "lead_1", *more, *(f"r{number}" for number in range(1, others + 1))]
+    found = await fetch_at_once(connect(url), asked, [InputColumn("visits", "number")])
+    visits = found.leads.columns["visits"].values.tolist()
+    answers = [row if row < 0 else visits[row] for row in found.row_of.tolist()]
+    assert answers == [UNKNOWN_LEAD, 3, *[3 for _ in more], *[7] * others]
+
+
+def test_whoever_reads_every_lead_leaves_out_the_rows_without_an_id(url: str) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("INSERT INTO leads (external_ref, city) VALUES ('nameless', 'Bern')")
+    [chunk] = fetch_all_chunks(url, "leads", COLUMNS)
+    assert chunk.lead_ids == [A, B, C, D]
+    # A page of its own, its end the last lead, must not be followed by the rest either.
+    for page_leads in (4, 5):
+        [page] = read_pages(url, "leads", COLUMNS, after=None, page_leads=page_leads)
+        assert page.external_refs == [b"lead_1", b"lead_2", b"twice", b"twice"]
+    assert count_leads(url, "leads") == 4
+
+
+@pytest.mark.parametrize(("by_id", "by_ref"), [(True, False), (False, True), (True, True)])
+def test_leads_are_found_by_the_indexes_of_the_tables_under_the_default_view(
+    demo_url: str, by_id: bool, by_ref: bool
+) -> None:
+    with psycopg.connect(demo_url) as connection:
+        statement = batch_statement(
+            "lead_source", fetch_types(connection, "lead_source"), COLUMNS[:0],
+            by_id=by_id, by_ref=by_ref, rows="leads",
+        )  # fmt: skip
+        # The plan for any IDs, as it is for more leads than the few here.
+        connection.execute("SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off")
+        connection.execute(f"PREPARE read AS {statement}")
+        given = ["ARRAY[gen_random_uuid()]"] * by_id + ["ARRAY['lead_1']"] * by_ref
+        lines = connection.execute(f"EXPLAIN EXECUTE read ({', '.join(given)})").fetchall()
+    plan = "\n".join(line for (line,) in lines)
+    assert ("people_pkey" in plan, "people_external_ref_key" in plan) == (by_id, by_ref)
+    assert "Seq Scan on people" not in plan
 
 
 async def test_a_relation_without_references_knows_leads_by_uuid_only(url: str, connect: Connect) -> None:
@@ -399,6 +456,13 @@ async def test_the_newest_leads_come_first_with_every_id_they_may_be_asked_by(
     source = connect(database_url, "lead_source")
     assert await source.fetch_recent(2) == [B, "newest", C]
     assert await source.fetch_recent(9) == [B, "newest", C, A, "old"]
+
+
+async def test_a_row_without_an_id_is_never_newest(url: str, connect: Connect) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("ALTER TABLE leads ADD created_at timestamptz DEFAULT '2026-01-01'")
+        connection.execute("INSERT INTO leads (external_ref, created_at) VALUES ('nameless', '2026-02-01')")
+    assert "nameless" not in await connect(url).fetch_recent(9)
 
 
 async def test_without_a_time_of_creation_no_lead_is_newest(url: str, connect: Connect) -> None:

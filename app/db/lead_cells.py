@@ -102,11 +102,13 @@ def batch_statement(
     some = f"(${{}})[lead_scoring_parts.first : lead_scoring_parts.first + {PART_LEADS - 1}]"
     given = some if rows == "parts" else "${}"
     conditions = [condition.format(given.format(number)) for number, condition in enumerate(asked, 1)]
+    matches = " OR ".join(conditions)
     of_rows = _of_each_lead if rows == "leads" else _of_all_leads
     composed = sql.SQL("SELECT {} FROM {} WHERE {}").format(
         of_rows(types, columns, with_refs=by_ref),
         sql.Identifier(*relation.split(".")),
-        sql.SQL(" OR ".join(conditions)),
+        # A row without an ID is no lead, and only a reference would find it.
+        sql.SQL(f"lead_id IS NOT NULL AND ({matches})" if by_ref else matches),
     )
     if rows == "parts":
         composed = sql.SQL(
@@ -118,7 +120,7 @@ def batch_statement(
 
 def page_statement(relation: str, types: ColumnTypes, columns: Sequence[InputColumn]) -> sql.Composed:
     """Returns the statement with two values a lead: its numbers, and its texts, ID and reference first."""
-    return sql.SQL("SELECT {} FROM {} ORDER BY lead_id").format(
+    return sql.SQL("SELECT {} FROM {} WHERE lead_id IS NOT NULL ORDER BY lead_id").format(
         _of_each_lead(types, columns, with_refs=EXTERNAL_REF in types), sql.Identifier(*relation.split("."))
     )
 
@@ -136,7 +138,7 @@ def key_page_statement(
     ).format(
         _of_all_leads(types, columns, with_refs=EXTERNAL_REF in types),
         sql.Identifier(*relation.split(".")),
-        sql.SQL("" if first else "WHERE lead_id > %(after)s"),
+        sql.SQL("WHERE lead_id IS NOT NULL" if first else "WHERE lead_id > %(after)s"),
     )
 
 
@@ -148,7 +150,7 @@ def recent_statement(relation: str, types: ColumnTypes, leads: int) -> sql.Compo
     refs = ", external_ref::text" if EXTERNAL_REF in types else ""
     return sql.SQL(
         f"SELECT lead_id::text{refs} FROM {{}}"  # noqa: S608  names of our own
-        " WHERE created_at IS NOT NULL ORDER BY created_at DESC LIMIT {}"
+        " WHERE created_at IS NOT NULL AND lead_id IS NOT NULL ORDER BY created_at DESC LIMIT {}"
     ).format(sql.Identifier(*relation.split(".")), sql.Literal(leads))
 
 

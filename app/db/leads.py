@@ -1,8 +1,9 @@
 """Reads leads as columns: one statement for a batch, and the same cells in pages for whoever reads them all.
 
 The relation is whatever `LEAD_SOURCE` names: it has `lead_id uuid`, perhaps `external_ref text`, and the
-columns a model asks for. Nothing here writes, or knows what a feature is. Used by the predictor through
-`LeadSource`, and by training; bulk scoring reads the same cells by `app.db.lead_pages`.
+columns a model asks for. A row whose `lead_id` is NULL is no lead, whoever reads. Nothing here writes, or
+knows what a feature is. Used by the predictor through `LeadSource`, and by training; bulk scoring reads the
+same cells by `app.db.lead_pages`.
 """
 
 import time
@@ -232,7 +233,7 @@ def count_leads(url: str, relation: str) -> int:
     try:
         with psycopg.connect(url) as connection:
             fetch_types(connection, relation)
-            statement = sql.SQL("SELECT count(*) FROM {}").format(sql.SQL(quoted_relation(relation)))
+            statement = sql.SQL("SELECT count(lead_id) FROM {}").format(sql.SQL(quoted_relation(relation)))
             row = connection.execute(statement).fetchone()
     except psycopg.OperationalError as exc:
         raise DatabaseUnavailableError from exc
