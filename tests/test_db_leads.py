@@ -290,6 +290,20 @@ async def test_a_page_by_key_equals_a_batch_bit_for_bit(url: str, connect: Conne
     assert (rest.last_id, rest.external_refs) == (UUID(D), [b"twice", b"twice"])
 
 
+async def test_a_percent_sign_in_a_name_is_a_letter_like_any_other(url: str, connect: Connect) -> None:
+    names = ["share %", "50%score", "%s", "%(visits)s", "%%"]
+    with psycopg.connect(url) as connection:
+        multiples = ", ".join(f'visits * {at}.0 AS "{name}"' for at, name in enumerate(names, 1))
+        connection.execute(f'CREATE VIEW "all %" AS SELECT lead_id, external_ref, {multiples} FROM leads')
+    columns = [InputColumn(name, "number") for name in names]
+    found = await fetch_at_once(connect(url, "all %"), [A], columns)
+    [chunk] = fetch_all_chunks(url, "all %", columns)
+    pages = list(read_pages(url, "all %", columns, after=None, page_leads=2))
+    assert [page.leads.n for page in pages] == [2, 2]
+    for leads in (found.leads, chunk.leads, pages[0].leads):
+        assert [leads.columns[name].values[0] for name in names] == [3.0, 6.0, 9.0, 12.0, 15.0]
+
+
 async def test_two_thousand_leads_equal_the_same_leads_one_by_one(demo_url: str, connect: Connect) -> None:
     source = connect(demo_url, "lead_source")
     columns = [InputColumn(name, kind) for name, kind in (await source.fetch_schema()).items()]

@@ -9,6 +9,7 @@ and `app.db.lead_pages`.
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
+from uuid import UUID
 
 import numpy as np
 from psycopg import sql
@@ -126,19 +127,22 @@ def page_statement(relation: str, types: ColumnTypes, columns: Sequence[InputCol
 
 
 def key_page_statement(
-    relation: str, types: ColumnTypes, columns: Sequence[InputColumn], *, first: bool
+    relation: str, types: ColumnTypes, columns: Sequence[InputColumn], *, after: UUID | None, leads: int
 ) -> sql.Composed:
-    """Returns the statement whose one row is, for the next leads by ID, what `batch_statement` gives.
+    """Returns the statement whose one row is, for the next `leads` by ID, what `batch_statement` gives.
 
-    Its parameters are `rows`, how many leads, and unless it is for the `first` page `after`, the last ID of
-    the page before. Rows that share an ID are never on two pages, so there may be a few more.
+    They come `after` the last ID of the page before, or are the first ones. Rows that share an ID are never
+    on two pages, so there may be a few more. It has no parameters: the driver would take a percent sign in a
+    name for one, and so its plan is for this page and no other.
     """
     return sql.SQL(
-        "SELECT {} FROM (SELECT * FROM {} {} ORDER BY lead_id FETCH FIRST %(rows)s ROWS WITH TIES) AS page"
+        "SELECT {} FROM (SELECT * FROM {} WHERE lead_id {} ORDER BY lead_id FETCH FIRST {} ROWS WITH TIES)"
+        " AS page"
     ).format(
         _of_all_leads(types, columns, with_refs=EXTERNAL_REF in types),
         sql.Identifier(*relation.split(".")),
-        sql.SQL("WHERE lead_id IS NOT NULL" if first else "WHERE lead_id > %(after)s"),
+        sql.SQL("IS NOT NULL") if after is None else sql.SQL("> {}").format(sql.Literal(after)),
+        sql.Literal(leads),
     )
 
 

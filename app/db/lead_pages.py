@@ -62,11 +62,9 @@ def read_pages(
             types = fetch_types(connection, relation)
             require_columns(relation, types, columns)
             while True:
-                statement = key_page_statement(relation, types, columns, first=after is None)
+                statement = key_page_statement(relation, types, columns, after=after, leads=page_leads)
                 with connection.cursor(binary=True) as cursor:
-                    # Never prepared: the plan is made for this page and no other.
-                    cursor.execute(statement, {"after": after, "rows": page_leads}, prepare=False)
-                    row = cursor.fetchone()
+                    row = cursor.execute(statement).fetchone()
                 if row is None or row[0] is None:
                     return
                 page = _decode(row, columns)
