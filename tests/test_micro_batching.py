@@ -12,10 +12,12 @@ from app.errors import DatabaseUnavailableError, PredictionFailedError
 class Database:
     """Answers a look-up when it is told to; notes what was asked in each."""
 
-    def __init__(self, poison: str | None = None, *, away: bool = False) -> None:
+    def __init__(
+        self, poison: str | None = None, error: Exception | None = None, *, away: bool = False
+    ) -> None:
         self.asked: list[list[str]] = []
         self.open, self.third = asyncio.Event(), asyncio.Event()
-        self._poison, self._away = poison, away
+        self._poison, self._error, self._away = poison, error or PredictionFailedError(), away
 
     async def look_up(self, world: str, lead_ids: Sequence[str]) -> list[str]:
         self.asked.append(list(lead_ids))
@@ -25,7 +27,7 @@ class Database:
         if self._away:
             raise DatabaseUnavailableError
         if self._poison in lead_ids:
-            raise PredictionFailedError
+            raise self._error
         return [f"{world}/{lead_id}" for lead_id in lead_ids]
 
 
@@ -144,13 +146,14 @@ async def test_enough_leads_do_not_wait_for_more() -> None:
     await settle()
 
 
-async def test_a_lead_that_fails_its_look_up_fails_no_other_request() -> None:
-    database = Database(poison="bad")
+@pytest.mark.parametrize("error", [PredictionFailedError(), ValueError()])
+async def test_a_lead_that_fails_its_look_up_fails_no_other_request(error: Exception) -> None:
+    database = Database("bad", error)
     tasks = await start(MicroBatching(database.look_up), *BUSY, ["a"], ["bad"], ["c"])
     database.open.set()
     good, bad, also_good = await asyncio.gather(*tasks[SLOTS:], return_exceptions=True)
-    assert (good, also_good) == (["w/a"], ["w/c"])
-    assert isinstance(bad, PredictionFailedError)
+    assert (good, bad, also_good) == (["w/a"], error, ["w/c"])
+    assert database.asked[SLOTS:] == [["a", "bad", "c"], ["a"], ["bad"], ["c"]]
 
 
 async def test_a_database_that_is_away_is_told_to_all_and_asked_once() -> None:

@@ -4,11 +4,12 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
+import psycopg
 import pytest
 
 from app.ai.domain import VERDICTS, Explanation, FloatArray, Predictions, RequestContext
@@ -19,6 +20,8 @@ from app.ai.prediction_cache import AnswerCache, NullCache, PredictionCache
 from app.ai.predictor import INLINE_LEADS, Predictor, ScoringPolicy, find_intervals, score_leads
 from app.ai.score_shapley import ScoreExplainer
 from app.ai.venn_abers import HALFWAY_SECONDS, look_up
+from app.db.engine import Database
+from app.db.leads import PostgresLeadSource
 from app.errors import (
     DatabaseUnavailableError,
     InvalidParameterError,
@@ -466,6 +469,60 @@ async def test_anything_unexpected_is_a_failed_prediction_with_its_cause(world: 
         await world.ask("lead_1")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert "a value of a lead" not in str(caught.value)
+
+
+class Stored:
+    """A predictor over leads `good_0` to `good_29`, `bad_0` and `bad_1` in a database."""
+
+    def __init__(self, database: Database, executor: ThreadPoolExecutor) -> None:
+        self.models = FakeModels(BUNDLE)
+        self._predictor = Predictor(
+            self.models, PostgresLeadSource(database, "leads"), NullCache(), DriftWindow(1),
+            executor=executor, policy=POLICY,
+        )  # fmt: skip
+
+    async def ask(self, lead_id: str) -> Exception | None:
+        """Returns what became of a request."""
+        try:
+            await self._predictor.predict([lead_id], CONTEXT)
+        except PredictionFailedError as exc:
+            return exc
+        return None
+
+    async def ask_together(self) -> dict[str, Exception | None]:
+        """Returns what became of a request for each lead, read in the same turn of the event loop."""
+        lead_ids = [*(f"good_{number}" for number in range(30)), "bad_0", "bad_1"]
+        return dict(zip(lead_ids, await asyncio.gather(*map(self.ask, lead_ids)), strict=True))
+
+
+@pytest.fixture
+async def stored(empty_database_url: str, executor: ThreadPoolExecutor) -> AsyncIterator[Stored]:
+    with psycopg.connect(empty_database_url) as connection:
+        connection.execute(
+            "CREATE TABLE crm AS SELECT gen_random_uuid() AS lead_id, name || n AS external_ref,"
+            " now() AS created_at, 'website' AS source, 2 AS touchpoint_count,"
+            " CASE name WHEN 'bad_' THEN 2.5 ELSE 3 END AS gpa, 5.0 AS minutes_on_site,"
+            " true AS newsletter_opt_in, 5000 AS tuition_fee"
+            " FROM generate_series(0, 29) n, (VALUES ('good_'), ('bad_')) names(name)"
+        )
+        connection.execute("CREATE VIEW leads AS SELECT * FROM crm")
+    database = Database(empty_database_url, pool_size=4, deadline_seconds=10)
+    yield Stored(database, executor)
+    await database.close()
+
+
+def refuse_bad_leads(values: FloatArray) -> FloatArray:
+    if (values[:, 0] == 2.5).any():
+        raise ValueError("a value of a lead")
+    return BUNDLE.scorer(values)
+
+
+async def test_a_lead_that_cannot_be_scored_fails_no_request_that_shares_its_look_up(stored: Stored) -> None:
+    stored.models.bundle = dataclasses.replace(BUNDLE, scorer=refuse_bad_leads)
+    outcomes = await stored.ask_together()
+    failed = {lead_id: error for lead_id, error in outcomes.items() if error is not None}
+    assert list(failed) == ["bad_0", "bad_1"]
+    assert {type(error.__cause__) for error in failed.values()} == {ValueError}
 
 
 async def test_every_stage_is_timed_and_drift_sees_what_was_built(world: World) -> None:

@@ -5,8 +5,8 @@ request that meets fewer than `SLOTS` look-ups under way begins its own: two tur
 long as that brings others (`Patience`), because callers who were answered together ask again together;
 otherwise at once. Those that find no room are collected, and set out together when a look-up ends, or after
 `LONGEST_WAIT_SECONDS`. Each gets what it would have got alone, because no lead's answer depends on the others
-in its batch; should a shared look-up fail by fault of its leads, each is tried alone. Knows nothing of leads.
-Called by `predictor`, on its event loop.
+in its batch; should a shared look-up fail, and not because the database is away, each is tried alone. Knows
+nothing of leads. Called by `predictor`, on its event loop.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from contextvars import Context
 from typing import Generic, NamedTuple, TypeVar
 
 from app.ai.patience import Patience
-from app.errors import PredictionFailedError
+from app.errors import LeadScoringError, PredictionFailedError
 
 W = TypeVar("W", bound=Hashable)
 T = TypeVar("T")
@@ -104,17 +104,20 @@ class MicroBatching(Generic[W, T]):
                 place.setdefault(lead_id, len(place))
         try:
             found = await self._run(world, list(place))
-        except PredictionFailedError as exc:
-            if len(present) == 1:
+        except Exception as exc:  # noqa: BLE001 - told to whoever waits, once nobody else can be at fault
+            if len(present) == 1 or _is_of_all(exc):
                 _fail(present, exc)
-                return
-            await asyncio.gather(*(self._share(world, [joined]) for joined in present))
-        except Exception as exc:  # noqa: BLE001 - told to everybody who waits
-            _fail(present, exc)
+            else:
+                await asyncio.gather(*(self._share(world, [joined]) for joined in present))
         else:
             for joined in present:
                 if not joined.part.done():
                     joined.part.set_result((found, [place[lead_id] for lead_id in joined.lead_ids]))
+
+
+def _is_of_all(error: Exception) -> bool:
+    """Tells whether it is not the fault of any lead: the database is away, say."""
+    return isinstance(error, LeadScoringError) and not isinstance(error, PredictionFailedError)
 
 
 def _fail(waiting: Sequence[_Joined[T]], error: Exception) -> None:
