@@ -11,6 +11,8 @@ import msgspec
 import numpy as np
 import psycopg
 import pytest
+import structlog
+from structlog.testing import capture_logs
 
 from app.ai.domain import VERDICTS, Explanation, FloatArray, Predictions, RequestContext
 from app.ai.drift_window import DriftWindow
@@ -482,11 +484,12 @@ class Stored:
         )  # fmt: skip
 
     async def ask(self, lead_id: str) -> Exception | None:
-        """Returns what became of a request."""
-        try:
-            await self._predictor.predict([lead_id], CONTEXT)
-        except PredictionFailedError as exc:
-            return exc
+        """Returns what became of a request, whose ID in the log is that of its lead."""
+        with structlog.contextvars.bound_contextvars(request_id=lead_id):
+            try:
+                await self._predictor.predict([lead_id], CONTEXT)
+            except PredictionFailedError as exc:
+                return exc
         return None
 
     async def ask_together(self) -> dict[str, Exception | None]:
@@ -523,6 +526,29 @@ async def test_a_lead_that_cannot_be_scored_fails_no_request_that_shares_its_loo
     failed = {lead_id: error for lead_id, error in outcomes.items() if error is not None}
     assert list(failed) == ["bad_0", "bad_1"]
     assert {type(error.__cause__) for error in failed.values()} == {ValueError}
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("at_fault", ["statement", "scoring"])
+async def test_the_cause_of_a_failed_prediction_is_logged_with_the_id_of_its_request(
+    stored: Stored, empty_database_url: str, at_fault: str, together: bool
+) -> None:
+    if at_fault == "scoring":
+        stored.models.bundle = dataclasses.replace(BUNDLE, scorer=refuse_bad_leads)
+    else:
+        with psycopg.connect(empty_database_url) as connection:
+            connection.execute("ALTER TABLE crm RENAME gpa TO grade; DROP VIEW leads")
+            connection.execute("CREATE VIEW leads AS SELECT *, 3 + 1 / (2.5 - grade) AS gpa FROM crm")
+    with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
+        if together:
+            outcomes = await stored.ask_together()
+        else:
+            outcomes = {lead_id: await stored.ask(lead_id) for lead_id in ("good_0", "bad_0", "bad_1")}
+    assert {lead_id for lead_id, error in outcomes.items() if error} == {"bad_0", "bad_1"}
+    causes = [line for line in lines if line.get("exc_info") or line.get("sqlstate") == "22012"]
+    assert {line["request_id"] for line in causes if "request_id" in line} == {"bad_0", "bad_1"}
+    # The one that is nobody's is of the statement they shared, before each was tried alone.
+    assert len(causes) == 2 + (together and at_fault == "statement")
 
 
 async def test_every_stage_is_timed_and_drift_sees_what_was_built(world: World) -> None:

@@ -11,7 +11,7 @@ nothing of leads. Called by `predictor`, on its event loop.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import Generic, NamedTuple, TypeVar
 
 from app.ai.patience import Patience
@@ -39,6 +39,7 @@ class _Joined(NamedTuple, Generic[T]):
 
     lead_ids: Sequence[str]
     part: "asyncio.Future[tuple[T, Places]]"
+    context: Context
 
 
 class MicroBatching(Generic[W, T]):
@@ -62,7 +63,7 @@ class MicroBatching(Generic[W, T]):
         if has_room and not self._patience.take():
             return await self._run(world, lead_ids), None
         loop = asyncio.get_running_loop()
-        joined = _Joined[T](lead_ids, loop.create_future())
+        joined = _Joined[T](lead_ids, loop.create_future(), copy_context())
         waiting = self._waiting.setdefault(world, [])
         waiting.append(joined)
         if has_room:
@@ -91,13 +92,17 @@ class MicroBatching(Generic[W, T]):
         if self._waiting.get(world) is not waiting:
             return  # they have set out already
         del self._waiting[world]
-        # In a context of its own: what it logs is not the word of the request that happens to set it off.
-        task = asyncio.create_task(self._share(world, waiting), name="micro-batch", context=Context())
+        self._begin(world, waiting)
+
+    def _begin(self, world: W, waiting: Sequence[_Joined[T]]) -> None:
+        present = [joined for joined in waiting if not joined.part.done()]
+        # What is logged meanwhile carries the ID of the request it is for; of several it is nobody's word.
+        context = present[0].context if len(present) == 1 else Context()
+        task = asyncio.create_task(self._share(world, present), name="micro-batch", context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _share(self, world: W, waiting: Sequence[_Joined[T]]) -> None:
-        present = [joined for joined in waiting if not joined.part.done()]
+    async def _share(self, world: W, present: Sequence[_Joined[T]]) -> None:
         place: dict[str, int] = {}
         for joined in present:
             for lead_id in joined.lead_ids:
@@ -107,8 +112,9 @@ class MicroBatching(Generic[W, T]):
         except Exception as exc:  # noqa: BLE001 - told to whoever waits, once nobody else can be at fault
             if len(present) == 1 or _is_of_all(exc):
                 _fail(present, exc)
-            else:
-                await asyncio.gather(*(self._share(world, [joined]) for joined in present))
+                return
+            for joined in present:
+                self._begin(world, [joined])
         else:
             for joined in present:
                 if not joined.part.done():
