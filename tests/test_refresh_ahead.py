@@ -12,13 +12,16 @@ import httpx2
 import psycopg
 import pytest
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from app.ai.domain import RequestContext, start_of_day
 from app.ai.drift_window import DriftWindow
 from app.ai.predictor import Predictor, ScoringPolicy
 from app.ai.refresh_ahead import CHUNK_IDS, PAUSE_FACTOR, RefreshAhead
 from app.db.demo_crm import load_demo
-from app.errors import DatabaseUnavailableError, ModelNotReadyError
+from app.db.engine import Database
+from app.db.leads import PostgresLeadSource
+from app.errors import DatabaseUnavailableError, ModelNotReadyError, PredictionFailedError
 from tests.fakes import FakeClock, FakeLeadSource, FakeModels
 from tests.in_process import build_settings, serve
 from tests.lead_models import AS_OF, build_lead_bundle, build_lead_rows, publish_lead_model
@@ -28,6 +31,7 @@ from tests.test_warm_path import SCORE, warm_up
 
 TTL = 300.0
 LEADS = 2 * CHUNK_IDS + 1
+POLICY = ScoringPolicy(0.6, "max_probability")
 
 
 class World:
@@ -42,9 +46,11 @@ class World:
         self.now = FakeClock(AS_OF + 3600)
         self.cache = build_cache(1000, self.clock)
         self.pauses: list[float] = []
+        self.poison: dict[str, Exception] = {}
+        self.recent_error: Exception | None = None
         self.predictor = Predictor(
             self.models, self, self.cache, DriftWindow(1), executor=executor,
-            policy=ScoringPolicy(0.6, "max_probability"), clock=self.clock,
+            policy=POLICY, clock=self.clock,
         )  # fmt: skip
         self.refresh = RefreshAhead(
             self.predictor, self.models, self.cache, self, leads=LEADS, ttl_seconds=TTL,
@@ -53,9 +59,13 @@ class World:
 
     async def fetch(self, lead_ids, columns, use_part):  # type: ignore[no-untyped-def]
         self.clock.now += 0.01
+        for lead_id in self.poison.keys() & set(lead_ids):
+            raise self.poison[lead_id]
         await self.source.fetch(lead_ids, columns, use_part)
 
     async def fetch_recent(self, leads: int) -> Sequence[str]:
+        if self.recent_error is not None:
+            raise self.recent_error
         return self.recent[:leads]
 
     async def _pause(self, seconds: float) -> None:
@@ -125,14 +135,66 @@ async def test_while_nobody_listens_for_changes_nothing_is_scored_ahead(world: W
     assert not world.source.asked
 
 
+@pytest.mark.parametrize("error", [PredictionFailedError(), ZeroDivisionError()])
+async def test_leads_that_cannot_be_scored_are_told_of_once_and_hold_up_no_others(
+    world: World, error: Exception
+) -> None:
+    world.poison[world.recent[CHUNK_IDS + 10]] = error
+    with capture_logs() as lines:
+        for _ in range(5):
+            await world.refresh.look()
+    assert await world.hits() == LEADS - CHUNK_IDS
+    assert [len(asked) for asked in world.source.asked] == [CHUNK_IDS, 1]
+    assert [(line["event"], line["exc_info"]) for line in lines] == [("refresh_ahead_incomplete", True)]
+    # What every lead fails on must not fill the log either.
+    assert world.pauses == pytest.approx([PAUSE_FACTOR * 0.01, 1, PAUSE_FACTOR * 0.01])
+    world.poison.clear()
+    world.clock.now += TTL
+    await world.refresh.look()
+    assert await world.hits() == LEADS
+
+
+async def test_a_lead_whose_columns_cannot_be_read_holds_up_no_others(
+    empty_database_url: str, executor: ThreadPoolExecutor
+) -> None:
+    with psycopg.connect(empty_database_url) as connection:
+        connection.execute(
+            "CREATE TABLE crm AS SELECT gen_random_uuid() AS lead_id, 'website' AS source, n AS gpa,"
+            " timestamptz '2026-05-01' - n * interval '1 minute' AS created_at, 2 AS touchpoint_count,"
+            " 5.0 AS minutes_on_site, true AS newsletter_opt_in, 5000 AS tuition_fee"
+            " FROM generate_series(1, %s) n",
+            [LEADS],
+        )
+        connection.execute(
+            "CREATE VIEW leads AS SELECT lead_id, source, gpa + 0 / (gpa - 7) AS gpa, created_at,"
+            " touchpoint_count, minutes_on_site, newsletter_opt_in, tuition_fee FROM crm"
+        )
+    database = Database(empty_database_url, pool_size=2, deadline_seconds=10)
+    source = PostgresLeadSource(database, "leads")
+    models, cache = FakeModels(build_lead_bundle()), build_cache(1000)
+    predictor = Predictor(models, source, cache, DriftWindow(1), executor=executor, policy=POLICY)
+    refresh = RefreshAhead(
+        predictor, models, cache, source, leads=LEADS, ttl_seconds=TTL, now=lambda: AS_OF,
+        sleep=lambda _: asyncio.sleep(0),
+    )  # fmt: skip
+    try:
+        await refresh.look()
+        recent = await source.fetch_recent(LEADS)
+    finally:
+        await database.close()
+    hit, _ = cache.find(models.bundle.ref, start_of_day(AS_OF), recent)
+    # The seventh is in the first few, which are left out together.
+    assert hit.tolist() == [at >= CHUNK_IDS for at in range(LEADS)]
+
+
 @pytest.mark.parametrize("failure", ["database", "model", "defect"])
 async def test_whatever_fails_is_tried_again(world: World, failure: str) -> None:
-    errors = {"database": DatabaseUnavailableError(), "defect": ZeroDivisionError()}
-    world.source.error = errors.get(failure)
+    world.source.error = DatabaseUnavailableError() if failure == "database" else None
     world.models.error = ModelNotReadyError() if failure == "model" else None
+    world.recent_error = ZeroDivisionError() if failure == "defect" else None
     task = asyncio.create_task(world.refresh.run())
     assert await eventually(lambda: len(world.pauses) > 0, seconds=20)
-    world.source.error = world.models.error = None
+    world.source.error = world.models.error = world.recent_error = None
     assert await eventually(lambda: len(world.cache) == LEADS, seconds=20)
     task.cancel()
     with suppress(asyncio.CancelledError):

@@ -201,10 +201,16 @@ class Predictor:
         """Answers canonical, distinct IDs anew, for the cache alone.
 
         Raises:
-            ModelNotReadyError, DatabaseUnavailableError, PredictionFailedError: as for `predict`.
+            ModelNotReadyError, DatabaseUnavailableError: as for `predict`.
+            PredictionFailedError: anything else went wrong; the cause is chained, for the caller to log.
         """
         bundle = await self._models.active()
-        await self._answer(bundle, context.as_of, lead_ids)
+        try:
+            await self._answer(bundle, context.as_of, lead_ids)
+        except LeadScoringError:
+            raise
+        except Exception as exc:
+            raise PredictionFailedError from exc
 
     async def _predict(self, lead_ids: Sequence[str], context: RequestContext) -> Predictions:
         watch = Stopwatch(self._clock)

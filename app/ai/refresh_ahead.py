@@ -16,7 +16,7 @@ import structlog
 from app.ai.domain import RequestContext, start_of_day
 from app.ai.prediction_cache import PredictionCache
 from app.ai.predictor import Models, Predictor
-from app.errors import LeadScoringError
+from app.errors import LeadScoringError, PredictionFailedError
 from app.metrics import LEADS_AHEAD
 
 CHUNK_IDS = 50
@@ -91,6 +91,8 @@ class RefreshAhead:
     async def look(self) -> None:
         """Answers the newest leads anew if the model, the day or the whole cache changed, or time has passed.
 
+        A few leads among which one cannot be scored are left to requests, and tried again with all others.
+
         Raises:
             LeadScoringError: there is no model, or the lead source does not answer; look again.
         """
@@ -101,10 +103,18 @@ class RefreshAhead:
         if fresh or not self._cache.is_trusted():
             return
         lead_ids = await self._recent.fetch_recent(self._leads)
+        told = False
         for start in range(0, len(lead_ids), CHUNK_IDS):
             chunk_began = self._monotonic()
             chunk = lead_ids[start : start + CHUNK_IDS]
-            await self._predictor.refresh(chunk, RequestContext(_NAME, as_of))
-            LEADS_AHEAD.inc(len(chunk))
-            await self._sleep(PAUSE_FACTOR * (self._monotonic() - chunk_began))
+            try:
+                await self._predictor.refresh(chunk, RequestContext(_NAME, as_of))
+                LEADS_AHEAD.inc(len(chunk))
+                pause = PAUSE_FACTOR * (self._monotonic() - chunk_began)
+            except PredictionFailedError:
+                # The fault of one lead, or of all: the next ones are tried, but without a flood in the log.
+                if not told:
+                    _log.exception("refresh_ahead_incomplete")
+                told, pause = True, _LOOK_SECONDS
+            await self._sleep(pause)
         self._done, self._began = state, began
