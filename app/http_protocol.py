@@ -1,10 +1,12 @@
-"""uvicorn's HTTP protocol, with a deadline for the client, and refusals in the shape of every other error.
+"""uvicorn's HTTP protocol, with limits for the client, and refusals in the shape of every other error.
 
 A client has one deadline to send a request, and as long again to take its answer; a connection that waits
 for its next request has uvicorn's shorter keep-alive timeout. One timer a connection keeps watch, so that a
-request costs two looks at the clock. Bytes that uvicorn cannot parse never become a request, so they reach
-no middleware: no event is recorded (they are counted instead) and no origin is known that CORS headers could
-name. Handed to uvicorn by `serve`; its deadline and the `Drain` come out of the lifespan's state.
+request costs two looks at the clock. uvicorn keeps a head until it is complete, before any middleware could
+look at it, so its size is limited here. Bytes that cannot be parsed, or are too many, never become a request,
+so they reach no middleware: no event is recorded (they are counted instead) and no origin is known that CORS
+headers could name. Handed to uvicorn by `serve`; its deadline and the `Drain` come out of the lifespan's
+state.
 """
 
 import asyncio
@@ -23,9 +25,29 @@ from app.error_handlers import Problems
 from app.errors import MalformedRequestError
 from app.metrics import CLIENT_TIMEOUTS, observe_request
 
+MAX_OVERHEAD_BYTES = 65_536
+"""The most of a request that may be anything but its body: head, framing of chunks, trailers, together.
+
+More than the proxies in front of a service pass on (nginx 32 KiB, Envoy 60 KiB), unless they are told to.
+"""
+
+MAX_FIELDS = 128
+"""The most header fields of a request; Apache and Envoy let 100 through, and add a few of their own."""
+
+_PIECE_BYTES = 16_384
+"""The most that is parsed before its size is looked at again; a usual request is smaller."""
+
+_CHUNK_BYTES = 16
+"""What each piece of a body pays for besides itself: a chunk's size and line ends."""
+
+_NO_REQUEST = (
+    "What was sent is not an HTTP request, or its head is too large: "
+    f"at most {MAX_OVERHEAD_BYTES // 1024} KiB and {MAX_FIELDS} fields."
+)
+
 
 class ProblemProtocol(HttpToolsProtocol):
-    """One connection. Answers unparsable bytes with 400 MALFORMED_REQUEST; cuts off whoever is too slow."""
+    """One connection. Cuts off whoever is too slow; answers 400 to what is no request, or has no end."""
 
     def __init__(
         self,
@@ -40,6 +62,7 @@ class ProblemProtocol(HttpToolsProtocol):
         self._since = 0.0
         self._watch: asyncio.TimerHandle | None = None
         self._answering: RequestResponseCycle | None = None
+        self._overhead = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop; the first request is due from now on."""
@@ -54,16 +77,50 @@ class ProblemProtocol(HttpToolsProtocol):
         self._give_up()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        """Called by the loop, which may have read far more than a head is allowed to be."""
+        # The parser does not tell where in the data a request begins, so one that begins in the middle of a
+        # piece may have the rest of that piece for nothing.
+        start = 0
+        while start < len(data):
+            room = min(_PIECE_BYTES, MAX_OVERHEAD_BYTES - self._overhead)
+            if room == 0:
+                self.send_400_response("")
+                return
+            piece = data[start : start + room]
+            start += room
+            self._overhead += len(piece)
+            super().data_received(piece)
+            if self.transport.is_closing():
+                return
+
     def on_message_begin(self) -> None:
         """Called by the parser with the first byte of a request: the rest is due."""
         self._since = self.loop.time()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """Called by the parser; while draining, every answer ends its connection."""
+        """Called by the parser; while draining, every answer ends its connection.
+
+        Raises:
+            MalformedRequestError: too many fields; the parser gives up.
+        """
+        if len(self.headers) > MAX_FIELDS:
+            raise MalformedRequestError
         super().on_headers_complete()
         if self._drain.active and self.cycle is not None:
             self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser with a piece of the body, which is limited elsewhere."""
+        # Never below nothing: a body must not be what a flood of trailers is paid with.
+        self._overhead = max(self._overhead - len(body) - _CHUNK_BYTES, 0)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Called by the parser with the last byte of a request; whatever follows belongs to the next."""
+        self._overhead = 0
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Called when the whole answer is handed over: the client is to take what is left of it."""
@@ -101,6 +158,13 @@ class ProblemProtocol(HttpToolsProtocol):
             self._answering.disconnected = True
             self._answering.message_event.set()
 
+    def _has_begun_to_answer(self) -> bool:
+        cycle = self._answering
+        if cycle is None or not cycle.response_started:
+            return False
+        # A scope is made with the first byte of a request: while it is the same one, no other has begun.
+        return not cycle.response_complete or cycle.scope is self.scope
+
     def _waits_for(self) -> Literal["request", "reader"] | None:
         if self.transport.get_write_buffer_size():
             return "reader"
@@ -112,9 +176,13 @@ class ProblemProtocol(HttpToolsProtocol):
         return "request" if cycle.more_body and not cycle.response_complete else None
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words, which are plain text
-        """Called by uvicorn when its parser gives up."""
+        """Called when the parser gives up, or a request is too large to be parsed further."""
+        self._give_up()
+        if self._has_begun_to_answer():
+            self.transport.abort()  # a second answer would be taken for a part of the first, or for the next
+            return
         record = RequestRecord(request_id=str(uuid7()), started=0.0, as_of=time.time())
-        error = MalformedRequestError("What was sent is not an HTTP request.")
+        error = MalformedRequestError(_NO_REQUEST)
         answer = Problems({})({"path": "/", "state": {"record": record}}, error)
         headers = [
             *answer.raw_headers,
@@ -123,6 +191,5 @@ class ProblemProtocol(HttpToolsProtocol):
         ]
         observe_request(UNMATCHED_ROUTE, answer.status_code, error.code, 0.0)
         head = b"".join(b"%s: %s\r\n" % pair for pair in headers)
-        self._give_up()
         self.transport.write(STATUS_LINE[answer.status_code] + head + b"\r\n" + bytes(answer.body))
         self.transport.close()

@@ -60,7 +60,8 @@ def _sized(body: bytes) -> bytes:
 
 def list_probes() -> list[Probe]:
     """Returns the probes: differences between parsers, then lengths and encodings that lie."""
-    many = tuple(b"x-%d: y" % number for number in range(2000))
+    field, megabyte = b"a: b", b"a" * 1_000_000
+    last = b"a\r\n" + _BODY + b"\r\n0"
     return [
         Probe("sound", _post(_LENGTH), 200),
         Probe("length and chunks", _post(_LENGTH, b"Transfer-Encoding: chunked"), 400),
@@ -86,7 +87,17 @@ def list_probes() -> list[Probe]:
         Probe("no HTTP at all", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20 + b"\r\n\r\n", 400),
         Probe("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
         Probe("version nobody speaks", _post(_LENGTH).replace(b"HTTP/1.1", b"HTTP/9.9"), 400),
-        Probe("2,000 headers", _post(_LENGTH, *many), 200),
+        Probe("100 headers", _post(_LENGTH, *[field] * 100), 200),
+        Probe("1 MB in a header", _post(_LENGTH, b"a: " + megabyte), 400),
+        Probe("1 MB in the name of a header", _post(_LENGTH, megabyte + b": a"), 400),
+        Probe("1 MB in headers", _post(_LENGTH, *[field] * 170_000), 400),
+        Probe("2,000 headers", _post(_LENGTH, *[field] * 2000), 400),
+        Probe("1 MB in the target", _post(_LENGTH, path=f"{SCORE}?{megabyte.decode()}"), 400),
+        Probe("1 MB in line ends", b"\r\n" * 500_000 + _post(_LENGTH), 400),
+        Probe("trailer, sound", _chunked(last + b"\r\na: b\r\n\r\n"), 200),
+        Probe("1 MB in a trailer", _chunked(last + b"\r\na: " + megabyte + b"\r\n\r\n"), 400),
+        Probe("1 MB in trailers", _chunked(last + (b"\r\n" + field) * 170_000 + b"\r\n\r\n"), 400),
+        Probe("1 MB in a chunk extension", _chunked(last + b";" + megabyte + b"\r\n\r\n"), 400),
         Probe("100 MB", _post(b"Content-Length: 100000000", b"Expect: 100-continue", body=b""), 413),
         Probe("300 kB in chunks", _chunked(b"%x\r\n" % 300_000 + b"1" * 300_000 + b"\r\n0\r\n\r\n"), 413),
         Probe("300 kB", _sized(b" " * 300_000), 413),

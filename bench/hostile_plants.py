@@ -1,4 +1,4 @@
-"""Planted bugs: each stands between the server and the application, and does what careless code would do.
+"""Planted bugs: each does what careless code would do, most of them between the server and the application.
 
 For the self-test of `prove_hostile_input`: each must be found.
 """
@@ -12,8 +12,10 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.ai.model_manifest import ModelManifest
+from app.http_protocol import ProblemProtocol
 from bench.hostile_cases import LEGACY, SCORE
 
 
@@ -94,6 +96,14 @@ def forget_events(app: ASGIApp) -> ASGIApp:
         await app({**scope, "state": {**scope["state"], "telemetry": Forgetful()}}, receive, send)
 
     return _only_scoring(app, answer)
+
+
+class EndlessHeads(ProblemProtocol):
+    """A protocol that reads whatever comes, as uvicorn's does."""
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the loop."""
+        HttpToolsProtocol.data_received(self, data)
 
 
 def read_manifest_carelessly(data: bytes) -> ModelManifest:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from app.ai.scoring_requests import decode_lead_ids
 from app.errors import CallerError
+from app.http_protocol import ProblemProtocol
 from bench import hostile_plants
 from bench.figures import Figure
 from bench.hostile_cases import draw_body, draw_cases
@@ -114,14 +115,22 @@ def _judge_decoding(body: bytes) -> str | None:
 def _ask_over_a_socket(seed: int, amount: dict[str, int]) -> Findings:
     with tempfile.TemporaryDirectory() as folder:
         with serve_app(_build_service(Path(folder))) as base:
-            url = urlsplit(base)
-            address = (url.hostname or "", url.port or 0)
-            findings = probe_socket(address)
-            findings.add(fuzz_socket(address, seed, amount["sockets"]))
+            findings = probe_socket(_address(base))
+            findings.add(fuzz_socket(_address(base), seed, amount["sockets"]))
             fuzzed = fuzz(base, Path(folder), seed=seed, cases_per_operation=amount["fuzzer"])
         findings.note(FUZZER if fuzzed.status else None, fuzzed.report[-3000:])
         findings.cases += fuzzed.cases
         return findings
+
+
+def _probe(protocol: type[ProblemProtocol]) -> Findings:
+    with tempfile.TemporaryDirectory() as folder, serve_app(_build_service(Path(folder)), protocol) as base:
+        return probe_socket(_address(base))
+
+
+def _address(base: str) -> tuple[str, int]:
+    url = urlsplit(base)
+    return url.hostname or "", url.port or 0
 
 
 def _drive_machine(seed: int, examples: int, wrap: Wrap = lambda app: app) -> Findings:
@@ -162,6 +171,7 @@ PLANTED_BUGS: dict[str, Measure] = {
     "an answer without its event": _plant(
         lambda seed: _drive_machine(seed, 10, hostile_plants.forget_events)
     ),
+    "heads without an end": _plant(lambda _seed: _probe(hostile_plants.EndlessHeads)),
     "a manifest that is only decoded": _plant(
         lambda seed: fuzz_manifests(seed, 500, hostile_plants.read_manifest_carelessly)
     ),

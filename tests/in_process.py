@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
+from app.http_protocol import ProblemProtocol
 from app.main import create_app
 from app.settings import Settings
 
@@ -40,13 +41,13 @@ def serve(settings: Settings, extend: Callable[[FastAPI], None] = lambda _: None
 
 
 @contextmanager
-def serve_app(app: ASGIApp) -> Iterator[str]:
+def serve_app(app: ASGIApp, protocol: type[ProblemProtocol] = ProblemProtocol) -> Iterator[str]:
     """Yields the base URL of any ASGI application with a lifespan, served by uvicorn as in production."""
     config = uvicorn.Config(
         app,
         host="127.0.0.1",
         port=0,
-        http="app.http_protocol:ProblemProtocol",
+        http=protocol,
         log_config=None,
         access_log=False,
         server_header=False,
