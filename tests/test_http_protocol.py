@@ -1,4 +1,4 @@
-"""What is kept of a request that is not its body is limited.
+"""What is kept of a request that is not its body is limited, and its trailers are ignored.
 
 The protocol stands in front of an application that tells what it was given.
 """
@@ -193,6 +193,17 @@ def test_fields_are_counted(client: Client) -> None:
         client.send(GET + b"a: b\r\n" * (fields - 1) + b"\r\n")
         assert client.answer()[0] == status
     assert client.answer() == (0, None)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_trailer_is_no_header(client: Client, *, at_once: bool) -> None:
+    trailers = b"Authorization: Bearer a\r\nX-Request-ID: a\r\nContent-Type: a/b\r\nExpect: 100-continue\r\n"
+    head, rest = CHUNKED[:-2] + b"Accept: a/b\r\n\r\n", b"1\r\nb\r\n" + LAST_CHUNK + trailers + b"\r\n"
+    names = ["host", "transfer-encoding", "accept"]
+    for _ in range(2):
+        for sent in [head + rest] if at_once else [head, rest]:
+            client.send(sent)
+        assert client.answer() == (200, {"read": 1, "names": names})
 
 
 @pytest.mark.parametrize("more", [b"nonsense\r\n", LAST_CHUNK + b"a: b\r\n" * 100_000])
