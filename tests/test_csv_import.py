@@ -3,6 +3,8 @@
 import csv
 import io
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,9 @@ def csv_url(shared_url: str) -> Iterator[str]:
     """A migrated database without imported tables."""
     yield shared_url
     with psycopg.connect(shared_url) as connection:
-        connection.execute("DROP TABLE IF EXISTS leads, others CASCADE; DROP SCHEMA IF EXISTS crm CASCADE")
+        connection.execute(
+            "DROP TABLE IF EXISTS leads, leads__import, others CASCADE; DROP SCHEMA IF EXISTS crm CASCADE"
+        )
 
 
 @pytest.fixture
@@ -207,6 +211,78 @@ def test_an_existing_table_is_replaced_only_when_asked(load: Import, csv_url: st
     for _ in range(2):
         load("Lead No,B\n1,2\n2,3\n", replace=True)
     assert _all(csv_url, "SELECT b FROM leads ORDER BY b") == [(2.0,), (3.0,)]
+
+
+def _during_the_load(act: Callable[[], Any]) -> Callable[[str, int, int], None]:
+    """Returns a `progress` that acts once rows are in the database and nobody else can see them yet."""
+    acts = iter([act])
+
+    def progress(stage: str, _done: int, _total: int) -> None:
+        if stage == "load":
+            next(acts, lambda: None)()
+
+    return progress
+
+
+def _make_by_hand(url: str, *statements: str) -> Callable[[], None]:
+    def make() -> None:
+        with psycopg.connect(url) as connection:
+            for statement in (*statements, "CREATE TABLE leads AS SELECT 'precious' AS mine"):
+                connection.execute(statement)
+
+    return make
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_table_that_appears_during_the_load_is_not_lost(load: Import, csv_url: str, replace: bool) -> None:
+    with pytest.raises(CommandError, match=r"made by an import|made by somebody else"):
+        load(LEADS, replace=replace, progress=_during_the_load(_make_by_hand(csv_url)))
+    assert _all(csv_url, "SELECT mine FROM leads") == [("precious",)]
+    assert "leads__import" not in _tables(csv_url)
+
+
+def test_a_table_that_takes_the_place_of_an_imported_one_during_the_load_is_not_lost(
+    load: Import, csv_url: str
+) -> None:
+    load(LEADS)
+    with pytest.raises(CommandError, match="not made by an import"):
+        load(LEADS, replace=True, progress=_during_the_load(_make_by_hand(csv_url, "DROP TABLE leads")))
+    assert _all(csv_url, "SELECT mine FROM leads") == [("precious",)]
+
+
+def test_of_two_imports_at_once_the_second_is_refused(load: Import, csv_url: str, tmp_path: Path) -> None:
+    second = tmp_path / "second.csv"
+    second.write_text("Lead No,A\n1,second\n")
+    told: list[str] = []
+
+    def import_second() -> None:
+        try:
+            import_csv(csv_url, second, table="leads", id_column="Lead No")
+            told.append("imported")
+        except CommandError as exc:
+            told.append(str(exc))
+
+    other = threading.Thread(target=import_second)
+
+    def start_second() -> None:
+        other.start()
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        deadline = time.monotonic() + 20
+        while _all(csv_url, waiting) == [(0,)] and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    load("Lead No,A\n1,first\n", progress=_during_the_load(start_second))
+    other.join()
+    assert told == ["leads exists already; --replace puts the new leads in its place"]
+    assert _all(csv_url, "SELECT a FROM leads") == [("first",)]
+
+
+def test_a_table_in_the_way_of_the_draft_is_named_and_kept(load: Import, csv_url: str) -> None:
+    with psycopg.connect(csv_url) as connection:
+        connection.execute("CREATE TABLE leads__import AS SELECT 'precious' AS mine")
+    with pytest.raises(CommandError, match="leads__import is in the way"):
+        load(LEADS)
+    assert _all(csv_url, "SELECT mine FROM leads__import") == [("precious",)]
 
 
 @pytest.mark.parametrize("table", ["people", "lead_source", "ai_events", "lead_scores"])

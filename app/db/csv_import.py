@@ -25,6 +25,7 @@ from app.errors import CommandError, ImportFileError
 
 _RELATION = re.compile(r"(?:[a-z_][a-z0-9_]{0,62}\.)?[a-z_][a-z0-9_]{0,52}")
 _MARK = "Leads imported from a file by leadscore"
+_DRAFT = "__import"  # what the new table is called until it is complete
 _BLOCK = 5000
 
 
@@ -83,15 +84,15 @@ def import_csv(
     with open_csv(path) as file:
         found = inspect_csv(file, id_column, label_column, missing, progress)
         with open_connection(url) as connection:
-            _refuse_taken(connection, table, replace=replace)
             try:
-                _load(connection, table, file, found, progress)
+                _load(connection, table, file, found, replace=replace, progress=progress)
             except (psycopg.ProgrammingError, psycopg.NotSupportedError, psycopg.InternalError) as exc:
                 raise CommandError(_explain(table, exc)) from exc
     return _summarise(table, file.header, found)
 
 
-def _refuse_taken(connection: psycopg.Connection[Any], table: str, *, replace: bool) -> None:
+def _refuse_taken(connection: psycopg.Connection[Any], table: str, *, replace: bool) -> bool:
+    """Returns whether there is a table to replace; what is there and must stay is refused."""
     row = connection.execute(
         "SELECT to_regclass(%(table)s), obj_description(to_regclass(%(table)s), 'pg_class')", {"table": table}
     ).fetchone()
@@ -100,6 +101,7 @@ def _refuse_taken(connection: psycopg.Connection[Any], table: str, *, replace: b
         raise CommandError(f"{table} exists and was not made by an import; choose another name")
     if existing is not None and not replace:
         raise CommandError(f"{table} exists already; --replace puts the new leads in its place")
+    return existing is not None
 
 
 def _load(
@@ -107,10 +109,12 @@ def _load(
     table: str,
     file: CsvFile,
     found: Inspection,
+    *,
+    replace: bool,
     progress: Progress | None,
 ) -> None:
     *schema, name = table.split(".")
-    target, draft = sql.Identifier(*schema, name), sql.Identifier(*schema, f"{name}__import")
+    target, draft = sql.Identifier(*schema, name), sql.Identifier(*schema, f"{name}{_DRAFT}")
     types = {"lead_id": "uuid", "external_ref": "text"}
     types |= {found.names[at]: TO_POSTGRES[found.kind(at)][0] for at in _kept(found)}
     columns = sql.SQL(", ").join(
@@ -119,6 +123,8 @@ def _load(
     )
     with connection.cursor() as cursor:
         cursor.execute(sql.SQL("CREATE TABLE {} ({})").format(draft, columns))
+        # Not before: another import into this table is waited for where both make a draft.
+        _refuse_taken(connection, table, replace=replace)
         for block in _read_blocks(file, found, table, progress):
             write_rows(cursor, draft, block)
         # Built once the rows are there, and not named: the table being replaced still has its own.
@@ -128,8 +134,15 @@ def _load(
         )
         cursor.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(draft, sql.Literal(_MARK)))
         cursor.execute(sql.SQL("ANALYZE {}").format(draft))
-        cursor.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(target))
-        cursor.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(draft, sql.Identifier(name)))
+        if replace and _refuse_taken(connection, table, replace=True):
+            cursor.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(target))
+            # What is locked may have taken the name while the rows were loaded; from here on nobody can.
+            _refuse_taken(connection, table, replace=True)
+            cursor.execute(sql.SQL("DROP TABLE {}").format(target))
+        try:
+            cursor.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(draft, sql.Identifier(name)))
+        except (psycopg.errors.DuplicateTable, psycopg.errors.UniqueViolation) as exc:
+            raise CommandError(f"{table} was made by somebody else meanwhile; nothing was imported") from exc
         _tell_of_changes(cursor, target)
 
 
@@ -181,6 +194,8 @@ def _lead_id(table: str, text: str) -> str:
 
 
 def _explain(table: str, exc: psycopg.Error) -> str:
+    if isinstance(exc, psycopg.errors.DuplicateTable):
+        return f"{table}{_DRAFT} is in the way: leads are loaded under that name first"
     if isinstance(exc, psycopg.errors.DependentObjectsStillExist):
         return f"{table} cannot be replaced: a view or another table depends on it"
     if isinstance(exc, psycopg.errors.InvalidSchemaName):
