@@ -301,6 +301,84 @@ def test_a_table_a_view_depends_on_is_not_replaced(load: Import, csv_url: str) -
     assert _all(csv_url, "SELECT a FROM mine") == [("x",)]
 
 
+@pytest.fixture
+def roles(csv_url: str) -> Iterator[None]:
+    """The roles `clerk`, `service` and "Head of Sales", of which the first makes tables as it likes."""
+    names = 'clerk, service, "Head of Sales"'
+    with psycopg.connect(csv_url) as connection:
+        for name in names.split(", "):
+            connection.execute(f"CREATE ROLE {name} LOGIN")
+        connection.execute("GRANT CREATE ON SCHEMA public TO clerk, service")
+    yield
+    with psycopg.connect(csv_url) as connection:
+        connection.execute(f"DROP OWNED BY {names}")
+        connection.execute(f"DROP ROLE {names}")
+
+
+_ACCESS = """
+SELECT relowner::regrole::text, acl.grantee::regrole::text, acl.privilege_type, acl.is_grantable, attname
+FROM (
+    SELECT oid, relowner, NULL AS attname, relacl AS acl FROM pg_class
+    UNION ALL
+    SELECT oid, relowner, attname, attacl FROM pg_attribute JOIN pg_class ON attrelid = pg_class.oid
+) granted, aclexplode(granted.acl) acl
+WHERE oid = 'leads'::regclass ORDER BY 1, 2, 3, 4, 5
+"""
+
+
+@pytest.mark.usefixtures("roles")
+@pytest.mark.parametrize("importer", ["postgres", "clerk"])
+def test_a_replaced_table_keeps_its_owner_and_its_grants(
+    load: Import, csv_url: str, tmp_path: Path, importer: str
+) -> None:
+    load("Lead No,Visits,City\n1,1,x\n")
+    with psycopg.connect(csv_url) as connection:
+        connection.execute("ALTER TABLE leads OWNER TO clerk")
+        connection.execute(
+            'GRANT SELECT ON leads TO service, "Head of Sales"; GRANT INSERT ON leads TO PUBLIC'
+        )
+        connection.execute('GRANT UPDATE (visits, city) ON leads TO "Head of Sales" WITH GRANT OPTION')
+        connection.execute("REVOKE DELETE ON leads FROM clerk")
+        # Which would make of every new table one that the service may write.
+        for maker in ("postgres", "clerk"):
+            connection.execute(f"ALTER DEFAULT PRIVILEGES FOR ROLE {maker} GRANT ALL ON TABLES TO service")
+    before = [grant for grant in _all(csv_url, _ACCESS) if grant[-1] != "city"]
+    path = tmp_path / "again.csv"
+    path.write_text("Lead No,Visits\n1,2\n")
+    url = csv_url.replace("postgres@", f"{importer}@")
+    try:
+        import_csv(url, path, table="leads", id_column="Lead No", replace=True)
+    finally:
+        with psycopg.connect(csv_url) as connection:
+            for maker in ("postgres", "clerk"):
+                connection.execute(
+                    f"ALTER DEFAULT PRIVILEGES FOR ROLE {maker} REVOKE ALL ON TABLES FROM service"
+                )
+    assert _all(csv_url, _ACCESS) == before
+    assert ("clerk", '"Head of Sales"', "UPDATE", True, "visits") in before
+    assert _all(csv_url.replace("postgres@", "service@"), "SELECT visits FROM leads") == [(2.0,)]
+
+
+@pytest.mark.usefixtures("roles")
+def test_a_table_of_another_role_is_not_replaced(load: Import, csv_url: str, tmp_path: Path) -> None:
+    load("Lead No,A\n1,x\n")
+    path = tmp_path / "again.csv"
+    path.write_text("Lead No,A\n1,y\n")
+    url = csv_url.replace("postgres@", "clerk@")
+    with pytest.raises(CommandError, match="does not own"):
+        import_csv(url, path, table="leads", id_column="Lead No", replace=True)
+    assert _all(csv_url, "SELECT a FROM leads") == [("x",)]
+
+
+def test_a_table_with_row_level_security_is_not_replaced_by_one_without(load: Import, csv_url: str) -> None:
+    load("Lead No,A\n1,x\n")
+    with psycopg.connect(csv_url) as connection:
+        connection.execute("ALTER TABLE leads ENABLE ROW LEVEL SECURITY")
+    with pytest.raises(CommandError, match="row-level security"):
+        load("Lead No,A\n1,y\n", replace=True)
+    assert _all(csv_url, "SELECT a FROM leads") == [("x",)]
+
+
 @pytest.mark.parametrize("table", ["Leads", "a.b.c", "x;drop", "", "lead-list", "a" * 54])
 def test_a_table_name_that_would_need_quoting_is_refused(load: Import, table: str) -> None:
     with pytest.raises(CommandError, match="name in lower case"):

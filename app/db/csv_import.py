@@ -21,6 +21,7 @@ from app.db.bulk_copy import CopyColumn, open_connection, write_rows
 from app.db.csv_columns import TO_POSTGRES
 from app.db.csv_file import CsvFile, Progress, Record, open_csv
 from app.db.csv_inspection import Inspection, inspect_csv
+from app.db.table_access import write_access
 from app.errors import CommandError, ImportFileError
 
 _RELATION = re.compile(r"(?:[a-z_][a-z0-9_]{0,62}\.)?[a-z_][a-z0-9_]{0,52}")
@@ -71,7 +72,8 @@ def import_csv(
             that is a UUID, and otherwise a UUID derived from it and the table's name.
         label_column: the column of the outcome (yes/no, true/false, 1/0 ...); it becomes a boolean.
         missing: texts that mean missing, beside the empty one.
-        replace: put the new table in the place of one that was imported before.
+        replace: put the new table in the place of one that was imported before, with its owner and its
+            grants. Indexes, constraints, triggers and policies that were added to it by hand are not kept.
         progress: told the stage, how much is done, and how much there is.
 
     Raises:
@@ -94,14 +96,19 @@ def import_csv(
 def _refuse_taken(connection: psycopg.Connection[Any], table: str, *, replace: bool) -> bool:
     """Returns whether there is a table to replace; what is there and must stay is refused."""
     row = connection.execute(
-        "SELECT to_regclass(%(table)s), obj_description(to_regclass(%(table)s), 'pg_class')", {"table": table}
+        "SELECT obj_description(oid, 'pg_class'), relrowsecurity FROM pg_class WHERE oid = to_regclass(%s)",
+        [table],
     ).fetchone()
-    existing, mark = row or (None, None)
-    if existing is not None and mark != _MARK:
+    if row is None:
+        return False
+    mark, row_security = row
+    if mark != _MARK:
         raise CommandError(f"{table} exists and was not made by an import; choose another name")
-    if existing is not None and not replace:
+    if not replace:
         raise CommandError(f"{table} exists already; --replace puts the new leads in its place")
-    return existing is not None
+    if row_security:  # the new table would show every row to all who may read the old one
+        raise CommandError(f"{table} cannot be replaced: it has row-level security, which would be lost")
+    return True
 
 
 def _load(
@@ -134,16 +141,17 @@ def _load(
         )
         cursor.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(draft, sql.Literal(_MARK)))
         cursor.execute(sql.SQL("ANALYZE {}").format(draft))
+        _tell_of_changes(cursor, draft)
         if replace and _refuse_taken(connection, table, replace=True):
             cursor.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(target))
             # What is locked may have taken the name while the rows were loaded; from here on nobody can.
             _refuse_taken(connection, table, replace=True)
+            write_access(cursor, target, draft)
             cursor.execute(sql.SQL("DROP TABLE {}").format(target))
         try:
             cursor.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(draft, sql.Identifier(name)))
         except (psycopg.errors.DuplicateTable, psycopg.errors.UniqueViolation) as exc:
             raise CommandError(f"{table} was made by somebody else meanwhile; nothing was imported") from exc
-        _tell_of_changes(cursor, target)
 
 
 def _tell_of_changes(cursor: psycopg.Cursor[Any], table: sql.Composable) -> None:
@@ -197,11 +205,14 @@ def _explain(table: str, exc: psycopg.Error) -> str:
     if isinstance(exc, psycopg.errors.DuplicateTable):
         return f"{table}{_DRAFT} is in the way: leads are loaded under that name first"
     if isinstance(exc, psycopg.errors.DependentObjectsStillExist):
-        return f"{table} cannot be replaced: a view or another table depends on it"
+        return f"{table} cannot be replaced: a view or another table depends on it; drop that first"
     if isinstance(exc, psycopg.errors.InvalidSchemaName):
         return f"{table} cannot be made: there is no such schema"
     if isinstance(exc, psycopg.errors.InsufficientPrivilege):
-        return f"{table} cannot be made: the database user may not create tables there"
+        return (
+            f"{table} cannot be made: the database user may not create tables there, or does not own the "
+            "table to be replaced"
+        )
     return f"{table} cannot be made (SQLSTATE {exc.sqlstate})"
 
 
