@@ -301,6 +301,46 @@ def test_a_table_a_view_depends_on_is_not_replaced(load: Import, csv_url: str) -
     assert _all(csv_url, "SELECT a FROM mine") == [("x",)]
 
 
+def test_readers_do_not_queue_behind_an_import_that_waits_for_one_of_them(load: Import, csv_url: str) -> None:
+    load("Lead No,A\n1,x\n")
+    done, waits = threading.Event(), []
+
+    def read_on() -> None:
+        with psycopg.connect(csv_url, autocommit=True) as reader:
+            while not done.is_set():
+                began = time.monotonic()
+                reader.execute("SELECT a FROM leads")
+                waits.append(time.monotonic() - began)
+                time.sleep(0.01)
+
+    reader = threading.Thread(target=read_on)
+    with psycopg.connect(csv_url) as holder:
+        holder.execute("SELECT a FROM leads")  # and its transaction stays open, as that of a dump does
+        reader.start()
+        try:
+            with pytest.raises(CommandError, match="another session still uses it; try again") as error:
+                load("Lead No,A\n1,y\n", replace=True, patience=4.0)
+        finally:
+            done.set()
+            reader.join()
+        assert "\n" not in str(error.value)
+        assert holder.execute("SELECT a FROM leads").fetchall() == [("x",)]
+    assert 1.0 < max(waits) < 3.0
+    assert "leads__import" not in _tables(csv_url)
+
+
+def test_a_reader_that_is_soon_done_does_not_stop_an_import(load: Import, csv_url: str) -> None:
+    load("Lead No,A\n1,old\n")
+    with psycopg.connect(csv_url) as holder:
+        holder.execute("SELECT a FROM leads")
+        # Longer than one try for the lock, shorter than all of them.
+        timer = threading.Timer(2.0, holder.rollback)
+        timer.start()
+        load("Lead No,A\n1,new\n", replace=True)
+        timer.join()
+    assert _all(csv_url, "SELECT a FROM leads") == [("new",)]
+
+
 @pytest.fixture
 def roles(csv_url: str) -> Iterator[None]:
     """The roles `clerk`, `service` and "Head of Sales", of which the first makes tables as it likes."""

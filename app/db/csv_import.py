@@ -6,6 +6,7 @@ replaced see the old one until the new one is complete. Never touches a table it
 """
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +29,10 @@ _RELATION = re.compile(r"(?:[a-z_][a-z0-9_]{0,62}\.)?[a-z_][a-z0-9_]{0,52}")
 _MARK = "Leads imported from a file by leadscore"
 _DRAFT = "__import"  # what the new table is called until it is complete
 _BLOCK = 5000
+
+# Longer than the server takes (deadlock_timeout) to end an autovacuum that is in the way.
+_LOCK_WAIT = "1.5s"
+_LOCK_PAUSE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ def import_csv(
     label_column: str | None = None,
     missing: Sequence[str] = (),
     replace: bool = False,
+    patience: float = 15.0,
     progress: Progress | None = None,
 ) -> ImportSummary:
     """Loads a CSV file with a header into a new table, in one transaction.
@@ -74,11 +80,12 @@ def import_csv(
         missing: texts that mean missing, beside the empty one.
         replace: put the new table in the place of one that was imported before, with its owner and its
             grants. Indexes, constraints, triggers and policies that were added to it by hand are not kept.
+        patience: seconds after which an old table that others still read is left in its place.
         progress: told the stage, how much is done, and how much there is.
 
     Raises:
         ImportFileError: the file cannot be imported as it is; the message names the line.
-        CommandError: the table's name is taken or cannot be used.
+        CommandError: the table's name is taken or cannot be used, or others read what is to be replaced.
         DatabaseUnavailableError: the server cannot be reached, or went away.
     """
     if not _RELATION.fullmatch(table):
@@ -87,8 +94,13 @@ def import_csv(
         found = inspect_csv(file, id_column, label_column, missing, progress)
         with open_connection(url) as connection:
             try:
-                _load(connection, table, file, found, replace=replace, progress=progress)
-            except (psycopg.ProgrammingError, psycopg.NotSupportedError, psycopg.InternalError) as exc:
+                _load(
+                    connection, table, file, found, patience=patience if replace else None, progress=progress
+                )
+            except (
+                psycopg.ProgrammingError, psycopg.NotSupportedError, psycopg.InternalError,
+                psycopg.errors.LockNotAvailable,
+            ) as exc:  # fmt: skip
                 raise CommandError(_explain(table, exc)) from exc
     return _summarise(table, file.header, found)
 
@@ -117,9 +129,10 @@ def _load(
     file: CsvFile,
     found: Inspection,
     *,
-    replace: bool,
+    patience: float | None,
     progress: Progress | None,
 ) -> None:
+    """Makes the table under another name and puts it in its place; with `patience` it may replace one."""
     *schema, name = table.split(".")
     target, draft = sql.Identifier(*schema, name), sql.Identifier(*schema, f"{name}{_DRAFT}")
     types = {"lead_id": "uuid", "external_ref": "text"}
@@ -131,7 +144,7 @@ def _load(
     with connection.cursor() as cursor:
         cursor.execute(sql.SQL("CREATE TABLE {} ({})").format(draft, columns))
         # Not before: another import into this table is waited for where both make a draft.
-        _refuse_taken(connection, table, replace=replace)
+        _refuse_taken(connection, table, replace=patience is not None)
         for block in _read_blocks(file, found, table, progress):
             write_rows(cursor, draft, block)
         # Built once the rows are there, and not named: the table being replaced still has its own.
@@ -142,8 +155,8 @@ def _load(
         cursor.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(draft, sql.Literal(_MARK)))
         cursor.execute(sql.SQL("ANALYZE {}").format(draft))
         _tell_of_changes(cursor, draft)
-        if replace and _refuse_taken(connection, table, replace=True):
-            cursor.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(target))
+        if patience is not None and _refuse_taken(connection, table, replace=True):
+            _lock(connection, target, patience)
             # What is locked may have taken the name while the rows were loaded; from here on nobody can.
             _refuse_taken(connection, table, replace=True)
             write_access(cursor, target, draft)
@@ -152,6 +165,22 @@ def _load(
             cursor.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(draft, sql.Identifier(name)))
         except (psycopg.errors.DuplicateTable, psycopg.errors.UniqueViolation) as exc:
             raise CommandError(f"{table} was made by somebody else meanwhile; nothing was imported") from exc
+
+
+def _lock(connection: psycopg.Connection[Any], table: sql.Identifier, patience: float) -> None:
+    """Keeps everybody else from a table; whoever comes to read it meanwhile waits no longer than one try."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with connection.transaction():  # a savepoint: what was loaded outlives a try
+                connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(_LOCK_WAIT)))
+                connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table))
+        except psycopg.errors.LockNotAvailable:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_LOCK_PAUSE)
+        else:
+            return
 
 
 def _tell_of_changes(cursor: psycopg.Cursor[Any], table: sql.Composable) -> None:
@@ -202,6 +231,8 @@ def _lead_id(table: str, text: str) -> str:
 
 
 def _explain(table: str, exc: psycopg.Error) -> str:
+    if isinstance(exc, psycopg.errors.LockNotAvailable):
+        return f"{table} was not replaced: another session still uses it; try again when it is done"
     if isinstance(exc, psycopg.errors.DuplicateTable):
         return f"{table}{_DRAFT} is in the way: leads are loaded under that name first"
     if isinstance(exc, psycopg.errors.DependentObjectsStillExist):
