@@ -96,11 +96,17 @@ def publish(
     fmt="joblib",
     seed=1,
     signing_key=None,
+    cards=None,
     **changes,
 ):
-    """Publishes a small model and returns the path of its artifact."""
+    """Publishes a small model, with these texts as its cards, and returns the path of its artifact."""
     manifest_path = publish_model(
-        directory, fitted(model_type, seed), describe(version, model_type, **changes), fmt, signing_key
+        directory,
+        fitted(model_type, seed),
+        describe(version, model_type, **changes),
+        fmt,
+        signing_key,
+        build_cards=lambda _: cards or {},
     )
     return directory / read_manifest(manifest_path.read_bytes()).file_name
 

@@ -126,6 +126,16 @@ def test_a_model_that_cannot_be_trusted_fails_the_verify_command(
     assert "Traceback" not in result.output
 
 
+def test_a_models_directory_that_cannot_be_written_stops_a_training_before_it_begins(
+    run: Run, csv_file: Path
+) -> None:
+    run("import", str(csv_file), "--table", "leads", "--id", "Lead No", "--label", "Enrolled")
+    # A column of this name does not exist: had the training begun, it would say so.
+    result = run("train", "--source", "leads", "--label", "none", ML_MODEL_DIR=str(csv_file / "models"))
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: {csv_file / 'models'} cannot be written: not a directory.\n"
+
+
 def test_no_model_at_all_fails_the_verify_command(run: Run) -> None:
     result = run("models", "verify")
     assert result.exit_code == 1

@@ -225,6 +225,15 @@ def test_a_key_file_signs_and_its_public_key_verifies(models, tmp_path, open_cat
     assert [model.signature for model in catalogue.verify_models()] == ["valid", "valid"]
 
 
+def test_a_signature_that_cannot_be_written_is_one_clear_line(models):
+    artifact = publish(models, V1)
+    (signature_of(artifact) / "in the way").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match=r"\.sig cannot be written: is a directory\.") as caught:
+        sign_models(models, "advanced_ml_*", None, KEY)
+    assert caught.value.reason == "not_writable"
+    assert not list(models.glob(".*"))
+
+
 def test_a_key_is_never_overwritten_nor_made_where_it_cannot_be(tmp_path):
     make_key_file(tmp_path / "key")
     before = (tmp_path / "key").read_bytes()

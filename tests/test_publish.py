@@ -1,8 +1,11 @@
 """Publishing: proved before it is written, and a reader sees the old state or the new one."""
 
 import os
+import resource
 import sys
 import threading
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +16,20 @@ from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_manifest import manifest_fingerprint
 from app.ai.model_registry import ModelRegistry
 from app.errors import ArtifactError
-from app.training.publish import publish_model
-from tests.model_files import GOLDEN, LABELS, ROWS, V1, V2, describe, fitted, manifest_of, publish, read
+from app.training.publish import check_writable, publish_model, write_durably
+from tests.model_files import (
+    GOLDEN,
+    LABELS,
+    ROWS,
+    V1,
+    V2,
+    describe,
+    fitted,
+    manifest_of,
+    publish,
+    read,
+    signature_of,
+)
 
 
 @pytest.mark.parametrize("fmt", ["skops", "joblib"])
@@ -84,6 +99,57 @@ def test_the_same_training_has_the_same_fingerprint_under_another_version(tmp_pa
     assert manifest_fingerprint(read(first)) != manifest_fingerprint(read(other))
 
 
+@contextmanager
+def room_for(size):
+    """No file of this process grows beyond this many bytes, as on a disk that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_version_is_published_with_its_card_or_not_at_all(tmp_path):
+    with (
+        room_for(1_500_000),
+        pytest.raises(ArtifactError, match="written: file too large") as caught,
+    ):
+        publish(tmp_path, V1, cards={"markdown": "#", "html": "x" * 2_000_000})
+    assert caught.value.reason == "not_writable"
+    assert list(tmp_path.iterdir()) == []
+    publish(tmp_path, V1, cards={"markdown": "#", "html": "<p>"})
+    catalogue = ModelCatalogue(tmp_path)
+    assert [(model.state, model.has_card) for model in catalogue.list_models()] == [("verified", True)]
+    assert (catalogue.read_card(V1, "html"), catalogue.read_card(V1, "markdown")) == (b"<p>", b"#")
+
+
+def test_a_file_that_cannot_be_written_takes_those_before_it_along(tmp_path):
+    artifact = tmp_path / f"advanced_ml_logistic_regression_{V1}.joblib"
+    (signature_of(artifact) / "kept").mkdir(parents=True)  # in the way of the signature alone
+    with pytest.raises(ArtifactError) as caught:
+        publish(tmp_path, V1, signing_key=Ed25519PrivateKey.generate(), cards={"html": "<p>"})
+    assert caught.value.reason == "not_writable"
+    assert list(tmp_path.iterdir()) == [signature_of(artifact)]
+
+
+def test_a_directory_that_cannot_be_written_is_one_clear_line(tmp_path):
+    (tmp_path / "file").touch()
+    for directory in (tmp_path / "file", tmp_path / "file" / "models", Path("/proc/models")):
+        for act in (check_writable, lambda path: write_durably(path / "x", b"x")):
+            with pytest.raises(ArtifactError, match=r"cannot be written: [a-z ]+\.$") as caught:
+                act(directory)
+            assert caught.value.reason == "not_writable"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_without_room_for_any_model_is_found_out_without_a_trace(tmp_path):
+    with room_for(100_000), pytest.raises(ArtifactError, match="cannot be written"):
+        check_writable(tmp_path / "models")
+    check_writable(tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
 _STEPS = ("open", "os.chmod", "os.rename", "os.remove")
 
 
@@ -101,7 +167,7 @@ def _publish_and_die(directory, last_step, key):
 
         sys.addaudithook(count)
         try:
-            publish(directory, V2, seed=2, signing_key=key)
+            publish(directory, V2, seed=2, signing_key=key, cards={"markdown": "#", "html": "<p>"})
         except BaseException:  # noqa: BLE001  the child must not go on as a second test run
             os._exit(1)
         os._exit(0)
@@ -120,6 +186,7 @@ def test_a_publisher_killed_at_any_step_leaves_the_old_state_or_the_new_one(tmp_
         status = _publish_and_die(models, step, key)
         registry = ModelRegistry(ModelCatalogue(models, trusted_keys=trusted))
         served.append(registry.load().ref.version)
+        assert served[-1] == V1 or registry.available()[0].has_card
         assert {model.state for model in registry.available()} <= {"active", "verified", "unverified"}
         registry.close()
         if status == 0:

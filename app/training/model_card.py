@@ -2,12 +2,10 @@
 
 The story of the card, section by section; the numbers come from the leaves beside it. It holds figures,
 column names and values that many leads share, never anything that belongs to one lead. A model without
-held-out leads has a shorter card. Pure but for `write_model_card`. Called by `app.training.train`.
+held-out leads has a shorter card. Pure. Called by `app.training.train`.
 """
 
-from pathlib import Path
-
-from app.ai.model_manifest import ModelManifest, build_card_name
+from app.ai.model_manifest import CardForm, ModelManifest
 from app.training.card_candidates import describe_candidates
 from app.training.card_evidence import NO_CHARTS, Evidence, charts_available, collect_evidence
 from app.training.card_limits import describe_data_limits, describe_held_out_limits
@@ -21,18 +19,13 @@ from app.training.card_sections import (
     describe_slices,
 )
 from app.training.held_out import HeldOut
-from app.training.publish import write_durably
 from app.training.report import describe_data
 
 
-def write_model_card(manifest: ModelManifest, held_out: HeldOut | None, manifest_path: Path) -> Path:
-    """Writes both forms of the card beside the manifest; returns the path of the HTML one."""
+def build_cards(manifest: ModelManifest, held_out: HeldOut | None) -> dict[CardForm, str]:
+    """Returns both forms of the card of a model that is about to be published."""
     card = build_card(manifest, held_out, charts=charts_available())
-    html = manifest_path.with_name(build_card_name(manifest_path.name, "html"))
-    markdown = manifest_path.with_name(build_card_name(manifest_path.name, "markdown"))
-    write_durably(markdown, build_markdown(card).encode())
-    write_durably(html, build_html(card).encode())
-    return html
+    return {"markdown": build_markdown(card), "html": build_html(card)}
 
 
 def build_card(manifest: ModelManifest, held_out: HeldOut | None, *, charts: bool) -> Card:

@@ -77,7 +77,8 @@ def sign_models(model_dir: Path, pattern: str, version: str | None, key: Ed25519
     signed. A signature that is there is replaced.
 
     Raises:
-        ArtifactError: `missing` (no such version), or the first reason for which a model is refused.
+        ArtifactError: `missing` (no such version), the first reason for which a model is refused, or
+            `not_writable`; what was signed before that stays.
     """
     catalogue = ModelCatalogue(model_dir, pattern)
     found = [

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from app.ai.domain import InputColumn
 from app.ai.features import FeatureSet
-from app.ai.model_manifest import ModelDescription, ModelManifest, read_manifest
+from app.ai.model_manifest import ModelDescription, ModelManifest, build_card_name, read_manifest
 from app.training.candidates import list_candidates
 from app.training.choose import choose_model
 from app.training.day_one import is_day_one
@@ -21,9 +21,9 @@ from app.training.describe_day_one import train_day_one
 from app.training.fit import FeatureBuilder
 from app.training.held_out import HeldOut, look_at_held_out
 from app.training.leakage import check_leakage
-from app.training.model_card import write_model_card
+from app.training.model_card import build_cards
 from app.training.options import TrainingOptions
-from app.training.publish import publish_model
+from app.training.publish import check_writable, publish_model
 from app.training.report import TrainingReport
 from app.training.rows import Progress, TrainingRows, choose_columns, fetch_rows
 from app.training.splits import split_rows
@@ -37,9 +37,10 @@ def train(
     Raises:
         TrainingError: the data cannot be trained on, or must not be; the message says what to do.
         DatabaseUnavailableError: the database does not answer.
-        ArtifactError: this version exists already.
+        ArtifactError: this version exists already, or the models directory cannot be written.
     """
     started = time.monotonic()
+    check_writable(options.model_dir)
     columns, denied = choose_columns(options)
     rows, everyone = fetch_rows(options, columns, progress)
     undecided = everyone.leads.n - rows.leads.n
@@ -70,9 +71,16 @@ def _publish(
     started: float,
 ) -> TrainingReport:
     """Publishes a model and its card, for which `look` goes once more to the leads that were set aside."""
-    manifest_path = publish_model(options.model_dir, estimator, description, options.fmt, options.signing_key)
+    manifest_path = publish_model(
+        options.model_dir,
+        estimator,
+        description,
+        options.fmt,
+        options.signing_key,
+        build_cards=lambda manifest: build_cards(manifest, look(manifest)),
+    )
     manifest = read_manifest(manifest_path.read_bytes())
-    card_path = write_model_card(manifest, look(manifest), manifest_path)
+    card_path = manifest_path.with_name(build_card_name(manifest_path.name, "html"))
     return TrainingReport(manifest, manifest_path, card_path, time.monotonic() - started)
 
 
