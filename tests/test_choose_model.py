@@ -9,6 +9,7 @@ import pytest
 from app.ai.domain import FloatArray, InputColumn
 from app.ai.features import FeatureSet
 from app.ai.venn_abers import build_table
+from app.errors import TrainingError
 from app.training.candidates import CANDIDATES, Candidate, list_candidates
 from app.training.choose import Trial, choose_model, run_trials
 from app.training.derive import derive_features
@@ -100,6 +101,20 @@ def test_a_type_that_is_asked_for_is_the_only_one_tried() -> None:
     (told,) = model.choice["candidates"]
     assert (told["model_type"], told["folds"]) == ("logistic_regression", 5)
     assert (model.choice["chosen"], model.choice["runner_up"]) == (told["name"], None)
+
+
+@pytest.mark.parametrize("bad", range(5))
+def test_a_fold_with_nothing_to_learn_from_is_a_clear_refusal_whenever_it_comes(bad: int) -> None:
+    numbers = np.random.default_rng(5).normal(size=(300, 3))
+    rows, folds = build_rows(numbers, numbers[:, 0], seed=6), iter(range(5))
+
+    def build_or_refuse(part: TrainingRows) -> FeatureSet:
+        if next(folds) == bad:
+            raise TrainingError("no column tells them apart")
+        return build(part)
+
+    with pytest.raises(TrainingError, match="compared on parts of the leads, and in one no column"):
+        choose_model(rows, build_or_refuse, SMALL, 0, lambda *_: None)
 
 
 def test_leads_in_order_are_compared_on_later_ones_only() -> None:

@@ -219,7 +219,7 @@ def test_since_leaves_earlier_leads_out(timed: Callable[..., TrainingOptions]) -
     [
         ({"source": "timeless", "since": SINCE}, "2026-01-11 needs the time .*--order-by"),
         ({"order_by": "countdown", "since": SINCE}, "needs the time of each lead"),
-        ({"order_by": "seen_at"}, "seen_at is empty for some leads"),
+        ({"order_by": "seen_at"}, "seen_at is empty or not finite for some leads"),
         ({"order_by": "seen_at", "since": SINCE}, "seen_at is empty for some leads"),
         ({"order_by": "countdwn"}, "no column countdwn .*did you mean countdown"),
         ({"order_by": "lead_id"}, "no column lead_id"),

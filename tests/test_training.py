@@ -212,6 +212,53 @@ def test_a_wrong_option_is_named(
         train(build_options(made_up(60), tmp_path, source="made_up", **changes))
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("5 AS a, 'x' AS b", r"no column tells the 240 leads .* apart \(a: constant; b: constant\)"),
+        ("5 AS a, NULL::text AS b", r"\(a: constant; b: constant\)"),
+        ("i AS a", r"\(a: looks like an identifier"),
+        # The column came late: the first of the parts that models are compared on knows one value of it.
+        (
+            "greatest(i, 150) / 7 AS a, timestamptz '2026-01-01Z' + i * interval '1 hour' AS as_of",
+            r"compared on parts of the leads, and in one no column tells .* \(a: constant\)",
+        ),
+        *(
+            (f"cos(i) AS a, CASE i WHEN 9 THEN '{moment}' ELSE timestamptz '2026-01-01Z' END AS as_of", words)
+            for moment, words in (
+                ("infinity", "as_of is infinite for some leads"),
+                ("-infinity", "as_of is infinite for some leads"),
+                ("20000-01-01", "in no year from 1 to 9998"),
+                ("0044-03-15 BC", "in no year from 1 to 9998"),
+            )
+        ),
+        ("cos(i) AS a, NULLIF(i % 2, 0) AS flag, i % 5 AS flag__present", "exclude it"),
+    ],
+)
+def test_leads_that_nothing_can_be_learnt_from_are_a_clear_refusal(
+    database_url: str, tmp_path: Path, columns: str, message: str
+) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            f"CREATE TABLE made_up AS SELECT md5(i::text)::uuid AS lead_id, (i * i % 7 < 3)::int AS won, "
+            f"{columns} FROM generate_series(1, 300) i"
+        )
+    with pytest.raises(TrainingError, match=message):
+        train(quick_options(database_url, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_beginning_that_is_not_finite_is_a_clear_refusal(database_url: str, tmp_path: Path) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            "CREATE TABLE made_up AS SELECT md5(i::text)::uuid AS lead_id, sin(i) AS signal, "
+            "CASE i WHEN 9 THEN '-infinity' ELSE timestamptz '2026-01-01Z' END AS created_at, "
+            "timestamptz '2026-01-02Z' AS won_at FROM generate_series(1, 300) i"
+        )
+    with pytest.raises(TrainingError, match="created_at is infinite for some leads"):
+        train(quick_options(database_url, tmp_path, label=None, outcome="won_at"))
+
+
 def test_a_published_version_is_never_overwritten(report: TrainingReport, demo_url: str) -> None:
     with pytest.raises(ArtifactError, match="already exists"):
         train(build_options(demo_url, report.manifest_path.parent))

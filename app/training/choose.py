@@ -19,6 +19,7 @@ from app.ai.calibration import calibration_statistics, shift_log_odds
 from app.ai.domain import BoolArray, FloatArray, IntArray, JsonObject
 from app.ai.estimators import build_scorer
 from app.ai.venn_abers import build_table
+from app.errors import TrainingError
 from app.training.calibrators import choose_calibrator, cross_fit, fit_calibrator
 from app.training.candidates import Candidate
 from app.training.fit import (
@@ -71,7 +72,7 @@ def choose_model(
     """Returns the candidate that evidence favours, fitted on all rows and calibrated; names are distinct.
 
     Raises:
-        TrainingError: the rows cannot be parted into folds.
+        TrainingError: the rows cannot be parted into folds, or nothing tells those of a fold apart.
     """
     trials = run_trials(
         rows, build, candidates, build_folds(rows, seed), seed=seed, progress=_under(progress, "compare")
@@ -129,6 +130,9 @@ def run_trials(
 
     Features are learnt once a fold, for all candidates. Fits share the cores; the result does not depend on
     how many there are.
+
+    Raises:
+        TrainingError: nothing tells the training rows of a fold apart.
     """
     total = len(candidates) * len(folds)
     progress(0, total)
@@ -136,7 +140,10 @@ def run_trials(
     def list_fits() -> Iterator[Any]:
         for fold in folds:
             train = rows.take(fold.train)
-            learnt = learn_features(train, build)
+            try:
+                learnt = learn_features(train, build)
+            except TrainingError as exc:
+                raise TrainingError(f"models are compared on parts of the leads, and in one {exc}") from exc
             strangers = learnt.values_of(rows.take(fold.test))
             for one in candidates:
                 yield joblib.delayed(_score)(one, learnt.values, train, strangers, seed)

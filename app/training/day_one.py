@@ -135,7 +135,7 @@ def choose_features(
     nobody = np.zeros(everyone.leads.n, dtype=np.int64)
     try:
         derived = derive_features(everyone.leads, nobody, everyone.as_of, columns)
-    except ValueError:
+    except TrainingError:
         return _only_feature(columns)
     matrix = build_features(everyone.leads, derived.feature_set, everyone.as_of)
     specs = tuple(

@@ -14,6 +14,7 @@ import numpy as np
 
 from app.ai.domain import Column, FloatArray, InputColumn, IntArray, LeadColumns
 from app.ai.features import FeatureSet, FeatureSpec
+from app.errors import TrainingError
 from app.training.levels import MIN_LEVEL_ROWS, learn_levels
 from app.training.repeats import distinct_codes, find_repeats
 
@@ -38,7 +39,7 @@ def derive_features(
     """Builds specs for these columns from `n` training rows; `as_of` (n,) is in seconds UTC.
 
     Raises:
-        ValueError: no column is left to learn from.
+        TrainingError: no column is left to learn from, or one is called like a feature of another.
     """
     specs: list[FeatureSpec] = []
     dropped: dict[str, str] = {}
@@ -52,7 +53,13 @@ def derive_features(
             dropped[column.name] = reason
             continue
         specs += _specs(column, cells, outcome, as_of)
-    return DerivedFeatures(FeatureSet(tuple(specs)), dropped)
+    if not specs:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
+        raise TrainingError(f"no column tells the {leads.n:,} leads to learn from apart ({reasons}).")
+    try:
+        return DerivedFeatures(FeatureSet(tuple(specs)), dropped)
+    except ValueError as exc:  # whether `city` is known is the feature `city__present`
+        raise TrainingError("a column is called like a feature made of another one; exclude it.") from exc
 
 
 def reason_to_drop(cells: Column) -> str | None:

@@ -6,6 +6,7 @@ equals the serving row of the same lead bit for bit. Called by `app.training.tra
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from difflib import get_close_matches
 
 import numpy as np
@@ -22,6 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 _AS_OF, _CREATED_AT, _EXTERNAL_REF = "as_of", "created_at", "external_ref"
 _SECONDS_PER_DAY = 86_400.0
+_FIRST_MOMENT, _LAST_MOMENT = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1, 9999))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,7 +160,10 @@ def _as_of(options: TrainingOptions, leads: LeadColumns) -> FloatArray:
     moments = leads.columns[start]
     if not moments.present.all():
         raise TrainingError(f"{start} is empty for some leads; every row needs the moment it is true for.")
-    return np.asarray(moments.values, dtype=np.float64)
+    as_of = np.asarray(moments.values, dtype=np.float64)
+    if not ((as_of >= _FIRST_MOMENT) & (as_of < _LAST_MOMENT)).all():
+        raise TrainingError(f"{start} is infinite for some leads, or in no year from 1 to 9998.")
+    return as_of
 
 
 def _order_column(options: TrainingOptions, leads: LeadColumns) -> str | None:
@@ -175,7 +180,9 @@ def _order(options: TrainingOptions, leads: LeadColumns) -> FloatArray | None:
     order = np.asarray(cells.values, dtype=np.float64)
     if not (cells.present & np.isfinite(order)).all():
         if name == options.order_by:
-            raise TrainingError(f"{name} is empty for some leads; to order by it every lead needs one.")
+            raise TrainingError(
+                f"{name} is empty or not finite for some leads; to order by it every lead needs one."
+            )
         return None
     return order if order.min() < order.max() else None
 
