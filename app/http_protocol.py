@@ -108,8 +108,8 @@ class ProblemProtocol(HttpToolsProtocol):
         if len(self.headers) > MAX_FIELDS:
             raise MalformedRequestError
         super().on_headers_complete()
-        # The scope keeps its list, which is complete. What comes now are trailers, which must not be taken for
-        # headers (RFC 9110, 6.5.1): one could be a credential that no proxy has seen. Nobody here reads any.
+        # The scope keeps its list, which is complete. What comes now are trailers, which must not be taken
+        # for headers (RFC 9110, 6.5.1): one could be a credential that no proxy has seen. Nobody reads any.
         self.headers = []
         if self._drain.active and self.cycle is not None:
             self.cycle.keep_alive = False
