@@ -2,16 +2,17 @@
 
 A driver's exception quotes the row it choked on, so of a foreign exception the type, its SQLSTATE and the
 places in the code are logged, never its text; the errors of our own tree are written by us and are logged in
-full. Of a library's log call only the template is kept, not what was to be filled in. Called once by each
-process that serves.
+full. Of a library's log call only the template is kept, not what was to be filled in. A line that cannot be
+written is lost, and nothing else: whoever logs goes on. Called once by each process that serves.
 """
 
 import logging
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import msgspec
 import structlog
@@ -31,7 +32,7 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
 
     May be called again: the last call counts.
     """
-    output = stream or sys.stderr
+    output = cast("TextIO", _Unfailing(stream or sys.stderr))
     structlog.configure(
         processors=[*_shared_processors(), _render_exception, _render_line],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -96,6 +97,21 @@ def _render_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
 
 def _name_type(value: object) -> str:
     return type(value).__name__
+
+
+class _Unfailing:
+    """A stream that a full disk, a reader who has gone or a closed file takes lines from, and no more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 class _LibraryFormatter(logging.Formatter):

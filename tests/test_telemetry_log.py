@@ -7,9 +7,12 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
 from app.ai.domain import StoredEvent
@@ -45,6 +48,22 @@ class FailingFiles(WatchedFiles):
         self.calls.append((operation, subject))
         if operation in self.failing:
             raise OSError(self.failing[operation], os.strerror(self.failing[operation]))
+
+
+@contextmanager
+def broken_logging() -> Iterator[None]:
+    """Every log line raises meanwhile."""
+
+    def fail(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "the log lines go to the same disk")
+
+    processors = structlog.get_config()["processors"]
+    before = processors.copy()
+    processors[:] = [fail]
+    try:
+        yield
+    finally:
+        processors[:] = before
 
 
 @pytest.fixture
@@ -467,6 +486,21 @@ def test_a_segment_that_failed_is_never_written_to_again_and_still_read(
     assert descriptor not in {subject for _, subject in files.calls}
     assert [event.id for event in read_all(log)] == ["id-000000", "id-000001", "id-000003"]
     assert len(ship_all(log)) == 3
+
+
+def test_a_segment_that_failed_is_never_written_to_again_even_if_that_cannot_be_logged(
+    log: TelemetryLog, files: FailingFiles
+) -> None:
+    log.write(make_events(0, 1))
+    files.calls.clear()
+    files.failing["fdatasync"] = errno.EIO
+    with broken_logging(), pytest.raises(TelemetryUnavailableError):
+        log.write(make_events(1, 1))
+    files.failing.clear()
+    given_up = {subject for _, subject in files.calls}
+    files.calls.clear()
+    log.write(make_events(2, 1))
+    assert given_up.isdisjoint(subject for _, subject in files.calls)
 
 
 def test_an_event_the_disk_refused_once_is_kept_in_a_new_segment(

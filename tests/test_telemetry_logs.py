@@ -1,6 +1,7 @@
 """Log lines are JSON with the request's ID, and an exception's text never gets into one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,42 @@ def test_what_the_server_says_of_itself_is_kept_and_its_access_lines_are_not() -
 def test_configuring_twice_writes_each_line_once() -> None:
     lines = run("configure_logging('INFO')\nlogging.getLogger('uvicorn').info('once')")
     assert [line["event"] for line in lines] == ["once"]
+
+
+NOBODY = "pipe without a reader"
+
+
+@pytest.mark.parametrize("where", ["/dev/full", NOBODY])
+def test_a_line_that_cannot_be_written_is_lost_and_nothing_else(where: str) -> None:
+    if where == NOBODY:
+        reader, stderr = os.pipe()
+        os.close(reader)
+    else:
+        stderr = os.open(where, os.O_WRONLY)
+    code = (
+        "import logging, structlog, sys, warnings\n"
+        "from app.log_setup import configure_logging\n"
+        "configure_logging('INFO')\n"
+        "for _ in range(200):\n"
+        "    structlog.get_logger('app.x').error('x' * 100)\n"
+        "    logging.getLogger('psycopg').error('x' * 100)\n"
+        "warnings.warn('x')\n"
+        "sys.stderr.close()\n"
+        "structlog.get_logger('app.x').error('the stream is closed')\n"
+        "print('went on')"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=ROOT,
+            check=False,
+            timeout=60,
+        )
+    finally:
+        os.close(stderr)
+    assert done.stdout == b"went on\n"
 
 
 def fail_with(error: Exception) -> None:

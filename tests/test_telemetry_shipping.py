@@ -15,7 +15,7 @@ from app.ai.ml_telemetry import MlTelemetry, NullTelemetry
 from app.ai.patience import Patience
 from app.ai.telemetry_log import TelemetryLog
 from app.errors import DatabaseUnavailableError, TelemetryUnavailableError
-from tests.test_telemetry_log import make_events
+from tests.test_telemetry_log import broken_logging, make_events
 
 EVENT = PredictionError(
     route="/ai/advanced-ml/predict-batch", status=422, trace_id=None, latency_ms=1.5,
@@ -346,6 +346,61 @@ async def test_disk_and_database_gone_give_an_error_in_time_and_no_event_for_it(
         log.gate.set()
         await until(lambda: telemetry.state() == "ok")
     assert table.request_ids() == ["already on its way to the disk"]
+
+
+@pytest.mark.parametrize("quick_disk_seconds", [0, 60], ids=["on the thread", "where they stand"])
+async def test_nobody_waits_for_ever_when_a_failed_disk_cannot_be_logged_either(
+    tmp_path: Path, quick_disk_seconds: float
+) -> None:
+    class Failing(TelemetryLog):
+        fails = False
+
+        def write(self, events: Sequence[StoredEvent]) -> None:
+            if self.fails:
+                raise TelemetryUnavailableError
+            super().write(events)
+
+    log, table = Failing(tmp_path), Table()
+    async with opened(log, table, quick_disk_seconds=quick_disk_seconds) as telemetry, asyncio.timeout(10):
+        log.fails = True
+        with broken_logging():
+            await asyncio.gather(*(telemetry.record(make_event, f"direct-{n}") for n in range(3)))
+            assert table.request_ids() == ["direct-0", "direct-1", "direct-2"]
+        log.fails = False
+        await until(lambda: telemetry.state() == "ok")
+        await telemetry.record(make_event, "logged")
+    assert table.request_ids() == ["direct-0", "direct-1", "direct-2", "logged"]
+
+
+async def test_an_event_that_waited_in_vain_goes_to_the_database_even_if_that_cannot_be_logged(
+    tmp_path: Path,
+) -> None:
+    log, table = GatedLog(tmp_path), Table()
+    async with opened(log, table, deadline_seconds=0.05) as telemetry, asyncio.timeout(10):
+        log.gate.clear()
+        with broken_logging():
+            await telemetry.record(make_event, "late")
+            assert table.request_ids() == ["late"]
+        log.gate.set()
+
+
+async def test_what_ends_the_making_of_a_group_leaves_nobody_else_of_it_waiting(
+    tmp_path: Path,
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end() -> PredictionError:
+        raise Ended
+
+    table = Table()
+    async with opened(TelemetryLog(tmp_path), table, quick_disk_seconds=60) as telemetry, asyncio.timeout(10):
+        outcomes = await asyncio.gather(
+            *(telemetry.record(build, name) for build, name in ((make_event, "first"), (end, "none"))),
+            return_exceptions=True,
+        )
+        assert table.request_ids() == ["first"]
+    assert [type(outcome) for outcome in outcomes] == [type(None), Ended]
 
 
 async def test_a_log_that_cannot_be_written_refuses_and_recovers(tmp_path: Path) -> None:

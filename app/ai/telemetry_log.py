@@ -129,6 +129,7 @@ class TelemetryLog:
             try:
                 self._current.append(payloads)
             except OSError as exc:
+                self._current = None  # before anything else can go wrong: it must not be written to again
                 _log.error("telemetry_segment_abandoned", error=type(exc).__name__)
             else:
                 return

@@ -31,18 +31,21 @@ _MOST_COUNTED = 8
 _T = TypeVar("_T")
 _Written = asyncio.Future[BaseException | None]
 
+_UNWRITTEN = TelemetryUnavailableError("not written")
+"""What is the matter with an event that nobody has tried to write."""
+
 _log = structlog.get_logger("app.telemetry")
 
 
 @dataclass(slots=True)
 class _Entry:
-    """An event on its way to the log; `written` gets None, or the error that kept it from being durable."""
+    """An event on its way to the log; `written` gets what keeps it from being durable, None once it is."""
 
     build: Callable[[], StoredEvent]
     written: "_Written | None" = None
     deadline_seconds: float = 0.0
     withdrawn: bool = False
-    error: Exception | None = None
+    error: Exception | None = _UNWRITTEN
 
 
 class TelemetryWriter:
@@ -144,7 +147,7 @@ class TelemetryWriter:
             self._write_group(ready)
         finally:
             self._log_free.release()
-        _settle_entries(ready)
+            _settle_entries(ready)
 
     def _hand_over(self, entry: _Entry) -> None:
         if entry.written is not None:
@@ -154,8 +157,8 @@ class TelemetryWriter:
 
     def _withdraw(self, entry: _Entry) -> None:
         entry.withdrawn, entry.error = True, TimeoutError()
-        self._note("deadline", entry.error)
         _settle_entries([entry])
+        self._note("deadline", entry.error)
 
     def end_wait(self) -> None:
         """Has what waits for the events of other requests written now."""
@@ -215,7 +218,8 @@ class TelemetryWriter:
         while not self._closing:
             group, call = self._take_jobs()
             if group:
-                with self._log_free:
+                # What fails outside the log is counting or logging: who waits was told, the thread goes on.
+                with self._log_free, suppress(Exception):
                     self._commit(group)
             if call is not None:  # reads or makes room, which does not disturb whoever writes meanwhile
                 call()
@@ -235,25 +239,31 @@ class TelemetryWriter:
         return group, job
 
     def _commit(self, group: Sequence[_Entry]) -> None:
-        self._write_group(group)
-        self._tell_loop(functools.partial(_settle_entries, group))
+        try:
+            self._write_group(group)
+        finally:
+            self._tell_loop(functools.partial(_settle_entries, group))
 
     # --- on either ---------------------------------------------------------------------------------------
 
     def _write_group(self, group: Sequence[_Entry]) -> None:
         events = [event for entry in group if (event := _build(entry)) is not None]
+        error: Exception | None = None
         began = time.perf_counter()
         try:
             self._telemetry_log.write(events)
         except Exception as exc:  # noqa: BLE001 - the thread must outlive whatever it was; who waits is told
-            self._note("write", exc.__cause__ or exc)
-            for entry in group:
-                entry.error = entry.error or exc
-        else:
+            error = exc
+        self._commit_seconds = time.perf_counter() - began
+        for entry in group:
+            if entry.error is _UNWRITTEN:
+                entry.error = error
+        if error is None:
             self._note_usable()
             for event in events:
                 observe_event(event.action)
-        self._commit_seconds = time.perf_counter() - began
+        else:
+            self._note("write", error.__cause__ or error)
         if lost := sum(entry.written is None and entry.error is not None for entry in group):
             TELEMETRY_FAILURES.labels("lost").inc(lost)
 
@@ -262,15 +272,15 @@ class TelemetryWriter:
             self._loop.call_soon_threadsafe(call)
 
     def _note(self, step: str, cause: BaseException | None) -> None:
+        was_usable, self._usable = self._usable, False
         TELEMETRY_FAILURES.labels(step).inc()
-        if self._usable:
+        if was_usable:
             _log.error("telemetry_log_unusable", step=step, error=type(cause).__name__)
-        self._usable = False
 
     def _note_usable(self) -> None:
-        if not self._usable:
+        was_usable, self._usable = self._usable, True
+        if not was_usable:
             _log.info("telemetry_log_usable_again")
-        self._usable = True
 
 
 def _build(entry: _Entry) -> StoredEvent | None:
