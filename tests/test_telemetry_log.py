@@ -557,6 +557,55 @@ def test_a_segment_that_could_not_be_made_leaves_nothing_behind(
     assert read_all(log) == make_events(0, 20)
 
 
+class NoMemory(WatchedFiles):
+    """Files whose named operation finds no memory once it has been done `spared` times more."""
+
+    def __init__(self) -> None:
+        super().__init__(self._watch)
+        self.operation, self.spared = "", 0
+
+    def _watch(self, operation: str, *_: object) -> None:
+        if operation == self.operation:
+            self.spared -= 1
+            if self.spared < 0:
+                raise MemoryError
+
+
+def test_a_segment_there_was_no_memory_for_leaves_nothing_behind(directory: Path, tmp_path: Path) -> None:
+    files = NoMemory()
+    log = TelemetryLog(directory, segment_bytes=SEGMENT, files=files)
+    log.write(make_events(0, 8))
+    opened = len(list_open_files(tmp_path))
+    files.operation = "pwrite"
+    with pytest.raises(MemoryError):
+        log.prepare_next()
+    files.operation = ""
+    assert len(list_segments(directory)) == 1
+    assert len(list_open_files(tmp_path)) == opened
+    log.prepare_next()
+    assert len(list_segments(directory)) == 2
+    log.close()
+
+
+def test_orphans_there_was_no_memory_for_are_taken_over_later(
+    directory: Path, open_log: Callable[..., TelemetryLog]
+) -> None:
+    dead = [open_log(), open_log()]
+    for number, orphan in enumerate(dead):
+        orphan.write(make_events(number, 1))
+    for orphan in dead:
+        orphan.close()
+    files = NoMemory()
+    log = TelemetryLog(directory, segment_bytes=SEGMENT, files=files)
+    files.operation, files.spared = "pread", 1
+    with pytest.raises(MemoryError):
+        log.read_batch(10)
+    files.operation = ""
+    assert sorted(ship_all(log), key=lambda event: event.id) == make_events(0, 2)
+    assert list_segments(directory) == []
+    log.close()
+
+
 def test_a_segment_that_cannot_even_be_removed_is_an_orphan(
     log: TelemetryLog, files: FailingFiles, directory: Path
 ) -> None:

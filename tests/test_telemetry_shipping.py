@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from app.ai.domain import StoredEvent
 from app.ai.events import PredictionError
@@ -266,6 +268,34 @@ async def test_an_absent_database_delays_events_and_loses_none(tmp_path: Path) -
         await until(lambda: len(table.rows) == 120)
         await until(lambda: telemetry.state() == "ok")
     assert table.request_ids() == [f"req-{n:03}" for n in range(120)]
+
+
+async def test_a_look_at_the_log_that_fails_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    class NoMemory(TelemetryLog):
+        failures = 0
+
+        def prepare_next(self) -> None:
+            if self.failures:
+                self.failures -= 1
+                raise MemoryError
+            super().prepare_next()
+
+    def count_failures() -> float | None:
+        return REGISTRY.get_sample_value("leadscore_telemetry_failures_total", {"step": "ship"})
+
+    log, table, before = NoMemory(tmp_path), Table(), count_failures() or 0
+    async with opened(log, table) as telemetry:
+        with capture_logs() as lines:
+            log.failures = 3
+            await until(lambda: not log.failures)
+            await telemetry.record(make_event, "after it")
+            await until(lambda: table.request_ids() == ["after it"] and telemetry.state() == "ok")
+        assert count_failures() == before + 3
+        assert [line["event"] for line in lines] == [
+            "telemetry_shipping_delayed",
+            "telemetry_shipping_resumed",
+        ]
+        assert lines[0]["error"] == "MemoryError"
 
 
 async def ship(log: TelemetryLog, count: int) -> list[int]:

@@ -210,14 +210,20 @@ class MlTelemetry:
         pause = self._ship_interval_seconds
         while True:
             await asyncio.sleep(pause)
+            failure: Exception | None = None
             try:
                 pause = await self._ship_calmly()
             except Exception as exc:  # noqa: BLE001 - whatever it was, the events stay
-                self._note_delay(exc)
-                pause = min(2 * max(pause, self._ship_interval_seconds), _LONGEST_PAUSE_SECONDS)
-            else:
+                failure = exc
+            try:
+                await self._look_at_log()
+            except Exception as exc:  # noqa: BLE001 - whatever it was, the next look may do better
+                failure = failure or exc
+            if failure is None:
                 self._note_shipping()
-            await self._look_at_log()
+            else:
+                self._note_delay(failure)
+                pause = min(2 * max(pause, self._ship_interval_seconds), _LONGEST_PAUSE_SECONDS)
             if not self._writer.usable:  # tried again soon, whatever the database does
                 pause = self._ship_interval_seconds
 

@@ -180,20 +180,20 @@ class TelemetryLog:
         return batch
 
     def _adopt_orphans(self, failures: list[OSError]) -> bool:
-        adopted = []
+        adopted = False
         for path in sorted(self._directory.glob(_NAMES)):
             try:
-                adopted.append(Segment.adopt(self._files, path))
+                self._segments.append(Segment.adopt(self._files, path))
+                adopted = True
             except (BlockingIOError, FileNotFoundError):
                 continue  # a living process has it, or had
             except OSError as exc:
                 failures.append(exc)
-        self._segments += adopted
         try:
             self._remove_finished()
         except OSError as exc:
             failures.append(exc)
-        return bool(adopted)
+        return adopted
 
     def _remove_finished(self) -> None:
         for segment in list(self._segments):

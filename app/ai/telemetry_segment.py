@@ -100,7 +100,7 @@ class Segment:
             files.pwrite(segment._descriptor, segment._header.ljust(size, b"\0"), 0)
             files.fdatasync(segment._descriptor)
             files.sync_directory(path.parent)
-        except OSError:
+        except BaseException:  # no memory for so many zeros, for one
             with suppress(OSError):
                 files.unlink(path)
             segment.close()
@@ -116,7 +116,7 @@ class Segment:
             segment._lock()
             segment._size = os.fstat(segment._descriptor).st_size
             segment._find_records(files.pread(segment._descriptor, segment._size, 0))
-        except OSError:
+        except BaseException:  # while it is open it is locked, and nobody else takes it over
             segment.close()
             raise
         return segment
