@@ -1,8 +1,8 @@
 """The service's Prometheus metrics, and how they are rendered for one process or for several.
 
 Labels are route templates, codes and other words of our own, so their number is bounded; never an ID or a
-value. Whoever starts more than one worker sets `PROMETHEUS_MULTIPROC_DIR` to an empty directory before this
-module is imported: the library decides then whether counts are shared between processes.
+value. Whoever starts more than one worker sets `PROMETHEUS_MULTIPROC_DIR` to an empty directory
+(`shared_counts`) before this module is imported: the library decides then whether counts are shared.
 """
 
 import os

@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import socket
 import time
@@ -31,6 +30,7 @@ from app.drain import ANNOUNCEMENT
 from app.errors import DatabaseUnavailableError, SettingsError
 from app.log_setup import configure_logging
 from app.settings import UNIX_PREFIX, Settings
+from app.shared_counts import open_shared_counts
 
 DEMO_PEOPLE = 10_000
 DEMO_SEED = 1
@@ -66,7 +66,7 @@ def serve(settings: Settings) -> None:
                 _seed_once(url)
             else:
                 _warn_unless_migrated(url)
-            _prepare_workers(settings, url)
+            _prepare_workers(stack, settings, url)
             stack.callback(_ignore_signals)  # closed first: a second Ctrl-C must not cut the closing short
             _run(settings, listener)
     except _Stopped:
@@ -106,14 +106,12 @@ def _warn_unless_migrated(url: str) -> None:
         _log.warning("database_not_migrated", state=state, remedy="run `leadscore db upgrade`")
 
 
-def _prepare_workers(settings: Settings, url: str) -> None:
+def _prepare_workers(stack: ExitStack, settings: Settings, url: str) -> None:
     """Decides how workers start, and leaves in the environment what they must find before any import."""
     os.environ["DATABASE_URL"] = url
     if settings.workers > 1:
         # prometheus_client decides at import time whether counts are shared between processes.
-        shared_counts = settings.var_dir / "metrics"
-        shutil.rmtree(shared_counts, ignore_errors=True)
-        shared_counts.mkdir(parents=True)
+        shared_counts = stack.enter_context(open_shared_counts(settings.var_dir))
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared_counts.resolve())
         # uvicorn would start each with all libraries in memory once more, and has no setting for it.
         forks = multiprocessing.get_context("forkserver")
