@@ -288,6 +288,24 @@ async def test_a_transaction_left_open_does_not_reach_the_next_caller(
     assert await database.run(status) == "IDLE"
 
 
+@pytest.mark.parametrize(
+    ("configured", "used"),
+    [("off", "on"), ("on", "on"), ("local", "local"), ("remote_apply", "remote_apply")],
+)
+async def test_a_commit_is_durable_however_little_the_database_asks_for(
+    database_url: str, connect: Connect, configured: str, used: str
+) -> None:
+    async def show(connection: Connection) -> str:
+        row = await (await connection.execute("SHOW synchronous_commit")).fetchone()
+        return str(row[0])
+
+    with psycopg.connect(database_url, autocommit=True) as administrator:
+        administrator.execute(
+            f"ALTER DATABASE {administrator.info.dbname} SET synchronous_commit = {configured}"  # type: ignore[arg-type]
+        )
+    assert await connect(database_url, deadline_seconds=5).run(show) == used
+
+
 async def test_no_server_is_said_at_once(tmp_path: Path, connect: Connect) -> None:
     assert await refused_in(connect(f"postgresql://nobody@/x?host={tmp_path}")) < DEADLINE
 

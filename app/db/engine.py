@@ -32,7 +32,10 @@ _PREPARE_SESSION = """
            set_config('jit', 'off', false),       -- compiling costs more than any statement of ours takes
            set_config('TimeZone', 'UTC', false),
            -- A plan for these very IDs takes longer to make than the one for any IDs to carry out.
-           set_config('plan_cache_mode', 'force_generic_plan', false)
+           set_config('plan_cache_mode', 'force_generic_plan', false),
+           -- Roles and databases may say off, for speed; an event leaves the telemetry log at its commit.
+           set_config('synchronous_commit',
+                      coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'on'), false)
 """
 
 
