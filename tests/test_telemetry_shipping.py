@@ -521,6 +521,27 @@ async def test_a_frozen_database_behind_a_failed_disk_gives_an_error_in_time(tmp
     assert table.request_ids() == ["late"]
 
 
+async def test_behind_a_frozen_database_only_those_whose_callers_left_or_still_wait_are_kept(
+    tmp_path: Path,
+) -> None:
+    table = GatedTable()
+    async with opened(make_unusable(tmp_path), table) as telemetry:
+        first = asyncio.create_task(telemetry.record(make_event, "on its way"))
+        await until(lambda: table.inserts == 1)
+        gone = asyncio.create_task(telemetry.record(make_event, "caller gone"))
+        await turns()
+        gone.cancel()
+        late = (telemetry.record(make_event, f"late-{n}", deadline_seconds=0.05) for n in range(200))
+        outcomes = await asyncio.gather(*late, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {TelemetryUnavailableError}
+        waits = asyncio.create_task(telemetry.record(make_event, "waits"))
+        await turns()
+        table.gate.set()
+        await asyncio.gather(first, waits)
+    assert table.request_ids() == ["caller gone", "on its way", "waits"]
+    assert table.inserts == 2
+
+
 async def test_disk_and_database_together_take_no_longer_than_the_request_has_left(tmp_path: Path) -> None:
     log, table = GatedLog(tmp_path), GatedTable()
     async with opened(log, table, deadline_seconds=60.0) as telemetry, asyncio.timeout(10):

@@ -4,12 +4,13 @@ Events that wait at the same time share one INSERT. Called by `ml_telemetry` alo
 """
 
 import asyncio
+import itertools
 
 from app.ai.domain import EventSink, StoredEvent
 from app.errors import TelemetryUnavailableError
 from app.metrics import TELEMETRY_FAILURES, observe_event
 
-_Waiting = tuple[StoredEvent, asyncio.Future[Exception | None]]
+_Written = asyncio.Future[Exception | None]
 
 
 class DirectWriter:
@@ -18,7 +19,7 @@ class DirectWriter:
     def __init__(self, sink: EventSink, group_size: int) -> None:
         self._sink = sink
         self._group_size = group_size
-        self._waiting: list[_Waiting] = []
+        self._waiting: dict[_Written, StoredEvent] = {}
         self._task: asyncio.Task[None] | None = None
         self._usable = True
 
@@ -32,14 +33,15 @@ class DirectWriter:
 
         Raises:
             TelemetryUnavailableError: the database refused it or took longer than the deadline. An event that
-                was on its way by then may be there.
+                was on its way by then may be there; one that was not is forgotten.
         """
-        written: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((event, written))
+        written: _Written = asyncio.get_running_loop().create_future()
+        self._waiting[written] = event
         if self._task is None:
             self._task = asyncio.create_task(self._write_waiting(), name="telemetry-direct")
         # Unlike wait_for, this leaves the future alone when the caller is cancelled.
         await asyncio.wait({written}, timeout=deadline_seconds)
+        self._waiting.pop(written, None)  # if it is still there, it is late
         error = written.result() if written.done() else TimeoutError()
         if error is not None:
             TELEMETRY_FAILURES.labels("direct").inc()
@@ -57,10 +59,11 @@ class DirectWriter:
 
     async def _write_waiting(self) -> None:
         while self._waiting:
-            group = self._waiting[: self._group_size]
-            del self._waiting[: self._group_size]
-            error = await self._write_group([event for event, _ in group])
-            for _, written in group:
+            group = dict(itertools.islice(self._waiting.items(), self._group_size))
+            for written in group:
+                del self._waiting[written]
+            error = await self._write_group(list(group.values()))
+            for written in group:
                 written.set_result(error)
         self._task = None
 
