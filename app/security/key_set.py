@@ -1,8 +1,9 @@
 """The public keys of the token issuer, as it publishes them (a JSON Web Key Set, RFC 7517).
 
 However many unknown keys are asked for, the issuer is asked at most once a minute, by one request for all,
-which is sent once more when the network fails it; while the issuer is away the last set stays. Only keys for
-the one configured algorithm are taken, and none that is a secret. Built by `wiring`, asked by `tokens`.
+which is sent once more when the network fails it; while the issuer is away the last set stays. A set that was
+read replaces the last one whatever is in it: a key that is not there any more is withdrawn. Only keys for the
+one configured algorithm are taken, and none that is a secret. Built by `wiring`, asked by `tokens`.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ MAX_SET_BYTES = 262_144
 
 PublicKey = Any  # a public key of the cryptography library, of the configured algorithm's kind
 Keys = Mapping[str, PublicKey]
+_NO_KEYS: Keys = {}
 
 _fetch_again = stamina.AsyncRetryingCaller(attempts=2, wait_initial=0.1, wait_jitter=0.4).on(
     httpx2.TransportError
@@ -38,7 +40,7 @@ _log = structlog.get_logger("app.key_set")
 
 
 class _Document(msgspec.Struct):
-    keys: list[dict[str, Any]]
+    keys: list[Any]
 
 
 class KeySet:
@@ -62,13 +64,13 @@ class KeySet:
         self._max_age_seconds = max_age_seconds
         self._algorithm = algorithm
         self._clock = clock
-        self._keys: Keys = {}
+        self._keys: Keys | None = None
         self._asked_at = -math.inf
         self._refresh: asyncio.Task[None] | None = None
 
     def current(self) -> Keys:
-        """Returns the keys of the last good answer."""
-        return self._keys
+        """Returns the keys of the last set that was read, none if none was."""
+        return _NO_KEYS if self._keys is None else self._keys
 
     async def run(self) -> None:
         """Asks at once, and whenever the set is too old, until it is cancelled."""
@@ -85,13 +87,13 @@ class KeySet:
 
         Raises:
             NotAuthenticatedError: the issuer has no such key.
-            KeysUnavailableError: the issuer has never answered.
+            KeysUnavailableError: the issuer has never told its keys.
         """
-        if key_id not in self._keys:
+        if key_id not in self.current():
             self._refresh_after(MIN_PAUSE_SECONDS)
             if self._refresh is not None:
                 await asyncio.wait({self._refresh})
-        if not self._keys:
+        if self._keys is None:
             raise KeysUnavailableError(retry_after=max(1, math.ceil(self._pause_left())))
         if key_id not in self._keys:
             raise NotAuthenticatedError
@@ -109,44 +111,50 @@ class KeySet:
     async def _replace(self) -> None:
         try:
             async with asyncio.timeout(self._fetch_seconds):
-                self._keys = build_keys(await _fetch_again(self._fetch), self._algorithm)
+                keys, unreadable = build_keys(await _fetch_again(self._fetch), self._algorithm)
         except (httpx2.HTTPError, OSError, ValueError) as exc:  # TimeoutError is an OSError
             AUTH_REFRESH_FAILURES.labels("key_set").inc()
-            _log.warning("key_set_not_read", error=type(exc).__name__, keys=len(self._keys))
+            _log.warning("key_set_not_read", error=type(exc).__name__, keys=len(self.current()))
+            return
+        self._keys = keys
+        if unreadable or not keys:
+            _log.warning("key_set_lacks_keys", keys=len(keys), unreadable=unreadable)
 
 
-def build_keys(document: bytes, algorithm: str) -> Keys:
-    """Returns the public keys of a key set that may verify signatures of this algorithm, by their IDs.
+def build_keys(document: bytes, algorithm: str) -> tuple[Keys, int]:
+    """Returns the keys of a set that may verify signatures of this algorithm, and how many cannot be read.
+
+    The keys are by their IDs; there may be none.
 
     Raises:
-        ValueError: the document is no key set, or holds no such key.
+        ValueError: the document is no key set.
     """
     try:
         entries = msgspec.json.decode(document, type=_Document).keys
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, RecursionError) as exc:
         raise ValueError("not a key set") from exc
-    keys = {entry["kid"]: _build_key(entry, algorithm) for entry in entries if _is_usable(entry, algorithm)}
-    if not keys:
-        raise ValueError("no usable key")
-    return keys
+    usable = [entry for entry in entries if _is_usable(entry, algorithm)]
+    read = [(entry["kid"], _read_key(entry, algorithm)) for entry in usable]
+    keys = {key_id: key for key_id, key in read if key is not None}
+    return keys, sum(key is None for _, key in read)
 
 
-def _is_usable(entry: Mapping[str, Any], algorithm: str) -> bool:
-    kind = entry.get("crv", entry.get("kty"))
+def _is_usable(entry: Any, algorithm: str) -> bool:
     return (
-        isinstance(entry.get("kid"), str)
+        isinstance(entry, dict)
+        and isinstance(entry.get("kid"), str)
         and entry.get("use", "sig") == "sig"
         and entry.get("alg", algorithm) == algorithm
-        and kind == _KINDS[algorithm]
+        and entry.get("crv", entry.get("kty")) == _KINDS[algorithm]
         and "d" not in entry  # a private key has no business there
     )
 
 
-def _build_key(entry: dict[str, Any], algorithm: str) -> PublicKey:
+def _read_key(entry: dict[str, Any], algorithm: str) -> PublicKey | None:
     try:
         return jwt.PyJWK(entry, algorithm).key
-    except jwt.PyJWTError as exc:
-        raise ValueError("a key that cannot be read") from exc
+    except Exception:  # noqa: BLE001 - whatever is wrong with one key, the others are still told and withdrawn
+        return None
 
 
 class KeySetEndpoint:
