@@ -7,6 +7,7 @@ A wrong value raises `SettingsError`, whose text is one line that names the vari
 import base64
 import binascii
 import ipaddress
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -34,6 +35,7 @@ class Settings(BaseSettings):
         extra="ignore",
         use_attribute_docstrings=True,
         protected_namespaces=(),
+        hide_input_in_errors=True,
     )
 
     app_env: Literal["development", "production"] = "development"
@@ -155,6 +157,21 @@ class Settings(BaseSettings):
             raise ValueError("expected public keys as `leadscore models keygen` prints them, comma-separated")
         return keys
 
+    @field_validator("database_url")
+    @classmethod
+    def _libpq_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        scheme, _, rest = value.partition("://")
+        # SQLAlchemy's spelling (postgresql+psycopg://) names a driver, which is no part of the address.
+        url = f"postgresql://{rest}"
+        if not re.fullmatch(r"postgres(ql)?(\+[a-z0-9]+)?", scheme) or not _can_be_connected_to(url):
+            raise ValueError(
+                "expected an address such as postgresql://user:password@host:5432/name,"
+                " with special characters percent-encoded"
+            )
+        return url
+
     @field_validator("lead_source")
     @classmethod
     def _plain_relation(cls, value: str) -> str:
@@ -221,6 +238,20 @@ class Settings(BaseSettings):
                     "ML_TRUSTED_KEYS must be set when APP_ENV=production: only signed models may serve there"
                 )
         return self
+
+
+def _can_be_connected_to(url: str) -> bool:
+    """Tells whether the driver understands every part; its own words would quote the one it does not."""
+    import psycopg.conninfo  # noqa: PLC0415 - takes longer to import than all else here
+
+    try:
+        parts = psycopg.conninfo.conninfo_to_dict(url)
+        psycopg.conninfo.timeout_from_conninfo(parts)
+    except psycopg.Error:
+        return False
+    ports = str(parts.get("port", "")).split(",")
+    # An @ that is not encoded ends the password: what follows it would be looked up as a host.
+    return all(port.isdecimal() for port in ports if port) and "@" not in str(parts.get("host", ""))
 
 
 def _is_local(host: str) -> bool:

@@ -62,6 +62,11 @@ def test_a_database_that_is_not_there_is_unavailable(server_url: str) -> None:
         upgrade(server_url.replace("/postgres?", "/nowhere?"))
 
 
+def test_an_address_that_only_the_driver_understands_is_no_error_of_its_own() -> None:
+    with pytest.raises(DatabaseUnavailableError):
+        upgrade("postgresql://127.0.0.1:1,127.0.0.1:2/crm")
+
+
 def test_a_migration_gives_up_on_a_table_somebody_holds(database_url: str) -> None:
     downgrade(database_url, "0002")
     with psycopg.connect(database_url) as holder:

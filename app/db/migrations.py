@@ -9,10 +9,11 @@ Nothing here touches data, and serving never migrates a database it was given. C
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError as AlembicError
-from sqlalchemy import Connection, NullPool, create_engine, make_url
+from sqlalchemy import Connection, NullPool, create_engine
 from sqlalchemy.exc import OperationalError
 
 from app.db.schema_state import CONNECT_SECONDS, REVISIONS
@@ -51,9 +52,10 @@ def _config() -> Config:
 def _connect(url: str) -> Iterator[Connection]:
     """Yields one connection in a transaction that commits when the block ends well."""
     engine = create_engine(
-        make_url(url).set(drivername="postgresql+psycopg"),
+        "postgresql+psycopg://",
         poolclass=NullPool,
-        connect_args={"connect_timeout": CONNECT_SECONDS},
+        # The driver reads the address, as everywhere: SQLAlchemy understands another set of them.
+        creator=lambda: psycopg.connect(url, connect_timeout=CONNECT_SECONDS),
     )
     try:
         with engine.begin() as connection:

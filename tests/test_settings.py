@@ -1,0 +1,71 @@
+"""The settings: what is accepted, and what a wrong value is answered with."""
+
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from pydantic import ValidationError
+
+from app.cli import cli
+from app.settings import Settings
+
+
+def read(**values: Any) -> Settings:
+    return Settings(_env_file=None, **values)  # type: ignore[call-arg]
+
+
+# --- DATABASE_URL -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scheme", ["postgresql", "postgres", "postgresql+psycopg", "postgresql+asyncpg", "postgresql+psycopg2"]
+)
+@pytest.mark.parametrize(
+    "address",
+    ["u:p%40ss@db.example:5432/crm", "/crm?host=/run/postgresql", "h1,h2:5433/crm?connect_timeout=3", ""],
+)
+def test_every_spelling_of_a_database_becomes_the_one_the_driver_reads(scheme: str, address: str) -> None:
+    assert read(database_url=f"{scheme}://{address}").database_url == f"postgresql://{address}"
+
+
+def test_every_command_understands_sqlalchemys_spelling(database_url: str) -> None:
+    environment = {"DATABASE_URL": database_url.replace("postgresql://", "postgresql+psycopg://")}
+    for command in ("db upgrade", "keys list", "demo --people 5"):
+        assert CliRunner().invoke(cli, command.split(), env=environment).exit_code == 0, command
+
+
+@pytest.mark.parametrize("command", ["serve", "db upgrade", "score", "keys list", "models list"])
+def test_every_command_refuses_what_is_no_database(command: str) -> None:
+    assert_refused(command, "garbage-s3cret")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "mysql://u:s3cret@h/x",
+        "host=h password=s3cret",
+        "postgresql:/u:s3cret@h/x",
+        "postgresql+://u:s3cret@h/x",
+        "postgresql://u:s3cret%zz@h/x",
+        "postgresql://u:p@s3cret@h/x",
+        "postgresql://u:s3cret@h:port/x",
+        "postgresql://u:s3cret@h/x?connect_timeout=soon",
+        "postgresql://u:s3cret@h/x?nonsense=1",
+    ],
+)
+def test_what_is_no_database_is_one_line_without_the_value(value: str) -> None:
+    assert_refused("db upgrade", value)
+
+
+def assert_refused(command: str, value: str) -> None:
+    result = CliRunner().invoke(cli, command.split(), env={"DATABASE_URL": value})
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Error: DATABASE_URL: expected an address such as postgresql://")
+    assert "s3cret" not in result.output
+
+
+def test_a_wrong_setting_does_not_show_its_value_where_the_error_is_printed() -> None:
+    with pytest.raises(ValidationError) as wrong:
+        read(database_url="mysql://u:s3cret@h/x")
+    assert "s3cret" not in str(wrong.value)
