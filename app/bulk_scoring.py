@@ -18,7 +18,7 @@ from app.ai.model_bundle import ModelBundle
 from app.ai.predictor import ScoringPolicy, score_leads
 from app.db.bulk_copy import open_connection
 from app.db.lead_pages import PAGE_LEADS, LeadPage, read_pages
-from app.db.lead_scores import LeadScoreWriter, RunKey
+from app.db.lead_scores import WRITER_NEEDS, LeadScoreWriter, RunKey
 from app.db.leads import count_leads
 
 Progress = Callable[[str, int, int], None]
@@ -60,12 +60,12 @@ def score_source(
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached, or went away.
-        CommandError: the relation lacks a column the model reads, the schema is not migrated, or another
-            process is writing scores.
+        CommandError: the relation lacks a column the model reads, the schema is not migrated, a right is
+            missing, or another process is writing scores.
     """
     total = count_leads(url, source)
     key = RunKey(source, bundle.ref, as_of, policy.min_coverage)
-    with open_connection(url, autocommit=True) as connection:
+    with open_connection(url, needs=WRITER_NEEDS, autocommit=True) as connection:
         writer = LeadScoreWriter(connection, key)
         resumed = writer.state.leads
         progress("score", resumed, total)

@@ -30,6 +30,7 @@
         ├── SettingsError              an environment variable is wrong
         ├── ArtifactError              a model artifact cannot be trusted or loaded
         ├── ImportFileError            a CSV file cannot be imported as it is
+        ├── MissingRightError          the database user may not do what a command does
         └── TrainingError              the data cannot be trained or evaluated on, or must not be
 
 Details are written here or where the error is raised, in our own words: never a value the caller or the
@@ -272,6 +273,13 @@ class SigningKeyError(CommandError):
 
 class ImportFileError(CommandError):
     """A CSV file cannot be imported as it is; the message names the line."""
+
+
+class MissingRightError(CommandError):
+    """The database user may not do what a command does; `needs` says what to grant."""
+
+    def __init__(self, needs: str) -> None:
+        super().__init__(f"the database user may not do this: it needs {needs}")
 
 
 class TrainingError(CommandError):

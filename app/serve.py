@@ -27,7 +27,7 @@ from uvicorn.supervisors import Multiprocess
 from app.db.embedded import open_embedded
 from app.db.schema_state import current_state
 from app.drain import ANNOUNCEMENT
-from app.errors import DatabaseUnavailableError, SettingsError
+from app.errors import DatabaseUnavailableError, MissingRightError, SettingsError
 from app.log_setup import configure_logging
 from app.settings import UNIX_PREFIX, Settings
 from app.shared_counts import open_shared_counts
@@ -101,6 +101,9 @@ def _warn_unless_migrated(url: str) -> None:
         state = current_state(url)
     except DatabaseUnavailableError:
         _log.warning("database_unavailable", meaning="leads cannot be looked up until it answers")
+        return
+    except MissingRightError as exc:
+        _log.warning("migrations_not_seen", meaning=str(exc))
         return
     if state != "current":
         _log.warning("database_not_migrated", state=state, remedy="run `leadscore db upgrade`")

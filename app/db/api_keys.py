@@ -47,7 +47,7 @@ def create_key(url: str, client: str, scopes: Sequence[Scope], pepper: bytes) ->
             "a client's name is 1 to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit"
         )
     key = generate_key()
-    with open_connection(url) as connection:
+    with open_connection(url, needs="SELECT, INSERT and UPDATE on api_keys") as connection:
         connection.execute("LOCK TABLE api_keys IN SHARE ROW EXCLUSIVE MODE")
         live = connection.execute(
             "SELECT id FROM api_keys WHERE client = %s AND revoked_at IS NULL ORDER BY created_at", [client]
@@ -70,7 +70,10 @@ def list_keys(url: str) -> list[KeyRow]:
     Raises:
         CommandError, DatabaseUnavailableError: see `create_key`.
     """
-    with open_connection(url) as connection, connection.cursor(row_factory=class_row(KeyRow)) as cursor:
+    with (
+        open_connection(url, needs="SELECT on api_keys") as connection,
+        connection.cursor(row_factory=class_row(KeyRow)) as cursor,
+    ):
         cursor.execute("SELECT id, client, scopes, created_at, revoked_at FROM api_keys ORDER BY 2, 4")
         return cursor.fetchall()
 
@@ -82,7 +85,7 @@ def revoke_key(url: str, key_id: str) -> None:
         CommandError: there is no such key.
         DatabaseUnavailableError: the database cannot be reached.
     """
-    with open_connection(url) as connection:
+    with open_connection(url, needs="SELECT and UPDATE on api_keys") as connection:
         found = connection.execute(
             "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = %s", [key_id]
         )

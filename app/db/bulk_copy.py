@@ -1,7 +1,7 @@
-"""Bulk writing: one connection, one transaction, rows through COPY.
+"""The connection of a command, and bulk writing over it: one transaction, rows through COPY.
 
 Knows nothing of what it writes. Never used in the request path: it blocks, and it waits as long as it takes.
-Called by the demo CRM, the CSV import and bulk scoring.
+Called by whatever the commands do to a database, and by what reads a whole relation.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import psycopg
 from psycopg import sql
 
-from app.errors import CommandError, DatabaseUnavailableError
+from app.errors import CommandError, DatabaseUnavailableError, MissingRightError
 
 _ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
@@ -18,17 +18,22 @@ CopyColumn = Sequence[str | None]
 
 
 @contextmanager
-def open_connection(url: str, *, autocommit: bool = False) -> Iterator[psycopg.Connection]:
+def open_connection(url: str, *, needs: str, autocommit: bool = False) -> Iterator[psycopg.Connection]:
     """Yields a connection; commits at the end, or rolls back when the body raises.
+
+    `needs` names the rights that the body takes: what the database says of a missing one tells no remedy.
 
     Raises:
         DatabaseUnavailableError: the server cannot be reached, or went away.
+        MissingRightError: the database user lacks one of the rights.
         CommandError: a table of the service's schema is not there yet.
     """
     try:
         with psycopg.connect(url, connect_timeout=10, autocommit=autocommit) as connection:
             connection.execute("SET TIME ZONE 'UTC'")
             yield connection
+    except psycopg.errors.InsufficientPrivilege as exc:
+        raise MissingRightError(needs) from exc
     except psycopg.errors.UndefinedTable as exc:
         raise CommandError("a table is missing in the database: run `leadscore db upgrade` first") from exc
     except psycopg.OperationalError as exc:

@@ -85,18 +85,22 @@ def import_csv(
 
     Raises:
         ImportFileError: the file cannot be imported as it is; the message names the line.
-        CommandError: the table's name is taken or cannot be used, or others read what is to be replaced.
+        CommandError: the table's name is taken or cannot be used, the user may not make tables there, or
+            others read what is to be replaced.
         DatabaseUnavailableError: the server cannot be reached, or went away.
     """
     if not _RELATION.fullmatch(table):
         raise CommandError("the table needs a name in lower case, such as leads or crm.leads")
     with open_csv(path) as file:
         found = inspect_csv(file, id_column, label_column, missing, progress)
-        with open_connection(url) as connection:
+        needs = f"CREATE and USAGE on the schema of {table}, and to own a table that is replaced"
+        with open_connection(url, needs=needs) as connection:
             try:
                 _load(
                     connection, table, file, found, patience=patience if replace else None, progress=progress
                 )
+            except psycopg.errors.InsufficientPrivilege:
+                raise  # open_connection says what is needed
             except (
                 psycopg.ProgrammingError, psycopg.NotSupportedError, psycopg.InternalError,
                 psycopg.errors.LockNotAvailable,
@@ -239,11 +243,6 @@ def _explain(table: str, exc: psycopg.Error) -> str:
         return f"{table} cannot be replaced: a view or another table depends on it; drop that first"
     if isinstance(exc, psycopg.errors.InvalidSchemaName):
         return f"{table} cannot be made: there is no such schema"
-    if isinstance(exc, psycopg.errors.InsufficientPrivilege):
-        return (
-            f"{table} cannot be made: the database user may not create tables there, or does not own the "
-            "table to be replaced"
-        )
     return f"{table} cannot be made (SQLSTATE {exc.sqlstate})"
 
 

@@ -31,6 +31,8 @@ from app.errors import CommandError
 
 Progress = Callable[[str, int, int], None]
 
+_TABLES = "campuses, programmes, people, touchpoints, applications"
+
 _BLOCK = 10_000
 """People drawn and written at a time; bounds the memory, whatever their number."""
 
@@ -54,7 +56,7 @@ def has_people(url: str) -> bool:
     Raises:
         DatabaseUnavailableError, CommandError: see `open_connection`.
     """
-    with open_connection(url) as connection:
+    with open_connection(url, needs="SELECT on people") as connection:
         return _has_people(connection)
 
 
@@ -74,7 +76,8 @@ def load_demo(
         CommandError: the database already has people, or its schema is not up to date.
         DatabaseUnavailableError: the server cannot be reached, or went away.
     """
-    with open_connection(url) as connection, connection.cursor() as cursor:
+    needs = f"SELECT, INSERT and UPDATE on {_TABLES} and their sequences"
+    with open_connection(url, needs=needs) as connection, connection.cursor() as cursor:
         cursor.execute("LOCK TABLE people IN SHARE ROW EXCLUSIVE MODE")
         if _has_people(connection):
             raise CommandError("the database already has people in it; the demo CRM is for an empty one")
@@ -170,5 +173,5 @@ def _has_people(connection: psycopg.Connection[Any]) -> bool:
 
 def _vacuum(url: str) -> None:
     """Gives the planner its figures and the index-only scans of the views their visibility map."""
-    with open_connection(url, autocommit=True) as connection:
-        connection.execute("VACUUM (ANALYZE) campuses, programmes, people, touchpoints, applications")
+    with open_connection(url, needs=f"to own {_TABLES}", autocommit=True) as connection:
+        connection.execute(f"VACUUM (ANALYZE) {_TABLES}")

@@ -15,9 +15,10 @@ import psycopg
 from numpy.typing import NDArray
 
 from app.ai.domain import BoolArray, InputColumn, LeadColumns
+from app.db.bulk_copy import open_connection
 from app.db.lead_cells import decode_batch, key_page_statement, split_texts
-from app.db.leads import fetch_types, require_columns
-from app.errors import CommandError, DatabaseUnavailableError
+from app.db.leads import fetch_types, reader_needs, require_columns
+from app.errors import CommandError
 
 PAGE_LEADS = 20_000
 
@@ -56,7 +57,7 @@ def read_pages(
         CommandError: the relation is not there, lacks one of the columns, or cannot be read.
     """
     try:
-        with psycopg.connect(url, autocommit=True) as connection:
+        with open_connection(url, needs=reader_needs(relation), autocommit=True) as connection:
             # The same session settings as serving.
             connection.execute("SET TimeZone = 'UTC'; SET jit = off")
             types = fetch_types(connection, relation)
@@ -70,8 +71,6 @@ def read_pages(
                 page = _decode(row, columns)
                 yield page
                 after = page.last_id
-    except psycopg.OperationalError as exc:
-        raise DatabaseUnavailableError from exc
     except psycopg.Error as exc:
         raise CommandError(f"{relation} cannot be read (SQLSTATE {exc.sqlstate})") from exc
 

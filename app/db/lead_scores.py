@@ -21,6 +21,11 @@ from app.ai.domain import VERDICTS, AnswerArray, IntArray, ModelRef
 from app.db.lead_pages import LeadPage
 from app.errors import CommandError
 
+WRITER_NEEDS = (
+    "SELECT, INSERT, UPDATE and DELETE on lead_scores and lead_score_runs, and TEMPORARY on the database"
+)
+"""The rights a connection of `LeadScoreWriter` takes."""
+
 _LOCK, _LOCK_WAIT = 0x73636F72, "2s"  # any number, as long as every release uses this one
 
 # The order of the fields in a row of COPY: of a fixed size, the same in every row, of varying size.

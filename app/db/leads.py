@@ -31,6 +31,7 @@ from app.ai.domain import (
     split_uuids,
 )
 from app.db.array_parameters import UUID_BYTES, join_uuids, pack_texts, pack_uuids
+from app.db.bulk_copy import open_connection
 from app.db.engine import Connection, Database
 from app.db.lead_cells import (
     COLUMN_TYPES,
@@ -52,7 +53,7 @@ from app.db.lead_cells import (
     wrong_columns,
 )
 from app.db.session import row_values
-from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedError
+from app.errors import CommandError, PredictionFailedError
 
 _FEW_LEADS = 8
 """Up to so many leads come as a row each: to put the cells of one together takes half the server's time."""
@@ -214,13 +215,10 @@ def fetch_columns(url: str, relation: str) -> Mapping[str, ColumnKind]:
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached.
-        CommandError: there is no such relation, or it has no `lead_id uuid`.
+        CommandError: there is no such relation, it has no `lead_id uuid`, or may not be read.
     """
-    try:
-        with psycopg.connect(url) as connection:
-            return column_kinds(fetch_types(connection, relation))
-    except psycopg.OperationalError as exc:
-        raise DatabaseUnavailableError from exc
+    with open_connection(url, needs=reader_needs(relation)) as connection:
+        return column_kinds(fetch_types(connection, relation))
 
 
 def count_leads(url: str, relation: str) -> int:
@@ -228,15 +226,12 @@ def count_leads(url: str, relation: str) -> int:
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached.
-        CommandError: there is no such relation, or it has no `lead_id uuid`.
+        CommandError: there is no such relation, it has no `lead_id uuid`, or may not be read.
     """
-    try:
-        with psycopg.connect(url) as connection:
-            fetch_types(connection, relation)
-            statement = sql.SQL("SELECT count(lead_id) FROM {}").format(sql.SQL(quoted_relation(relation)))
-            row = connection.execute(statement).fetchone()
-    except psycopg.OperationalError as exc:
-        raise DatabaseUnavailableError from exc
+    with open_connection(url, needs=reader_needs(relation)) as connection:
+        fetch_types(connection, relation)
+        statement = sql.SQL("SELECT count(lead_id) FROM {}").format(sql.SQL(quoted_relation(relation)))
+        row = connection.execute(statement).fetchone()
     return row[0] if row else 0
 
 
@@ -252,7 +247,7 @@ def fetch_all_chunks(
         CommandError: the relation is not there, lacks one of the columns, or cannot be read.
     """
     try:
-        with psycopg.connect(url) as connection:
+        with open_connection(url, needs=reader_needs(relation)) as connection:
             types = fetch_types(connection, relation)
             require_columns(relation, types, columns)
             # The same session settings as serving, and a plan for reading all of it, not the first rows.
@@ -263,10 +258,13 @@ def fetch_all_chunks(
                 cursor.execute(page_statement(relation, types, columns))
                 while rows := cursor.fetchmany(chunk_rows):
                     yield decode_rows(rows, columns, with_refs=EXTERNAL_REF in types)
-    except psycopg.OperationalError as exc:
-        raise DatabaseUnavailableError from exc
     except psycopg.Error as exc:
         raise CommandError(f"{relation} cannot be read (SQLSTATE {exc.sqlstate})") from exc
+
+
+def reader_needs(relation: str) -> str:
+    """Returns the rights that reading the relation takes, in words."""
+    return f"SELECT on {relation}, and USAGE on its schema"
 
 
 def fetch_types(connection: psycopg.Connection[Any], relation: str) -> ColumnTypes:

@@ -14,10 +14,10 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError as AlembicError
 from sqlalchemy import Connection, NullPool, create_engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from app.db.schema_state import CONNECT_SECONDS, REVISIONS
-from app.errors import CommandError, DatabaseUnavailableError
+from app.errors import CommandError, DatabaseUnavailableError, MissingRightError
 
 _LOCK = 0x6C656164  # any number, as long as every release uses this one
 
@@ -29,6 +29,7 @@ def upgrade(url: str) -> None:
         DatabaseUnavailableError: the database cannot be reached.
         CommandError: another session held a table for longer than the migration may wait, or the database was
             migrated by a newer version of this program.
+        MissingRightError: the database user may not make or change the tables.
     """
     with _connect(url) as connection:
         # Held by the transaction, so it ends with it, whatever happens to this process.
@@ -60,6 +61,10 @@ def _connect(url: str) -> Iterator[Connection]:
     try:
         with engine.begin() as connection:
             yield connection
+    except ProgrammingError as exc:
+        if not isinstance(exc.orig, psycopg.errors.InsufficientPrivilege):
+            raise
+        raise MissingRightError("CREATE on the schema public, and to own the tables it made before") from exc
     except OperationalError as exc:
         if getattr(exc.orig, "sqlstate", None) == "55P03":
             raise CommandError(

@@ -9,7 +9,7 @@ from typing import Literal
 
 import psycopg
 
-from app.errors import DatabaseUnavailableError
+from app.errors import DatabaseUnavailableError, MissingRightError
 
 SchemaState = Literal["empty", "behind", "current", "unknown"]
 
@@ -26,10 +26,13 @@ def current_state(url: str) -> SchemaState:
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached.
+        MissingRightError: the database user may not see which migrations were applied.
     """
     try:
         with psycopg.connect(url, connect_timeout=CONNECT_SECONDS) as connection:
             applied = _applied_revision(connection)
+    except psycopg.errors.InsufficientPrivilege as exc:
+        raise MissingRightError("SELECT on alembic_version") from exc
     except psycopg.OperationalError as exc:
         raise DatabaseUnavailableError from exc
     revisions = known_revisions()
