@@ -5,6 +5,7 @@ The parent process owns the embedded PostgreSQL and outlives every worker; a wor
 """
 
 import asyncio
+import errno
 import math
 import multiprocessing
 import os
@@ -128,24 +129,33 @@ def _bind(host: str, port: int) -> Iterator[socket.socket]:
     path = Path(host.removeprefix(UNIX_PREFIX)) if host.startswith(UNIX_PREFIX) else None
     address: str | tuple[str, int]
     if path is not None:
-        family, address, refusal = socket.AF_UNIX, str(path), f"HOST: cannot listen on {path} (%s)"
+        family, address = socket.AF_UNIX, str(path)
     else:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        address, refusal = (host, port), f"PORT: cannot listen on {host}:{port} (%s); set a free one"
+        family, address = socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port)
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             if path is not None:
                 _remove_if_abandoned(path)
             listener.bind(address)
-        except OSError as exc:
-            raise SettingsError(refusal % (exc.strerror or exc.args[0]).lower()) from exc
+        except (OSError, UnicodeError) as exc:  # a name that DNS cannot carry is a UnicodeError
+            raise SettingsError(_explain_refusal(host, port, exc)) from exc
         listener.set_inheritable(True)
         try:
             yield listener
         finally:
             if path is not None:
                 path.unlink(missing_ok=True)
+
+
+def _explain_refusal(host: str, port: int, exc: OSError | UnicodeError) -> str:
+    why = "not a host name" if isinstance(exc, UnicodeError) else (exc.strerror or exc.args[0]).lower()
+    if host.startswith(UNIX_PREFIX):
+        return f"HOST: cannot listen on {host.removeprefix(UNIX_PREFIX)} ({why})"
+    of_host = isinstance(exc, UnicodeError | socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL
+    if of_host:
+        return f"HOST: cannot listen on {host} ({why}); set an address of this machine"
+    return f"PORT: cannot listen on {host}:{port} ({why}); set a free one"
 
 
 def _remove_if_abandoned(path: Path) -> None:

@@ -20,6 +20,10 @@ from app.errors import SettingsError
 UNIX_PREFIX = "unix:"
 """What `HOST` begins with when the rest of it is the path of a Unix socket."""
 
+_YEAR_SECONDS = 31_536_000
+
+_is_origin = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?").fullmatch
+
 _DEVELOPMENT_ORIGINS = tuple(
     f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 4200, 5173, 8080)
 )
@@ -36,6 +40,7 @@ class Settings(BaseSettings):
         use_attribute_docstrings=True,
         protected_namespaces=(),
         hide_input_in_errors=True,
+        allow_inf_nan=False,
     )
 
     app_env: Literal["development", "production"] = "development"
@@ -51,7 +56,7 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is written to the log (JSON lines on standard error)."""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = _DEVELOPMENT_ORIGINS
-    """Comma-separated origins a browser may call from."""
+    """Comma-separated origins a browser may call from (`https://crm.example`)."""
 
     auth_mode: Literal["none", "api_key", "jwt", "api_key,jwt"] = "none"
     """Which credentials are accepted; with `none` nobody is asked for any."""
@@ -103,13 +108,13 @@ class Settings(BaseSettings):
     """Directory of model artifacts and their manifests."""
     ml_model_pattern: str = "advanced_ml_*"
     """Which files in it are candidates."""
-    ml_model_version: str | None = None
+    ml_model_version: str | None = Field(None, pattern=r"^[0-9]{8}_[0-9]{6}$")
     """Serve this version (`YYYYMMDD_HHMMSS`) instead of the newest."""
     ml_trusted_keys: Annotated[tuple[bytes, ...], NoDecode] = ()
     """Comma-separated public keys; only models signed with one of them serve. Unset: unsigned ones do too."""
-    ml_cache_ttl_seconds: float = Field(3600.0, gt=0)
+    ml_cache_ttl_seconds: float = Field(3600.0, gt=0, le=_YEAR_SECONDS)
     """How long a loaded model is trusted before the registry looks again."""
-    ml_prediction_cache_ttl_seconds: float = Field(300.0, ge=0)
+    ml_prediction_cache_ttl_seconds: float = Field(300.0, ge=0, le=_YEAR_SECONDS)
     """How long a prediction may be answered from the cache; 0 turns the cache off."""
     ml_prediction_cache_size: int = Field(100_000, ge=1, le=10_000_000)
     """Most predictions a worker remembers."""
@@ -137,9 +142,14 @@ class Settings(BaseSettings):
 
     @field_validator("cors_origins")
     @classmethod
-    def _refuse_any_origin(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _whole_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if "*" in value:
             raise ValueError("'*' is refused because requests may carry credentials; list the origins")
+        if not all(map(_is_origin, value)):
+            raise ValueError(
+                "expected origins as browsers send them, such as https://crm.example or http://localhost:3000:"
+                " in lower case, without a path"
+            )
         return value
 
     @field_validator("ml_trusted_keys", mode="before")

@@ -166,6 +166,17 @@ def test_a_path_that_cannot_be_a_socket_is_one_line(
     assert (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    "host", ["nosuch.invalid", "192.0.2.1", "2001:db8::1", "http://localhost", "[::1]", "a..b", "x" * 100]
+)
+def test_an_address_that_is_not_this_machines_is_the_fault_of_the_host(
+    database_url: str, tmp_path: Path, host: str
+) -> None:
+    line = refuse_to_listen(database_url, tmp_path, host)
+    assert line.startswith(f"HOST: cannot listen on {host} (")
+    assert line.endswith("); set an address of this machine")
+
+
 def refuse_to_listen(database_url: str, folder: Path, host: str) -> str:
     """The one line a service prints that cannot listen there."""
     environment = {"DATABASE_URL": database_url, "VAR_DIR": str(folder / "var"), "HOST": host}

@@ -69,3 +69,49 @@ def test_a_wrong_setting_does_not_show_its_value_where_the_error_is_printed() ->
     with pytest.raises(ValidationError) as wrong:
         read(database_url="mysql://u:s3cret@h/x")
     assert "s3cret" not in str(wrong.value)
+
+
+# --- The others -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ML_MODEL_VERSION", "garbage"),
+        ("ML_MODEL_VERSION", "20260101_1200000"),
+        ("CORS_ORIGINS", "garbage"),
+        ("CORS_ORIGINS", "https://crm.example/"),
+        ("CORS_ORIGINS", "https://crm.example, crm.example"),
+        ("CORS_ORIGINS", "https://*.example"),
+        ("CORS_ORIGINS", "https://CRM.example"),
+        ("CORS_ORIGINS", "https://u:p@crm.example"),
+        ("CORS_ORIGINS", "https://crm.example:port"),
+        ("CORS_ORIGINS", "null"),
+        ("CORS_ORIGINS", "https://münchen.example"),
+        ("ML_CACHE_TTL_SECONDS", "1e9"),
+        ("ML_PREDICTION_CACHE_TTL_SECONDS", "1e9"),
+        *(
+            (name.upper(), value)
+            for name, field in Settings.model_fields.items()
+            if field.annotation is float
+            for value in ("inf", "nan", "1e999")
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_one_line_that_names_the_variable(name: str, value: str) -> None:
+    result = CliRunner().invoke(cli, ["models", "list"], env={name: value})
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"Error: {name}: ")
+
+
+@pytest.mark.parametrize(
+    "origins",
+    [
+        "https://crm.example",
+        "http://[::1]:3000,http://10.0.0.1:8080",
+        "capacitor://localhost",
+    ],
+)
+def test_origins_as_browsers_send_them_are_taken(origins: str) -> None:
+    assert read(cors_origins=origins).cors_origins == tuple(origins.split(","))
