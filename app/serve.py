@@ -26,9 +26,9 @@ import uvicorn._subprocess
 from uvicorn.supervisors import Multiprocess
 
 from app.db.embedded import open_embedded
-from app.db.schema_state import current_state
+from app.db.schema_state import check_lead_source, current_state
 from app.drain import ANNOUNCEMENT
-from app.errors import DatabaseUnavailableError, MissingRightError, SettingsError
+from app.errors import CommandError, DatabaseUnavailableError, MissingRightError, SettingsError
 from app.log_setup import configure_logging
 from app.settings import UNIX_PREFIX, Settings
 from app.shared_counts import open_shared_counts
@@ -53,7 +53,8 @@ def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM, then stops everything in order and returns.
 
     Raises:
-        SettingsError: the port is taken, or the embedded database cannot be started as configured.
+        SettingsError: the port is taken, the lead source cannot be read, or the embedded database cannot be
+            started as configured.
     """
     configure_logging(settings.log_level)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an image of this memory would have leads in it
@@ -65,8 +66,7 @@ def serve(settings: Settings) -> None:
             url = stack.enter_context(open_database(settings))
             if settings.database_url is None:
                 _seed_once(url)
-            else:
-                _warn_unless_migrated(url)
+            _check_database(settings, url)
             _prepare_workers(stack, settings, url)
             stack.callback(_ignore_signals)  # closed first: a second Ctrl-C must not cut the closing short
             _run(settings, listener)
@@ -96,18 +96,32 @@ def _seed_once(url: str) -> None:
         load_demo(url, people=DEMO_PEOPLE, seed=DEMO_SEED, until=datetime.now(UTC))
 
 
-def _warn_unless_migrated(url: str) -> None:
-    # Only a warning: cached answers and health need no database, and the service recovers when it is mended.
+def _check_database(settings: Settings, url: str) -> None:
+    """Warns of a database that is away or not migrated: cached answers and health need none, and it recovers.
+
+    Raises:
+        SettingsError: the database answers, and LEAD_SOURCE cannot be read: every request would fail.
+    """
     try:
-        state = current_state(url)
+        # Before the migrations have run, the default view is not there yet.
+        if _is_migrated(url) or settings.lead_source != Settings.model_fields["lead_source"].default:
+            check_lead_source(url, settings.lead_source)
     except DatabaseUnavailableError:
         _log.warning("database_unavailable", meaning="leads cannot be looked up until it answers")
-        return
+    except CommandError as exc:
+        raise SettingsError(f"LEAD_SOURCE: {exc}") from exc
+
+
+def _is_migrated(url: str) -> bool:
+    """Tells whether the migrations have run, as far as is known; warns unless all of them have."""
+    try:
+        state = current_state(url)
     except MissingRightError as exc:
         _log.warning("migrations_not_seen", meaning=str(exc))
-        return
+        return True
     if state != "current":
         _log.warning("database_not_migrated", state=state, remedy="run `leadscore db upgrade`")
+    return state in ("current", "unknown")
 
 
 def _prepare_workers(stack: ExitStack, settings: Settings, url: str) -> None:

@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
+import structlog
 
 from app.ai.artifact_process import dismiss
 from app.ai.circuit_breaker import CircuitBreaker
@@ -26,7 +28,7 @@ from app.ai.ml_telemetry import MlTelemetry, NullTelemetry, Telemetry
 from app.ai.model_bundle import load_bundle
 from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_manifest import ModelManifest
-from app.ai.model_registry import LoadReport, ModelRegistry
+from app.ai.model_registry import REMEDIES, LoadReport, ModelRegistry
 from app.ai.prediction_cache import AnswerCache, CacheFreshness, NullCache, PredictionCache
 from app.ai.predictor import Predictor, ScoringPolicy
 from app.ai.refresh_ahead import RefreshAhead
@@ -46,6 +48,8 @@ from app.security.key_set import KeySet, KeySetEndpoint
 from app.security.rate_limit import RateLimiter
 from app.security.tokens import JwtVerifier
 from app.settings import Settings
+
+_log = structlog.get_logger("app.wiring")
 
 PROBE_DEADLINE_SECONDS = 0.25
 DRIFT_WINDOW_ROWS = 5000
@@ -99,7 +103,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         )
         authenticator = await _open_authenticator(stack, url, settings)
         rate_limiter = RateLimiter(settings.ai_rate_limit) if settings.ai_rate_limit else None
-        await _warm_up(lead_source, registry)
+        await _warm_up(lead_source, registry, settings.ml_model_dir)
         if isinstance(cache, PredictionCache) and settings.ml_prewarm_leads:
             _start_refreshing_ahead(
                 stack, url, settings, registry=registry, cache=cache, executor=executor, policy=policy
@@ -136,11 +140,15 @@ async def _ping(database: Database) -> None:
     await database.run(select)
 
 
-async def _warm_up(lead_source: PostgresLeadSource, registry: ModelRegistry) -> None:
+async def _warm_up(lead_source: PostgresLeadSource, registry: ModelRegistry, model_dir: Path) -> None:
     with suppress(DatabaseUnavailableError, PredictionFailedError):
         await lead_source.fetch_schema()
-    with suppress(ModelNotReadyError):
+    try:
         await asyncio.to_thread(registry.load)
+    except ModelNotReadyError:
+        reason = registry.status().reason or "internal_error"
+        remedy = REMEDIES.get(reason, "`leadscore models verify` says what is wrong with each")
+        _log.warning("model_not_ready", directory=str(model_dir), reason=reason, remedy=remedy)
     await asyncio.to_thread(dismiss)
 
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import psycopg
+from click.testing import CliRunner
 
 from app.ai.domain import InputColumn
 from app.ai.features import FeatureSet, FeatureSpec
+from app.cli import cli
 from bench.servers import worker_pids
 from tests.model_files import publish
 
@@ -59,6 +61,19 @@ def count_events(url: str) -> dict[str, int]:
             "SELECT request_id, count(*) FROM ai_events WHERE request_id IS NOT NULL GROUP BY 1"
         )
         return dict(rows.fetchall())
+
+
+def refuse_to_start(database_url: str, folder: Path, **settings: str) -> list[str]:
+    """What a service prints that does not start."""
+    environment = {"DATABASE_URL": database_url, "VAR_DIR": str(folder / "var"), **settings}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        result = CliRunner().invoke(cli, ["serve"], env=environment)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert result.exit_code == 1
+    return result.stderr.replace("Error: ", "").strip().splitlines()
 
 
 class Service:

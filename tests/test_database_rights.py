@@ -15,7 +15,7 @@ from app.db.lead_scores import WRITER_NEEDS
 from app.errors import MissingRightError
 from tests.conftest import DEMO_UNTIL
 from tests.lead_models import publish_lead_model
-from tests.service import Service
+from tests.service import Service, refuse_to_start
 
 PEPPER = "a pepper of thirty-two characters"
 READ = "GRANT SELECT ON ALL TABLES IN SCHEMA public TO onlooker"
@@ -125,6 +125,15 @@ def test_migrations_say_what_they_need(url: str, run: Callable[..., Result]) -> 
     assert refused.stderr == (
         "Error: the database user may not do this: it needs CREATE on the schema public,"
         " and to own the tables it made before\n"
+    )
+
+
+def test_the_service_does_not_start_where_it_may_not_read_leads(url: str, tmp_path: Path) -> None:
+    change(url, "REVOKE SELECT ON lead_source FROM onlooker")
+    (line,) = refuse_to_start(url, tmp_path, PORT="0")
+    assert line == (
+        "LEAD_SOURCE: the database user may not do this: it needs SELECT on lead_source,"
+        " and USAGE on its schema"
     )
 
 

@@ -9,7 +9,7 @@ from alembic.script import ScriptDirectory
 
 from app.db import migrations
 from app.db.migrations import upgrade
-from app.db.schema_state import current_state, known_revisions
+from app.db.schema_state import check_lead_source, current_state, known_revisions
 from app.errors import CommandError, DatabaseUnavailableError
 
 
@@ -92,6 +92,45 @@ def test_every_revision_can_be_undone_and_applied_again(database_url: str) -> No
     upgrade(database_url)
     with psycopg.connect(database_url) as connection:
         assert connection.execute(tables).fetchall() == before
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ("SELECT", "no table or view leads with a lead_id of type uuid"),
+        ("CREATE VIEW leads AS SELECT 1 AS id", "no table or view leads with a lead_id of type uuid"),
+        (
+            "CREATE VIEW leads AS SELECT 'x'::text AS lead_id",
+            "no table or view leads with a lead_id of type uuid",
+        ),
+        (
+            "CREATE VIEW leads AS SELECT id AS lead_id FROM people WHERE 1 / 0 > 1",
+            r"leads cannot be read \(SQLSTATE",
+        ),
+    ],
+)
+def test_a_lead_source_that_cannot_be_read_is_said(database_url: str, make: str, message: str) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute(make)  # type: ignore[call-overload]
+    with pytest.raises(CommandError, match=message):
+        check_lead_source(database_url, "leads")
+
+
+@pytest.mark.parametrize("relation", ["lead_source", "public.lead_source", "crm.Leads"])
+def test_a_lead_source_is_checked_without_reading_it(database_url: str, relation: str) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute("CREATE DOMAIN lead AS uuid")
+        connection.execute('CREATE SCHEMA crm CREATE TABLE crm."Leads" (lead_id lead)')
+    check_lead_source(database_url, relation)
+
+
+def test_a_lead_source_that_is_locked_or_a_database_that_is_away_is_no_fault_of_it(database_url: str) -> None:
+    with psycopg.connect(database_url) as holder:
+        holder.execute("LOCK TABLE people IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(DatabaseUnavailableError):
+            check_lead_source(database_url, "lead_source")
+    with pytest.raises(DatabaseUnavailableError):
+        check_lead_source("postgresql://127.0.0.1:1/crm", "lead_source")
 
 
 def test_the_newest_revision_is_the_one_a_migrated_database_has() -> None:

@@ -1,5 +1,6 @@
 """Where the service listens, how it ends, and how its workers are replaced: by signals, as ops send them."""
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -7,10 +8,16 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from click.testing import CliRunner
 
-from app.cli import cli
-from tests.service import PREDICT, Load, Service, add_leads, count_events, publish_crm_model
+from tests.service import (
+    PREDICT,
+    Load,
+    Service,
+    add_leads,
+    count_events,
+    publish_crm_model,
+    refuse_to_start,
+)
 
 PATIENCE_SECONDS = 180.0
 
@@ -142,7 +149,7 @@ def test_the_socket_of_a_killed_service_is_taken_over_and_that_of_a_running_one_
         service.kill()
         assert path.is_socket()
         service.start()
-        refused = refuse_to_listen(database_url, tmp_path, f"unix:{path}")
+        (refused,) = refuse_to_start(database_url, tmp_path, HOST=f"unix:{path}")
         assert refused == f"HOST: cannot listen on {path} (address already in use)"
         assert ask_over(path).status_code == 200
         assert service.stop() == 0
@@ -161,9 +168,45 @@ def test_a_path_that_cannot_be_a_socket_is_one_line(
 ) -> None:
     (tmp_path / "file").write_text("precious")
     path = tmp_path / name
-    line = refuse_to_listen(database_url, tmp_path, f"unix:{path}")
+    (line,) = refuse_to_start(database_url, tmp_path, HOST=f"unix:{path}")
     assert line == f"HOST: cannot listen on {path} ({reason})"
     assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("migrated", [True, False])
+def test_a_lead_source_that_is_not_there_is_one_line(
+    database_url: str, empty_database_url: str, tmp_path: Path, migrated: bool
+) -> None:
+    *log, line = refuse_to_start(
+        database_url if migrated else empty_database_url, tmp_path, PORT="0", LEAD_SOURCE="crm.nosuch"
+    )
+    assert line == "LEAD_SOURCE: there is no table or view crm.nosuch with a lead_id of type uuid"
+    assert len(log) == (0 if migrated else 1)  # what migrations are missing
+
+
+def test_a_database_that_is_away_stops_no_start_whatever_the_lead_source(tmp_path: Path) -> None:
+    models = publish_crm_model(tmp_path / "models")
+    with Service(tmp_path, "postgresql://127.0.0.1:1/crm", models, LEAD_SOURCE="crm.nosuch") as service:
+        assert httpx2.get(f"http://127.0.0.1:{service.port}/readyz").status_code == 200
+        assert service.stop() == 0
+    assert "database_unavailable" in service.stderr.read_text()
+
+
+def test_a_start_without_models_says_where_they_were_looked_for_and_what_to_do(
+    database_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, reason, remedy in (
+        ("nowhere", "no_directory", "ML_MODEL_DIR"),
+        ("empty", "no_artifact", "train"),
+    ):
+        with Service(tmp_path, database_url, tmp_path / name) as service:
+            assert httpx2.get(f"http://127.0.0.1:{service.port}/readyz").status_code == 503
+            assert service.stop() == 0
+        lines = service.stderr.read_text().splitlines()
+        (told,) = [json.loads(line) for line in lines if "model_not_ready" in line and reason in line]
+        assert told["directory"] == str(tmp_path / name)
+        assert remedy in told["remedy"]
 
 
 @pytest.mark.parametrize(
@@ -172,20 +215,6 @@ def test_a_path_that_cannot_be_a_socket_is_one_line(
 def test_an_address_that_is_not_this_machines_is_the_fault_of_the_host(
     database_url: str, tmp_path: Path, host: str
 ) -> None:
-    line = refuse_to_listen(database_url, tmp_path, host)
+    (line,) = refuse_to_start(database_url, tmp_path, HOST=host)
     assert line.startswith(f"HOST: cannot listen on {host} (")
     assert line.endswith("); set an address of this machine")
-
-
-def refuse_to_listen(database_url: str, folder: Path, host: str) -> str:
-    """The one line a service prints that cannot listen there."""
-    environment = {"DATABASE_URL": database_url, "VAR_DIR": str(folder / "var"), "HOST": host}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        result = CliRunner().invoke(cli, ["serve"], env=environment)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert result.exit_code == 1
-    (line,) = result.stderr.strip().splitlines()
-    return line.removeprefix("Error: ")

@@ -36,12 +36,14 @@ _MAX_BACKOFF = 6
 """Looks with nothing to serve are at most this many times `retry_seconds` apart."""
 
 REMEDIES = {
+    "no_directory": "set ML_MODEL_DIR to the directory of the models, or publish one with `leadscore train`",
+    "no_artifact": "publish one with `leadscore train`, or look at ML_MODEL_PATTERN and ML_MODEL_VERSION",
     "rollback_refused": "name the older version in ML_MODEL_VERSION to go back to it, or publish a newer one",
     "signature_missing": "sign it with `leadscore models sign`",
     "signature_invalid": "sign it with a key whose public half is in ML_TRUSTED_KEYS",
     "served_unknown": "let the service read and write served_models under VAR_DIR",
 }
-"""What an operator does about the refusals that are about trust, not about the artifact itself."""
+"""What an operator does where it is not an artifact that is to be mended."""
 
 _log = structlog.get_logger("app.model_registry")
 

@@ -40,6 +40,11 @@ def open_connection(url: str, *, needs: str, autocommit: bool = False) -> Iterat
         raise DatabaseUnavailableError("The database cannot be reached; is DATABASE_URL right?") from exc
 
 
+def reader_needs(relation: str) -> str:
+    """Returns the rights that reading the relation takes, in words."""
+    return f"SELECT on {relation}, and USAGE on its schema"
+
+
 def write_rows(cursor: psycopg.Cursor, table: sql.Identifier, columns: Mapping[str, CopyColumn]) -> None:
     """Appends rows, given as equally long columns of PostgreSQL text values (None for NULL), to the table."""
     statement = sql.SQL("COPY {} ({}) FROM STDIN").format(

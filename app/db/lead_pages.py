@@ -15,9 +15,9 @@ import psycopg
 from numpy.typing import NDArray
 
 from app.ai.domain import BoolArray, InputColumn, LeadColumns
-from app.db.bulk_copy import open_connection
+from app.db.bulk_copy import open_connection, reader_needs
 from app.db.lead_cells import decode_batch, key_page_statement, split_texts
-from app.db.leads import fetch_types, reader_needs, require_columns
+from app.db.leads import fetch_types, require_columns
 from app.errors import CommandError
 
 PAGE_LEADS = 20_000

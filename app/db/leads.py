@@ -31,7 +31,7 @@ from app.ai.domain import (
     split_uuids,
 )
 from app.db.array_parameters import UUID_BYTES, join_uuids, pack_texts, pack_uuids
-from app.db.bulk_copy import open_connection
+from app.db.bulk_copy import open_connection, reader_needs
 from app.db.engine import Connection, Database
 from app.db.lead_cells import (
     COLUMN_TYPES,
@@ -260,11 +260,6 @@ def fetch_all_chunks(
                     yield decode_rows(rows, columns, with_refs=EXTERNAL_REF in types)
     except psycopg.Error as exc:
         raise CommandError(f"{relation} cannot be read (SQLSTATE {exc.sqlstate})") from exc
-
-
-def reader_needs(relation: str) -> str:
-    """Returns the rights that reading the relation takes, in words."""
-    return f"SELECT on {relation}, and USAGE on its schema"
 
 
 def fetch_types(connection: psycopg.Connection[Any], relation: str) -> ColumnTypes:

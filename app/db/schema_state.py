@@ -1,15 +1,17 @@
-"""How far a database is along the migrations of this checkout; nothing here applies one.
+"""What a start asks of a database: how far along the migrations it is, and whether there are leads to read.
 
-Apart from `app.db.migrations` because every start asks, and the library that migrates takes longer to import
-than most starts have work for. Called by `app.serve` and the tests.
+Nothing here applies a migration. Apart from `app.db.migrations` because every start asks, and the library
+that migrates takes longer to import than most starts have work for. Called by `app.serve` and the tests.
 """
 
 from pathlib import Path
 from typing import Literal
 
 import psycopg
+from psycopg import sql
 
-from app.errors import DatabaseUnavailableError, MissingRightError
+from app.db.bulk_copy import open_connection, reader_needs
+from app.errors import CommandError, DatabaseUnavailableError, MissingRightError
 
 SchemaState = Literal["empty", "behind", "current", "unknown"]
 
@@ -41,6 +43,28 @@ def current_state(url: str) -> SchemaState:
     if applied == revisions[-1]:
         return "current"
     return "behind" if applied in revisions else "unknown"
+
+
+def check_lead_source(url: str, relation: str) -> None:
+    """Plans a read of the relation, which is what every request will need; reads nothing.
+
+    Raises:
+        CommandError: there is no such relation, it has no `lead_id uuid`, or it cannot or may not be read.
+        DatabaseUnavailableError: the database cannot be reached, or somebody keeps the relation locked.
+    """
+    statement = sql.SQL("SELECT lead_id FROM {} LIMIT 0").format(sql.Identifier(*relation.split(".")))
+    with open_connection(url, needs=reader_needs(relation)) as connection:
+        connection.execute(f"SET LOCAL statement_timeout = '{CONNECT_SECONDS}s'")
+        try:
+            columns = connection.execute(statement).description
+        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
+            columns = None
+        except (psycopg.DataError, psycopg.ProgrammingError) as exc:
+            if isinstance(exc, psycopg.errors.InsufficientPrivilege):
+                raise  # open_connection says what is needed
+            raise CommandError(f"{relation} cannot be read (SQLSTATE {exc.sqlstate})") from exc
+        if not columns or columns[0].type_code != psycopg.adapters.types["uuid"].oid:
+            raise CommandError(f"there is no table or view {relation} with a lead_id of type uuid")
 
 
 def known_revisions() -> list[str]:
