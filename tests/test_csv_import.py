@@ -114,6 +114,30 @@ def test_an_id_that_is_a_uuid_is_the_lead_id_and_any_other_gets_one_that_stays(
     assert others["17"] != ids["17"]
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "jane.doe@example.com", "17", "-1.5", "0170 1234567", "+49 170 1234567", "2026-01-02", "L-10017",
+        "a1b2c3d4-0a0b-4c0d-8e0f-a0b0c0d0e0f0",
+        "She asked twice for the brochure and whether her degree counts.",
+    ],
+)  # fmt: skip
+def test_a_file_without_a_header_has_nothing_of_its_first_lead_in_the_error(load: Import, value: str) -> None:
+    with pytest.raises(ImportFileError) as refused:
+        load(f'"{value}",Jane Doe,Berlin\n"x",John Roe,Bonn\n', id_column="email")
+    assert str(refused.value) == (
+        "line 1: no column is called 'email'; there are 3 columns,"
+        " and the first line does not look like their names"
+    )
+
+
+def test_a_header_is_shown_to_whoever_names_no_column_of_it(load: Import) -> None:
+    header = "Lead No,Score (%),_id,Größe,utm_source,Address 2,,How did you hear about us"
+    with pytest.raises(ImportFileError) as refused:
+        load(f"{header}\n1,2,3,4,5,6,7,8\n", id_column="email")
+    assert str(refused.value).endswith(f"the header names {header.replace(',', ', ')}")
+
+
 def test_ids_no_request_can_carry_are_counted(load: Import) -> None:
     assert load("Lead No,A\na b,1\n~x,2\nfine@example.com,3\n").unaskable_ids == 2
 

@@ -10,9 +10,10 @@ import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 
-from app.ai.domain import ColumnKind
+from app.ai.domain import ColumnKind, is_uuid
 
 _LONGEST_NAME = 63
+_HEADER = re.compile(rf"(?!.*\d{{3}})[^\W\d][^@]{{0,{_LONGEST_NAME - 1}}}", re.DOTALL)
 _SYSTEM_NAMES = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
 _TRUE = frozenset({"true", "yes", "t", "y"})
 _WORD_PAIRS = tuple(map(frozenset, (("true", "false"), ("yes", "no"), ("t", "f"), ("y", "n"))))
@@ -39,6 +40,14 @@ def build_names(headers: Sequence[str], taken: Collection[str] = ()) -> list[str
         used.add(name)
         names.append(name)
     return names
+
+
+def could_be_header(text: str) -> bool:
+    """Tells whether a text could be the name of a column, and is no address, number, ID or date of a lead.
+
+    The name of a person or a place could be either.
+    """
+    return _HEADER.fullmatch(text) is not None and not is_uuid(text)
 
 
 def _snake_case(header: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from app.ai.domain import ColumnKind, canonical_lead_id
-from app.db.csv_columns import TypeGuess, build_names, read_label
+from app.db.csv_columns import TypeGuess, build_names, could_be_header, read_label
 from app.db.csv_file import CsvFile, Progress, Record
 from app.errors import ImportFileError
 
@@ -63,9 +63,15 @@ def _find(header: Sequence[str], wanted: str) -> int:
     matches = matches or [at for at, name in enumerate(build_names(header)) if name == wanted]
     if len(matches) != 1:
         problem = "more than one column is" if matches else "no column is"
-        known = " ".join(", ".join(header).split())
-        raise ImportFileError(f"line 1: {problem} called {wanted!r}; the header names {known[:500]}")
+        raise ImportFileError(f"line 1: {problem} called {wanted!r}; {_describe_header(header)}")
     return matches[0]
+
+
+def _describe_header(header: Sequence[str]) -> str:
+    # The first line of a file without a header is a lead, and what is personal stays in the file.
+    if all(map(could_be_header, filter(None, header))):
+        return f"the header names {' '.join(', '.join(header).split())[:500]}"
+    return f"there are {len(header)} columns, and the first line does not look like their names"
 
 
 def _take(found: Inspection, record: Record) -> None:
