@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     ml_prewarm_leads: int = Field(0, ge=0, le=1_000_000)
     """The newest leads are kept scored ahead of being asked, this many of them; 0: none."""
     ml_min_feature_coverage: float = Field(0.6, ge=0, le=1)
-    """Below this share of really present features a prediction says `caution`."""
+    """Below this share of really present features, each weighed by its worth, a prediction says `caution`."""
     ml_max_batch_size: int = Field(2000, ge=1, le=2000)
     """Lead IDs in one request."""
     ml_max_reasons_batch: int = Field(100, ge=1, le=2000)
