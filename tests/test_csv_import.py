@@ -119,7 +119,7 @@ def test_an_id_that_is_a_uuid_is_the_lead_id_and_any_other_gets_one_that_stays(
     [
         "jane.doe@example.com", "17", "-1.5", "0170 1234567", "+49 170 1234567", "2026-01-02", "L-10017",
         "a1b2c3d4-0a0b-4c0d-8e0f-a0b0c0d0e0f0",
-        "She asked twice for the brochure and whether her degree counts.",
+        "She asked for the brochure twice, and whether her degree would count.",
     ],
 )  # fmt: skip
 def test_a_file_without_a_header_has_nothing_of_its_first_lead_in_the_error(load: Import, value: str) -> None:
