@@ -350,7 +350,9 @@ def models_list(as_json: bool) -> None:
 @_json_option
 def models_verify(as_json: bool) -> None:
     """Load every artifact through the full gate; exit status 1 if any cannot be trusted, or none is found."""
-    found = _catalogue(_settings()).verify_models()
+    catalogue = _catalogue(_settings())
+    with _progress() as progress:
+        found = catalogue.verify_models(progress)
     _print_models(found, as_json)
     bad = [model.file for model in found if model.state != "verified"]
     if bad or not found:

@@ -136,6 +136,14 @@ def test_a_models_directory_that_cannot_be_written_stops_a_training_before_it_be
     assert result.stderr == f"Error: {csv_file / 'models'} cannot be written: not a directory.\n"
 
 
+def test_whoever_watches_sees_how_far_the_verification_is(run: Run, tmp_path: Path) -> None:
+    publish_crm_model(tmp_path / "models")
+    watched = run("models", "verify", FORCE_COLOR="1", TERM="xterm")  # what makes rich believe in a terminal
+    assert watched.exit_code == 0
+    assert "1/1" in watched.stderr
+    assert "1/1" not in run("models", "verify").stderr
+
+
 def test_no_model_at_all_fails_the_verify_command(run: Run) -> None:
     result = run("models", "verify")
     assert result.exit_code == 1

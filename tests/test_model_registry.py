@@ -1088,10 +1088,13 @@ def test_full_verification_also_finds_what_only_the_golden_test_can(models):
     forge(publish(models, V2), golden_outputs=[0.5] * len(GOLDEN))
     catalogue = ModelCatalogue(models)
     assert [model.state for model in catalogue.list_models()] == ["verified", "verified"]
-    assert [(model.version, model.state, model.reason) for model in catalogue.verify_models()] == [
+    told = []
+    found = catalogue.verify_models(lambda *step: told.append(step))
+    assert [(model.version, model.state, model.reason) for model in found] == [
         (V2, "refused", "golden_mismatch"),
         (V1, "verified", None),
     ]
+    assert told == [("verify", 0, 2), ("verify", 1, 2), ("verify", 2, 2)]
 
 
 def test_status_tells_since_when_a_model_is_loaded(models, open_registry, clock):

@@ -30,6 +30,7 @@ from app.errors import ArtifactError
 ModelState = Literal["active", "verified", "refused", "incompatible", "unverified"]
 SignatureState = Literal["valid", "invalid", "missing", "unchecked"]
 Incompatible = Callable[[ModelManifest], str | None]
+Progress = Callable[[str, int, int], None]
 LoadBundle = Callable[[ModelManifest, bytes], ModelBundle]
 _Result = TypeVar("_Result")
 
@@ -133,18 +134,29 @@ class ModelCatalogue:
         """Returns every artifact with its state, after verifying hashes; deserialises nothing."""
         return self._describe_all(lambda artifact: self._remembering(artifact, self._verify), active)
 
-    def verify_models(self) -> list[AvailableModel]:
-        """Returns every artifact; `verified` means it was loaded and answered its golden inputs."""
-        return self._describe_all(lambda artifact: self._load(artifact).manifest, None)
+    def verify_models(self, progress: Progress = lambda *_: None) -> list[AvailableModel]:
+        """Returns every artifact; `verified` means it was loaded and answered its golden inputs.
+
+        `progress` is told the stage, how many are done, and how many there are.
+        """
+        return self._describe_all(lambda artifact: self._load(artifact).manifest, None, progress)
 
     def _describe_all(
-        self, verify: Callable[[FoundArtifact], ModelManifest], active: FileIdentity | None
+        self,
+        verify: Callable[[FoundArtifact], ModelManifest],
+        active: FileIdentity | None,
+        progress: Progress = lambda *_: None,
     ) -> list[AvailableModel]:
         try:
             found = self.find()
         except ArtifactError:
             return []
-        return [self._describe(artifact, verify, active) for artifact in found]
+        described: list[AvailableModel] = []
+        for artifact in found:
+            progress("verify", len(described), len(found))
+            described.append(self._describe(artifact, verify, active))
+        progress("verify", len(found), len(found))
+        return described
 
     def _describe(
         self,
