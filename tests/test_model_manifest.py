@@ -24,6 +24,8 @@ from app.ai.model_manifest import (
 from app.errors import ArtifactError
 
 VERSION = "20260101_120000"
+ARABIC = "\u0662" + VERSION[1:]
+"""No version, although Unicode has its first character for a digit, and one that sorts behind any other."""
 
 
 def build_facts(**changes):
@@ -165,6 +167,11 @@ def test_text_that_no_manifest_has_makes_it_invalid(sound, hostile):
 
 @pytest.mark.parametrize("data", [b"", b"null", b"[]", b"NaN", b"\xff\xfe{}", b"[" * 100_000, b'{"a":1e999}'])
 def test_what_is_not_a_manifest_at_all_is_refused(data):
+    assert reason_of(data) == "manifest_invalid"
+
+
+def test_a_version_has_digits_of_ascii_alone():
+    data = encode_manifest(build_manifest()).replace(VERSION.encode(), ARABIC.encode())
     assert reason_of(data) == "manifest_invalid"
 
 
@@ -321,5 +328,6 @@ def test_names_lead_to_type_and_version_and_back():
         "x_y_20260101_120000",
         "",
         "advanced_ml_x_20260101_120000 ",
+        f"advanced_ml_x_{ARABIC}",
     ):
         assert parse_stem(name) is None

@@ -23,7 +23,7 @@ from app.ai.calibration import Calibrator
 from app.ai.feature_safety import FeatureStatistics
 from app.ai.model_bundle import load_bundle, self_test
 from app.ai.model_catalogue import ModelCatalogue
-from app.ai.model_manifest import ModelManifest, encode_manifest, seal_manifest
+from app.ai.model_manifest import MANIFEST_SUFFIX, ModelManifest, encode_manifest, seal_manifest
 from app.ai.model_registry import ModelRegistry
 from app.ai.served_versions import ServedVersions
 from app.errors import ArtifactError, ModelNotReadyError
@@ -868,8 +868,18 @@ def test_only_names_of_versions_count_as_served(tmp_path):
     served.record(V1)
     served.record(V1)
     (tmp_path / "served_models" / "zzz").touch()
-    (tmp_path / "served_models" / f"{V3}x").touch()
+    for name in (f"{V3}x", f"\u0662{V3[1:]}"):
+        (tmp_path / "served_models" / name).touch()
     assert served.highest() == V1
+
+
+def test_a_manifest_whose_version_has_other_digits_is_no_model(models, open_registry, reports):
+    artifact = publish(models, V1)
+    manifest = artifact.with_suffix(MANIFEST_SUFFIX)
+    (models / manifest.name.replace(V1, f"\u0662{V1[1:]}")).write_bytes(manifest.read_bytes())
+    registry = open_registry()
+    assert registry.load().ref.version == V1
+    assert [report.version for report in reports] == [V1]
 
 
 def test_removing_every_artifact_leaves_the_model_in_memory_serving(models, open_registry):

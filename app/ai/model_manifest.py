@@ -27,10 +27,10 @@ CARD_SUFFIXES: dict[CardForm, str] = {"html": ".card.html", "markdown": ".card.m
 MAX_MANIFEST_BYTES = 8 * 1024 * 1024
 MAX_ARTIFACT_BYTES = 512 * 1024 * 1024
 
-_ARTIFACT_NAME = re.compile(r"advanced_ml_(?P<model_type>[a-z0-9_]{1,40})_(?P<version>\d{8}_\d{6})\Z")
+_ARTIFACT_NAME = re.compile(r"advanced_ml_(?P<model_type>[a-z0-9_]{1,40})_(?P<version>[0-9]{8}_[0-9]{6})\Z")
 
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Version = Annotated[str, msgspec.Meta(pattern=r"^\d{8}_\d{6}\Z")]
+Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{8}_[0-9]{6}\Z")]
 ModelType = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_]{1,40}\Z")]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]

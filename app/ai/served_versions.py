@@ -10,7 +10,7 @@ from pathlib import Path
 
 from app.errors import ArtifactError
 
-_VERSION = re.compile(r"\d{8}_\d{6}\Z")
+_VERSION = re.compile(r"[0-9]{8}_[0-9]{6}\Z")
 
 
 class ServedVersions:
