@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 
 import app.main  # noqa: F401
+from app import own_memory
+
+own_memory.close_to_others()  # a program of its own until here, whatever `serve` has closed
 
 # Looking for garbage writes to every object it looks at, and a page that is written to is shared no longer.
 gc.collect()

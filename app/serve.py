@@ -8,8 +8,8 @@ import asyncio
 import errno
 import math
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
-import resource
 import signal
 import socket
 import time
@@ -25,6 +25,8 @@ import uvicorn
 import uvicorn._subprocess
 from uvicorn.supervisors import Multiprocess
 
+from app import own_memory
+from app.ai.artifact_process import TOLD
 from app.db.embedded import open_embedded
 from app.db.schema_state import check_lead_source, current_state
 from app.drain import ANNOUNCEMENT
@@ -57,7 +59,7 @@ def serve(settings: Settings) -> None:
             started as configured.
     """
     configure_logging(settings.log_level)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an image of this memory would have leads in it
+    own_memory.close_to_others()
     try:
         with ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -134,7 +136,17 @@ def _prepare_workers(stack: ExitStack, settings: Settings, url: str) -> None:
         # uvicorn would start each with all libraries in memory once more, and has no setting for it.
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload(["app.preloaded"])
+        _start_tracker()
         uvicorn._subprocess.spawn = forks  # type: ignore[assignment]  # noqa: SLF001
+
+
+def _start_tracker() -> None:
+    # multiprocessing would, and tell it all; but it is a program of its own, which others may look into.
+    hidden = {name: os.environ.pop(name) for name in os.environ.keys() - set(TOLD)}
+    try:
+        multiprocessing.resource_tracker.ensure_running()
+    finally:
+        os.environ.update(hidden)
 
 
 @contextmanager

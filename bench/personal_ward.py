@@ -29,6 +29,7 @@ from bench.careless_service import (
     VAR_FILES,
 )
 from bench.personal_crm import FEATURES, Request, add_people, draw_people, hostile_requests
+from bench.servers import READABLE
 from tests.model_files import V1, publish
 from tests.service import PREDICT, Connection, Service
 
@@ -60,6 +61,7 @@ class Ward:
         """Returns a service that is not started yet; the failing route is the careless module's."""
         directory, models = self.place(name)
         settings = {"TMPDIR": str(directory / "tmp"), "LOG_LEVEL": "DEBUG", "ML_CACHE_TTL_SECONDS": "0.2"}
+        settings |= READABLE
         command = CARELESS if "CARELESS" in environment or name == "failing" else ("-m", "app.cli", "serve")
         return Service(directory, self.url, models, command=command, **settings, **environment)
 

@@ -6,8 +6,8 @@ everything that comes out is searched for every canary in every form.
 
 Not counted as leaks: a lead ID that a caller sent, in the body of the answer to that caller (it says which
 lead is meant), and the CRM's own tables. `lead_scores` holds UUIDs and numbers and is the CRM's too. Left
-out: a core dump, because a process that scores a lead holds it in memory while it does; what keeps it from
-the disk is the operator's `ulimit -c 0`, and nothing in the service writes one.
+out: a core dump, because a process that scores a lead holds it in memory while it does; the service lets none
+be written (`app.own_memory`).
 """
 
 import asyncio

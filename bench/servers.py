@@ -17,6 +17,10 @@ ROOT = Path(__file__).parent.parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """One core a server: what is compared is the work, not the number of threads it is spread over."""
 
+_PATHS = (str(ROOT / "bench" / "readable"), os.environ.get("PYTHONPATH", ""))
+READABLE = {"PYTHONPATH": os.pathsep.join(filter(None, _PATHS))}
+"""What leaves a service open to whoever runs a bench, root or not (`bench/readable`)."""
+
 
 @dataclass(frozen=True)
 class Server:
@@ -29,15 +33,15 @@ class Server:
 
     def resident_megabytes(self) -> float:
         """Returns the resident set of the whole process tree, in MB."""
-        return sum(_read_kilobytes(pid, "smaps_rollup", "Rss") for pid in _descend(self.pid)) / 1000
+        return sum(_read_kilobytes(pid, "smaps_rollup", "Rss") for pid in descend(self.pid)) / 1000
 
     def peak_megabytes(self) -> float:
         """Returns the most its processes have held resident since `forget_peak`, in MB."""
-        return sum(_read_kilobytes(pid, "status", "VmHWM") for pid in _descend(self.pid)) / 1000
+        return sum(_read_kilobytes(pid, "status", "VmHWM") for pid in descend(self.pid)) / 1000
 
     def forget_peak(self) -> None:
         """Has the kernel count each process's peak anew, from what it holds now."""
-        for pid in _descend(self.pid):
+        for pid in descend(self.pid):
             Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
@@ -54,7 +58,7 @@ def start_service(
         "VAR_DIR": str(directory / name), "PORT": "0", "LOG_LEVEL": "ERROR",
         # A busy machine makes answers late here, not 503.
         "DATABASE_DEADLINE_SECONDS": "30", "AI_REQUEST_DEADLINE_SECONDS": "60", "DRAIN_SECONDS": "0",
-        **environment,
+        **READABLE, **environment,
     }  # fmt: skip
     command = ["app.cli", "serve"] if plant is None else ["bench.planted", plant]
     with _start(name, command, settings, quiet=plant is not None) as server:
@@ -110,10 +114,11 @@ def worker_pids(pid: int) -> list[int]:
 
 def proportional_megabytes(pid: int) -> float:
     """Returns what a process and its descendants hold, a page that several share counted once, in MB."""
-    return sum(_read_kilobytes(member, "smaps_rollup", "Pss") for member in _descend(pid)) / 1000
+    return sum(_read_kilobytes(member, "smaps_rollup", "Pss") for member in descend(pid)) / 1000
 
 
-def _descend(pid: int) -> list[int]:
+def descend(pid: int) -> list[int]:
+    """Returns a process and all that it started, and those did."""
     found = [pid]
     for member in found:
         found += _children(member)

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.servers import proportional_megabytes
+from bench.servers import READABLE, proportional_megabytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,11 +25,12 @@ WORKERS = (1, 2, 3)
 
 def start(var_dir: str, workers: int = 1) -> tuple[float, float]:
     """Starts the service, waits until it says that it listens, stops it; returns seconds and Pss in MB."""
+    settings = {"VAR_DIR": var_dir, "PORT": "0", "DATABASE_URL": "", "WORKERS": str(workers)}
     began = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "-m", "app.cli", "serve"],
         cwd=ROOT,
-        env={**os.environ, "VAR_DIR": var_dir, "PORT": "0", "DATABASE_URL": "", "WORKERS": str(workers)},
+        env={**os.environ, **READABLE, **settings},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -2,13 +2,16 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import httpx2
 import pytest
 
+from bench.servers import READABLE, descend
 from tests.service import (
     PREDICT,
     Load,
@@ -119,6 +122,60 @@ async def test_what_was_answered_before_sigquit_is_recorded_once(database_url: s
         assert service.stop() == 0
     assert load.answered.keys() <= count_events(database_url).keys()
     assert set(count_events(database_url).values()) == {1}
+
+
+POWERLESS = """
+import ctypes, os, sys
+for power in range(64):
+    ctypes.CDLL(None).prctl(24, power, 0, 0, 0)  # PR_CAPBSET_DROP; an ordinary user has none to drop
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Runs Python without the powers of root, so that the kernel treats it as it treats an ordinary user."""
+
+SERVE_POWERLESS = ("-c", POWERLESS, "-m", "app.cli", "serve")
+
+LOOK = """
+import sys
+for pid in sys.argv[1:]:
+    for name in ("environ", "mem"):
+        try:
+            with open(f"/proc/{pid}/{name}", "rb") as file:
+                print(name, file.read() if name == "environ" else "", flush=True)
+        except PermissionError:
+            print(name, "refused", flush=True)
+"""
+
+
+def look_into(pids: Iterable[int]) -> list[str]:
+    """Returns what another process of the same user sees of each process: its environment, its memory."""
+    command = [sys.executable, "-c", POWERLESS, "-c", LOOK, *map(str, pids)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_no_other_process_of_its_user_finds_a_secret_of_the_service(
+    database_url: str, tmp_path: Path, workers: str
+) -> None:
+    models = publish_crm_model(tmp_path / "models")
+    settings = {"WORKERS": workers, "CANARY": "sings"}
+    with Service(tmp_path, database_url, models, command=SERVE_POWERLESS, **settings) as service:
+        assert httpx2.get(f"http://127.0.0.1:{service.port}/readyz").status_code == 200
+        serving = {service.pid, *service.worker_pids()}
+        assert len(serving) == {"1": 1, "2": 3}[workers]
+        assert set(look_into(serving)) == {"environ refused", "mem refused"}
+        assert "sings" not in "".join(look_into(descend(service.pid)))  # with what helps them
+        assert service.stop() == 0
+
+
+def test_a_service_that_a_bench_starts_is_open_to_whoever_started_it(
+    database_url: str, tmp_path: Path
+) -> None:
+    models = publish_crm_model(tmp_path / "models")
+    settings = {"WORKERS": "2", "CANARY": "sings", **READABLE}
+    with Service(tmp_path, database_url, models, command=SERVE_POWERLESS, **settings) as service:
+        for pid in (service.pid, *service.worker_pids()):
+            assert "sings" in "".join(look_into([pid]))
 
 
 def ask_over(path: Path) -> httpx2.Response:

@@ -1,9 +1,10 @@
 """The process that deserialises artifacts: it reads one, says what is in it, and ends.
 
 scikit-learn takes a second to import and 100 MB to keep, and a service that has the arrays of a model needs
-neither. What a crafted artifact could do it would do in a process that has no connection and none of the
-service's settings. What it runs is `artifact_loading`; what it answers is understood by `loaded_model`.
-Imports nothing that takes time, so that it can be started before anything else is.
+neither. What a crafted artifact could do it would do in a process that has no connection and is told none of
+the service's settings; `own_memory` keeps it from reading them in the service. What it runs is
+`artifact_loading`; what it answers is understood by `loaded_model`. Imports nothing that takes time, so that
+it can be started before anything else is.
 """
 
 import os
@@ -25,8 +26,8 @@ from app.ai.artifact_loading import main
 main()
 """
 _COMMAND = (sys.executable, "-c", _PROGRAM)
-_KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-"""All that the process is told of its surroundings."""
+TOLD = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+"""All that a program is told of its surroundings which is to know none of the settings."""
 
 _waiting: "list[subprocess.Popen[bytes]]" = []
 
@@ -68,7 +69,7 @@ def ask(question: bytes) -> bytes:
 
 
 def _start() -> "subprocess.Popen[bytes]":
-    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    kept = {name: os.environ[name] for name in TOLD if name in os.environ}
     return subprocess.Popen(  # noqa: S603
         _COMMAND,
         stdin=subprocess.PIPE,
