@@ -3,11 +3,14 @@
 import io
 import json
 import os
+import pickle
 import warnings
 import zipfile
 
 import joblib
 import numpy as np
+from joblib.numpy_pickle import NumpyArrayWrapper
+from sklearn._loss import HalfBinomialLoss
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -96,6 +99,67 @@ def hostile_pickles(module, name, argument):
     yield "in an estimator", b"\x80\x02" + estimator + b"}X\x01\x00\x00\x00C" + old + text + b"\x85Rsb."
     yield "in a list", b"\x80\x02]" + old + text + b"\x85Ra."
     yield "memoised", b"\x80\x02" + old + b"q\x000h\x00" + text + b"\x85R."
+
+
+class Reduced:
+    """Pickles as a call, and the state that is given to what it returns."""
+
+    def __init__(self, *reduction):
+        self.reduction = reduction
+
+    def __reduce__(self):
+        return self.reduction
+
+
+def build_dtype(start, *state):
+    """Pickles as a dtype of which the file says all that NumPy remembers: order, fields, size, flags."""
+    return Reduced(np.dtype, (start, False, True), (3, *state))
+
+
+def build_record(fields, size=8, flags=0):
+    """Pickles as a record that begins with eight bytes; without flags there is no object in it."""
+    return build_dtype("V8", "|", None, tuple(fields), fields, size, 1, flags)
+
+
+OBJECT = np.dtype("O")
+OBJECTS = build_dtype("V8", "|", (OBJECT, (1,)), None, None, 8, 1, 0)
+
+FORGED_DTYPES = {
+    "objects that are none": build_dtype("O8", "|", None, None, None, -1, -1, 0),
+    "objects in a record": build_record({"a": (OBJECT, 0)}),
+    "objects in a record in a record": build_record({"a": (build_record({"a": (OBJECT, 0)}), 0)}),
+    "an array of objects": OBJECTS,
+    "an array of objects in a record": build_record({"a": (OBJECTS, 0)}),
+    "objects in numbers": build_dtype("f8", "|", None, ("a",), {"a": (OBJECT, 0)}, 8, 1, 0),
+    "text": build_dtype("U2", "<", None, None, None, 8, 4, 8),
+    "a field behind the end": build_record({"a": (np.dtype("f8"), 64)}),
+    "a field so far behind that 32 bits overflow": build_record({"a": (np.dtype("f8"), 2**31 - 1)}),
+    "a field before the beginning": build_record({"a": (np.dtype("f8"), -8)}),
+    "a field of no type": build_record({"a": ("f8", 0)}),
+}
+"""Dtypes that would have NumPy take bytes of a file for pointers, or read beyond them."""
+
+
+def forged_arrays(dtype, payload=b"A" * 8):
+    """Yields every way a file has of giving eight bytes of its own this dtype."""
+    empty = (np.ndarray, ((0,), np.dtype("u1")))
+    wrapper = NumpyArrayWrapper(np.ndarray, (1,), "C", dtype)
+    yield "array", pickle.dumps(Reduced(np.ndarray, ((1,), dtype, payload)), 2)
+    yield "state of an array", pickle.dumps(Reduced(*empty, (1, (1,), dtype, False, payload)), 2)
+    yield "scalar", pickle.dumps(Reduced(np._core.multiarray.scalar, (dtype, payload)), 2)
+    yield "joblib's array", pickle.dumps(wrapper, 2)[:-1] + b"\0" + payload + pickle.STOP
+
+
+def give_attributes(target, **attributes):
+    """Returns a file that sets attributes of an object or a class one by one, as pickle does for slots."""
+    return pickle.dumps(target, 2)[:-1] + b"N" + pickle.dumps(attributes, 2)[2:-1] + b"\x86b."
+
+
+ATTRIBUTES = {
+    "a class that is changed": give_attributes(NumpyArrayWrapper, changed=True),
+    "an object in disguise": give_attributes(HalfBinomialLoss(), __class__=NumpyArrayWrapper),
+}
+"""Files that change a class for everybody, or make an array, unchecked, of an object that is none."""
 
 
 def rewritten(data, change, compression=zipfile.ZIP_STORED):
@@ -219,5 +283,10 @@ def hostile_files(mark):
             )
     for method in ("zlib", "gzip", "bz2", "lzma", "xz"):
         yield f"compressed, {method}", "joblib", pickled(hostile, compress=(method, 3))
+    for forged, dtype in FORGED_DTYPES.items():
+        for way, data in forged_arrays(dtype):
+            yield f"{forged}, {way}", "joblib", data
+    for name, data in ATTRIBUTES.items():
+        yield name, "joblib", data
     for name, data in (*hostile_schemas(honest), *zip_tricks(honest, hostile)):
         yield name, "skops", data

@@ -29,10 +29,14 @@ from app.ai.artifact_loading import (
 )
 from app.errors import ArtifactError
 from tests.hostile_files import (
+    ATTRIBUTES,
     CALLABLES,
+    FORGED_DTYPES,
     HOSTILE_NODES,
     PLACES,
     Leaves,
+    build_record,
+    forged_arrays,
     hostile_files,
     hostile_pickles,
     object_array,
@@ -194,6 +198,43 @@ def test_an_array_wrapper_cannot_be_turned_into_something_else(state, audited):
     data = pickle.dumps(wrapper, protocol=4)
     assert refusal(data, "joblib") == "not_allowed"
     assert {event[1] for event in audited if event[0] == "pickle.find_class"} <= JOBLIB_GLOBALS
+
+
+@pytest.mark.parametrize("forged", FORGED_DTYPES)
+def test_what_a_file_says_of_a_dtype_is_not_believed(forged):
+    for way, data in forged_arrays(FORGED_DTYPES[forged]):
+        assert refusal(data, "joblib") in {"not_allowed", "not_loadable"}, way
+
+
+def test_a_plain_record_is_read_whatever_its_size_and_flags_are_said_to_be():
+    dtype = build_record({"a": (np.dtype("<f4"), 4)}, size=4000, flags=127)
+    data = dict(forged_arrays(dtype, b"\0" * 4 + np.float32(1.5).tobytes()))["joblib's array"]
+    (row,) = load_estimator(data, "joblib")
+    honest = np.dtype({"names": ["a"], "formats": ["<f4"], "offsets": [4], "itemsize": 8})
+    assert row.dtype.__reduce__() == honest.__reduce__()
+    assert row["a"] == 1.5
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_a_file_changes_neither_a_class_nor_what_an_object_is(name):
+    assert refusal(ATTRIBUTES[name], "joblib") == "not_allowed"
+    assert not hasattr(joblib.numpy_pickle.NumpyArrayWrapper, "changed")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_numbers_of_either_byte_order_are_read(order):
+    numbers = np.arange(3, dtype=f"{order}f8")
+    read = load_estimator(pickled(numbers), "joblib")
+    np.testing.assert_array_equal(read, numbers)
+    assert read.dtype.str == numbers.dtype.str
+
+
+def test_a_record_cannot_be_changed_through_what_it_was_made_of():
+    fields = {"a": (np.dtype("f8"), 0)}
+    pair = pickle.dumps((build_record(fields), fields), 2)
+    name, later = (pickle.dumps(value, 2)[2:-1] for value in ("a", (np.dtype("f8"), 64)))
+    record = load_estimator(pair[: pair.rindex(b"\x86")] + name + later + b"s0.", "joblib")
+    assert record.fields["a"] == (np.dtype("f8"), 0)
 
 
 @pytest.mark.parametrize("method", ["zlib", "gzip", "bz2", "lzma", "xz"])

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 import warnings
 import zipfile
@@ -96,6 +97,14 @@ JOBLIB_GLOBALS: Final = frozenset({
     ("sklearn.tree._tree", "Tree"),
 })  # fmt: skip
 """Every global a `.joblib` file may name."""
+
+_NUMBERS = "biuf"
+"""Of what kinds the elements of an array may be, in NumPy's letters."""
+
+_DTYPE = re.compile(f"[{_NUMBERS}V][0-9]+")
+
+_ARRAY = "numpy.ndarray"
+"""Stands in for the class, which honest files name and never call: it lays arrays over bytes of theirs."""
 
 _WRAPPER_STATE = {"subclass", "shape", "order", "dtype", "allow_mmap", "numpy_array_alignment_bytes"}
 
@@ -195,36 +204,80 @@ def _load_joblib(data: bytes) -> object:
 
 
 class _AllowListUnpickler(NumpyUnpickler):  # type: ignore[misc]
-    """joblib's unpickler, able to find exactly the globals of `JOBLIB_GLOBALS`."""
+    """joblib's unpickler, able to find exactly the globals of `JOBLIB_GLOBALS`.
+
+    What they may be made into is limited too. NumPy believes what a pickle says of a dtype, whether its
+    elements are pointers to objects included, and pickle lets state replace the class of an object.
+    """
 
     dispatch = NumpyUnpickler.dispatch.copy()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in JOBLIB_GLOBALS:
             raise ArtifactError("not_allowed", "The artifact names a global outside the allow-list.")
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        return {np.dtype: _begin_dtype, np.ndarray: _ARRAY}.get(found, found)
 
     def load_build(self) -> None:
-        """Refuses an array wrapper that is not plain numbers before joblib lets it read its payload."""
-        if len(self.stack) > 1 and isinstance(self.stack[-2], NumpyArrayWrapper):
-            self._refuse_tricks(self.stack[-1])
+        """Checks the state of an object before the object gets it, and joblib reads an array by it."""
+        if len(self.stack) > 1:
+            target, state = self.stack[-2:]
+            if isinstance(target, NumpyArrayWrapper):
+                self.stack[-1] = _check_wrapper(state)
+            elif isinstance(target, np.dtype):
+                self.stack[-1] = _describe_dtype(target, state)
+            elif isinstance(target, np.ndarray) or not (
+                isinstance(state, dict) or hasattr(target, "__setstate__")
+            ):
+                raise ArtifactError("not_allowed", "The artifact holds state that is more than attributes.")
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
 
-    @staticmethod
-    def _refuse_tricks(state: object) -> None:
-        # State beyond the wrapper's own would let a file replace the methods joblib is about to call, and an
-        # object array holds a pickle of its own.
-        plain = (
-            isinstance(state, dict)
-            and state.keys() == _WRAPPER_STATE
-            and state["subclass"] is np.ndarray
-            and isinstance(state["dtype"], np.dtype)
-            and not state["dtype"].hasobject
-        )
-        if not plain:
-            raise ArtifactError("not_allowed", "The artifact holds an array that is not plain numbers.")
+
+def _begin_dtype(text: str, *_: object) -> "np.dtype[Any]":
+    """Stands in for `numpy.dtype`: begins a type of numbers, or a record whose fields are told next."""
+    if not _DTYPE.fullmatch(text):
+        raise _no_numbers()
+    return np.dtype(text, copy=True)  # NumPy gives state to copies only
+
+
+def _describe_dtype(begun: "np.dtype[Any]", state: Any) -> object:
+    """Returns the state that NumPy itself gives a type of this byte order, or a record of these fields.
+
+    A record keeps the size it began with: an array may have been made with it.
+    """
+    _, order, _, names, fields, *_ = state
+    if begun.kind in _NUMBERS:
+        return begun.newbyteorder(order).__reduce__()[2]
+    formats, offsets = zip(*(fields[name] for name in names), strict=True)
+    for of, offset in zip(formats, offsets, strict=True):
+        # NumPy compares the end of a field with the size, but in 32 bits, where it may be negative.
+        if not isinstance(of, np.dtype) or of.kind not in _NUMBERS or offset + of.itemsize > begun.itemsize:
+            raise _no_numbers()
+    record: np.dtype[Any] = np.dtype(
+        {"names": names, "formats": formats, "offsets": offsets, "itemsize": begun.itemsize}
+    )
+    return record.__reduce__()[2]
+
+
+def _check_wrapper(state: Any) -> dict[str, object]:
+    # State beyond the wrapper's own would let a file replace the methods joblib is about to call, and an
+    # object array holds a pickle of its own.
+    plain = (
+        isinstance(state, dict)
+        and state.keys() == _WRAPPER_STATE
+        and state["subclass"] is _ARRAY
+        and isinstance(state["dtype"], np.dtype)
+        and (state["dtype"].kind in _NUMBERS or state["dtype"].names)
+    )
+    if not plain:
+        raise _no_numbers()
+    return {**state, "subclass": np.ndarray}
+
+
+def _no_numbers() -> ArtifactError:
+    return ArtifactError("not_allowed", "The artifact holds an array that is not plain numbers.")
 
 
 def main() -> None:
