@@ -4,10 +4,11 @@ python -m bench.prove_probabilities --csv FILE --id COLUMN --label COLUMN [--mis
     [--order-by COLUMN] [--target ROW=NUMBER] [--only ROW,ROW] [--learning-curve]
 
 The file is imported into a throwaway database, read by the rules of `leadscore train`, and everything `train`
-does to rows (derive, choose, fit, calibrate) is done inside each fold on the other four. Folds are
-`StratifiedKFold(5, shuffle=True, random_state=0)` over the rows in the order of the file. The rows on later
-leads order all of them by a column, learn from the first four fifths and judge the last. Other rows are
-proved by a test; they show the figures it measured. Ends with status 1 if a target is missed.
+does to rows (derive, choose, fit, calibrate) is done inside each fold on the other four; what is judged is
+what would be answered. Folds are `StratifiedKFold(5, shuffle=True, random_state=0)` over the rows in the
+order of the file. The rows on later leads order all of them by a column, learn from the first four fifths and
+judge the last. Other rows are proved by a test; they show the figures it measured. Ends with status 1 if a
+target is missed.
 """
 
 import argparse
@@ -36,17 +37,19 @@ from app.db.csv_import import import_csv
 from app.db.embedded import open_embedded
 from app.db.leads import fetch_all_chunks
 from app.errors import CommandError, LeadScoringError
+from app.training.answers import answer_leads
 from app.training.bootstrap import bootstrap_intervals
 from app.training.candidates import Candidate, list_candidates
 from app.training.choose import choose_model
-from app.training.evaluate import evaluate
+from app.training.evaluate import evaluate, measure_importance
 from app.training.fit import CalibratedModel
-from app.training.interval_coverage import build_model_intervals, measure_coverage
+from app.training.interval_coverage import measure_coverage
 from app.training.leakage import check_leakage
 from app.training.options import ModelType, TrainingOptions
 from app.training.rows import Progress, TrainingRows, choose_columns, fetch_rows
 from app.training.splits import group_rows
 from app.training.train import choose_features
+from app.training.verdict import measure_rule
 
 ROOT = Path(__file__).parent.parent
 TABLE = "leads"
@@ -55,9 +58,13 @@ SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 class Judged(NamedTuple):
-    """What a model says of leads it has not seen, and what became of them."""
+    """What a model says of leads it has not seen, and what became of them.
+
+    `probability` is what is answered: `calibrated`, or the base rate where the verdict abstains.
+    """
 
     raw: FloatArray
+    calibrated: FloatArray
     probability: FloatArray
     intervals: FloatArray
     outcome: IntArray
@@ -126,12 +133,15 @@ class Leads:
         )
 
     def _judge(self, part: str, learnt: TrainingRows, held_out: TrainingRows) -> Judged:
-        model = self.choose(part, learnt)
+        model, seed = self.choose(part, learnt), self.options.seed
         matrix = model.fitted.build_matrix(held_out)
+        importance = measure_importance(model.fitted, matrix, held_out.outcome, seed)
+        answers = answer_leads(model, matrix, measure_rule(model, importance, learnt, held_out, seed))
         return Judged(
-            model.fitted.raw_scores(matrix),
+            answers.raw,
             model.probabilities(matrix),
-            build_model_intervals(model, matrix),
+            answers.probability,
+            answers.intervals,
             held_out.outcome,
         )
 
@@ -176,7 +186,7 @@ def _measure_calibration(leads: Leads) -> Figure:
 
 def _measure_ranking(leads: Leads) -> Figure:
     changes = [
-        abs(roc_auc_score(fold.outcome, fold.raw) - roc_auc_score(fold.outcome, fold.probability))
+        abs(roc_auc_score(fold.outcome, fold.raw) - roc_auc_score(fold.outcome, fold.calibrated))
         for fold in leads.folds
     ]
     return Figure(max(changes), f"largest of {FOLDS} folds")

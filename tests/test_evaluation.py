@@ -18,14 +18,19 @@ from app.ai.domain import VERDICTS
 from app.ai.model_bundle import ModelBundle
 from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
-from app.ai.predictor import ScoringPolicy
+from app.ai.predictor import ScoringPolicy, find_intervals, score_leads
 from app.cli import cli
 from app.db.csv_import import import_csv
 from app.errors import CommandError
+from app.training.bootstrap import bootstrap_intervals
 from app.training.evaluate import evaluate
 from app.training.evaluation import Evaluation, evaluate_model
+from app.training.interval_coverage import measure_coverage
 from app.training.options import TrainingOptions
+from app.training.reliability import describe_reliability
 from app.training.report import print_evaluation
+from app.training.rows import choose_columns, fetch_rows
+from app.training.splits import split_rows
 from app.training.train import train
 from tests.conftest import DEMO_UNTIL
 from tests.in_process import build_settings, serve
@@ -34,6 +39,7 @@ from tests.real_leads import CSV, TRAPS, needs_real_leads
 
 POLICY = ScoringPolicy(min_coverage=0.6, confidence_method="margin")
 VERSION = "20260601_000000"
+SEED_HOLDING_OUT_EMPTY_LEADS = 3
 MID_FEBRUARY = datetime(2025, 2, 15, tzinfo=UTC)
 
 
@@ -63,6 +69,10 @@ def crm(create_database: Callable[..., str], tmp_path_factory: pytest.TempPathFa
             CREATE VIEW thin AS SELECT lead_id, as_of, won, noise * 0 AS other,
                 CASE WHEN extract(hour FROM as_of) < 12 THEN signal END AS signal,
                 CASE WHEN extract(hour FROM as_of) < 12 THEN noise END AS noise FROM unseen;
+            CREATE VIEW patchy AS SELECT lead_id, won * (hour % 12 > 0)::int AS won,
+                CASE WHEN hour % 12 > 0 THEN signal END AS signal,
+                CASE WHEN hour % 12 > 0 THEN noise END AS noise
+                FROM (SELECT *, extract(epoch FROM as_of)::bigint / 3600 AS hour FROM leads);
             CREATE VIEW without_signal AS SELECT lead_id, as_of, won, noise FROM unseen;
             CREATE VIEW signal_as_text AS
                 SELECT lead_id, as_of, won, noise, signal::text AS signal FROM unseen;
@@ -178,6 +188,32 @@ def test_leads_of_which_nothing_is_known_are_judged_by_the_base_rate_they_are_an
     )
     assert found.verdicts["ok"]["brier"] < found.verdicts["abstain"]["brier"]
     assert sum(told["leads"] for told in found.verdicts.values()) == found.leads
+
+
+def test_the_figures_of_a_training_are_those_of_what_the_held_out_leads_are_answered(
+    crm: TrainingOptions, tmp_path: Path
+) -> None:
+    # Identical leads are kept together: with this seed those of which nothing is known are held out.
+    options = replace(crm, source="patchy", exclude=(), model_dir=tmp_path, seed=SEED_HOLDING_OUT_EMPTY_LEADS)
+    report = train(options)
+    bundle = ModelRegistry(ModelCatalogue(tmp_path)).load()
+    rows, _ = fetch_rows(options, choose_columns(options)[0], lambda *_: None)
+    _, held_out = split_rows(rows, options.seed)
+    answers = score_leads(bundle, held_out.leads, held_out.as_of, POLICY).answers
+    probability, outcome = np.ascontiguousarray(answers["probability"]), held_out.outcome
+    empty = answers["verdict"] == VERDICTS.index("abstain")
+    assert empty.sum() > 100
+    assert not outcome[empty].any()
+
+    told = report.manifest.report
+    expected = evaluate(probability, outcome, bundle.manifest.threshold)
+    assert report.manifest.metrics == pytest.approx(expected, abs=1e-12)
+    assert told["reliability"] == describe_reliability(probability, outcome)
+    assert told["intervals"] == bootstrap_intervals(probability, outcome, options.seed)
+    intervals = find_intervals(bundle, answers)
+    assert told["interval_coverage"] == measure_coverage(intervals, probability, outcome)
+    card = report.card_path.with_suffix(".md").read_text()
+    assert f"| abstain | {empty.sum()} | 0.0% | {bundle.manifest.base_rate:.1%} |" in card
 
 
 def test_leads_without_an_outcome_are_left_out_and_counted(crm: TrainingOptions, bundle: ModelBundle) -> None:

@@ -63,11 +63,6 @@ class ModelBundle:
         return self.feature_set.input_columns
 
     @property
-    def bounded_base_rate(self) -> float:
-        """The share of positives in training, within the bounds of probabilities."""
-        return min(max(self.manifest.base_rate, self.calibrator.lower), self.calibrator.upper)
-
-    @property
     def abstain_below(self) -> float | None:
         """The weighted coverage below which the base rate is the better answer, None if not measured."""
         below = self.manifest.abstain_below

@@ -19,7 +19,7 @@ import numpy as np
 import structlog
 from msgspec.structs import replace
 
-from app.ai.calibration import calibrate, confidence
+from app.ai.calibration import Calibrator, calibrate, confidence
 from app.ai.domain import (
     AMBIGUOUS_LEAD,
     ANSWER,
@@ -27,6 +27,7 @@ from app.ai.domain import (
     VERDICTS,
     AnswerArray,
     BoolArray,
+    CodeArray,
     ConfidenceMethod,
     Explanation,
     FetchedLeads,
@@ -390,8 +391,7 @@ def score_leads(
     lap("safety")
     raw = bundle.scorer(checked.values)
     lap("scoring")
-    probability = calibrate(raw, bundle.calibrator)
-    probability[verdict == _ABSTAIN] = bundle.bounded_base_rate
+    probability = answer_scores(raw, verdict, bundle.calibrator, bundle.manifest.base_rate)
     answers = np.empty(leads.n, ANSWER)
     answers["raw_score"] = raw
     answers["probability"] = probability
@@ -402,6 +402,19 @@ def score_leads(
     answers["confidence"] = confidence(probability, policy.confidence_method, intervals)
     lap("calibration")
     return ScoredLeads(answers, checked.rejected, matrix.values)
+
+
+def answer_scores(
+    raw: FloatArray, verdict: CodeArray, calibrator: Calibrator, base_rate: float
+) -> FloatArray:
+    """Returns what leads (n,) with these raw scores and verdicts are answered.
+
+    That is the calibrated probability, or where the verdict abstains the base rate, within the calibrator's
+    bounds. Training measures a model by this function too, so its figures are those of what is answered.
+    """
+    probability = calibrate(raw, calibrator)
+    probability[verdict == _ABSTAIN] = min(max(base_rate, calibrator.lower), calibrator.upper)
+    return probability
 
 
 def find_intervals(bundle: ModelBundle, answers: AnswerArray) -> FloatArray:

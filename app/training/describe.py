@@ -12,14 +12,15 @@ import numpy as np
 from app.ai.domain import JsonObject
 from app.ai.features import FeatureMatrix
 from app.ai.model_manifest import FeatureRow, ModelDescription, TrainingFacts
+from app.training.answers import answer_leads
 from app.training.bootstrap import bootstrap_intervals
 from app.training.evaluate import evaluate, measure_importance
 from app.training.fit import CalibratedModel
-from app.training.interval_coverage import build_model_intervals, measure_coverage
+from app.training.interval_coverage import measure_coverage
 from app.training.options import TrainingOptions
 from app.training.reliability import describe_reliability
 from app.training.rows import TrainingRows
-from app.training.verdict import build_weights, measure_abstain_below
+from app.training.verdict import measure_rule
 
 GOLDEN_ROWS = 32
 """Rows a published model must answer the same for ever; the last one has nothing in it."""
@@ -44,11 +45,10 @@ def describe_model(
     """Returns everything the manifest says but the facts of the file."""
     fitted = model.fitted
     matrix = fitted.build_matrix(test_part)
-    probability = model.probabilities(matrix)
     importance = measure_importance(fitted, matrix, test_part.outcome, options.seed)
-    weights = build_weights(importance, fitted.feature_set)
-    base_rate = float(train_part.outcome.mean())
-    abstain_below = measure_abstain_below(model, base_rate, weights, test_part, options.seed)
+    rule = measure_rule(model, importance, train_part, test_part, options.seed)
+    answers = answer_leads(model, matrix, rule)
+    probability = answers.probability
     moments = np.concatenate([train_part.as_of, test_part.as_of])
     positives = int(train_part.outcome.sum() + test_part.outcome.sum())
     return ModelDescription(
@@ -59,7 +59,7 @@ def describe_model(
         calibrator=model.calibrator.to_json(),
         venn_abers=model.venn_abers.to_json(),
         threshold=model.threshold,
-        base_rate=base_rate,
+        base_rate=rule.base_rate,
         horizon_days=None if options.label else options.horizon_days,
         source=options.source,
         label=options.label or options.outcome,
@@ -82,12 +82,10 @@ def describe_model(
             "importance": importance,
             "reliability": describe_reliability(probability, test_part.outcome),
             "intervals": bootstrap_intervals(probability, test_part.outcome, options.seed),
-            "interval_coverage": measure_coverage(
-                build_model_intervals(model, matrix), probability, test_part.outcome
-            ),
+            "interval_coverage": measure_coverage(answers.intervals, probability, test_part.outcome),
         },
-        feature_weights=weights,
-        abstain_below=msgspec.UNSET if abstain_below is None else abstain_below,
+        feature_weights=rule.weights,
+        abstain_below=msgspec.UNSET if rule.abstain_below is None else rule.abstain_below,
     )
 
 

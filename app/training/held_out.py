@@ -1,4 +1,4 @@
-"""What a model said of the held-out leads, lead by lead, and what became of them: the model card's evidence.
+"""What is answered of the held-out leads, lead by lead, and what became of them: the model card's evidence.
 
 The manifest keeps figures only; the leads themselves are looked at once more here, while they are in memory.
 Pure. Called by `app.training.train`, for `model_card`.
@@ -10,26 +10,27 @@ from dataclasses import dataclass
 import msgspec
 
 from app.ai.domain import CodeArray, Column, FloatArray, IntArray
-from app.ai.feature_safety import DriftState, build_verdicts, check_features, drift_statistics
+from app.ai.feature_safety import DriftState, drift_statistics
 from app.ai.model_manifest import ModelManifest
+from app.training.answers import answer_leads
 from app.training.evaluate import measure_importance
 from app.training.fit import CalibratedModel
 from app.training.rows import TrainingRows
+from app.training.verdict import VerdictRule
 
 SHUFFLES = 3
 """How often each column is shuffled to say how far its importance depends on the shuffle."""
-
-_MIN_COVERAGE = 0.6  # the default of ML_MIN_FEATURE_COVERAGE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldOut:
     """`n` leads the model has not seen.
 
-    `outcome` (n,) is 0 or 1, `probability` (n,) calibrated, `verdict` (n,) an index into `VERDICTS` under the
-    default settings. `order` (n,) rises in the order in which the leads came, None where that is not known.
-    `columns` are the texts and booleans the model reads. `importance` has the ROC AUC lost in each of several
-    shuffles, `drift` the state of each group of features against the training leads, both by name.
+    `outcome` (n,) is 0 or 1. `probability` (n,) is what is answered and `verdict` (n,) an index into
+    `VERDICTS`, under the default settings. `order` (n,) rises in the order in which the leads came, None
+    where that is not known. `columns` are the texts and booleans the model reads. `importance` has the ROC
+    AUC lost in each of several shuffles, `drift` the state of each group of features against the training
+    leads, both by name.
     """
 
     outcome: IntArray
@@ -42,13 +43,16 @@ class HeldOut:
 
 
 def look_at_held_out(model: CalibratedModel, rows: TrainingRows, manifest: ModelManifest) -> HeldOut:
-    """Returns what the published model says of these rows, which it must not have learnt from."""
+    """Returns what is answered of these rows by the published model, which it must not have learnt from."""
     fitted = model.fitted
     feature_set = fitted.feature_set
     matrix = fitted.build_matrix(rows)
-    weights = None if manifest.feature_weights is msgspec.UNSET else manifest.feature_weights
-    abstain_below = None if manifest.abstain_below is msgspec.UNSET else manifest.abstain_below
-    checked = check_features(matrix, feature_set, fitted.statistics, weights)
+    rule = VerdictRule(
+        base_rate=manifest.base_rate,
+        weights=manifest.feature_weights or [],
+        abstain_below=None if manifest.abstain_below is msgspec.UNSET else manifest.abstain_below,
+    )
+    answers = answer_leads(model, matrix, rule)
     seed = manifest.training.seed
     shuffles = [
         manifest.report["importance"],
@@ -58,8 +62,8 @@ def look_at_held_out(model: CalibratedModel, rows: TrainingRows, manifest: Model
     groups = dict(zip(feature_set.group_names, feature_set.groups, strict=True))
     return HeldOut(
         outcome=rows.outcome,
-        probability=model.probabilities(matrix),
-        verdict=build_verdicts(checked.weighted_coverage, checked.out_of_range, _MIN_COVERAGE, abstain_below),
+        probability=answers.probability,
+        verdict=answers.verdict,
         order=rows.order,
         columns={
             column.name: rows.leads.columns[column.name]

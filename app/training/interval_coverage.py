@@ -5,11 +5,8 @@ Pure; never fits. Called by `describe` on the test part, for the manifest's repo
 
 import numpy as np
 
-from app.ai.calibration import calibrate, equal_mass_bins
+from app.ai.calibration import equal_mass_bins
 from app.ai.domain import FloatArray, IntArray, JsonObject
-from app.ai.features import FeatureMatrix
-from app.ai.venn_abers import build_intervals
-from app.training.fit import CalibratedModel
 
 _NINETY_FIVE_PERCENT = 1.959964
 
@@ -36,19 +33,6 @@ def measure_coverage(
         "mean_width": round(float((intervals[:, 1] - intervals[:, 0]).mean()), 6),
         "rows": [[round(low, 6), round(high, 6), round(rate, 6), leads] for low, high, rate, leads in rows],
     }
-
-
-def build_model_intervals(model: CalibratedModel, matrix: FeatureMatrix) -> FloatArray:
-    """Returns the intervals (n, 2) of built features, as `include=interval` gives them."""
-    raw = model.fitted.raw_scores(matrix)
-    calibrator = model.calibrator
-    return build_intervals(
-        model.venn_abers,
-        raw,
-        calibrate(raw, calibrator),
-        unknown=np.zeros(len(raw), np.bool_),
-        bounds=(calibrator.lower, calibrator.upper),
-    )
 
 
 def _is_covered(low: float, high: float, rate: float, leads: int, *, margin: float) -> bool:

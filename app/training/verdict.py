@@ -4,6 +4,7 @@ Both are measured on held-out leads; neither changes a score. Pure. Called by `a
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,27 @@ from app.training.rows import TrainingRows
 
 _MIN_ROWS, _MIN_SAMPLES = 100, 10_000
 _THRESHOLDS = np.arange(1, 13) / 20
+
+
+class VerdictRule(NamedTuple):
+    """What a manifest says of verdicts: its base rate, feature weights (k,), and `abstain_below` or None."""
+
+    base_rate: float
+    weights: list[float]
+    abstain_below: float | None
+
+
+def measure_rule(
+    model: CalibratedModel,
+    importance: Mapping[str, float],
+    learnt: TrainingRows,
+    held_out: TrainingRows,
+    seed: int,
+) -> VerdictRule:
+    """Measures the rule of a model that has learnt from `learnt`; for `importance` see `build_weights`."""
+    weights = build_weights(importance, model.fitted.feature_set)
+    base_rate = float(learnt.outcome.mean())
+    return VerdictRule(base_rate, weights, measure_abstain_below(model, base_rate, weights, held_out, seed))
 
 
 def build_weights(importance: Mapping[str, float], feature_set: FeatureSet) -> list[float]:
