@@ -281,6 +281,11 @@ def test_with_no_least_coverage_only_an_empty_lead_is_abstained_from() -> None:
     assert [VERDICTS[code] for code in codes] == ["abstain", "ok"]
 
 
+def test_a_model_that_always_knows_better_than_the_base_rate_abstains_from_empty_leads_only() -> None:
+    codes = build_verdicts(np.array([0.0, 0.01]), np.array([0, 0]), 0.6, abstain_below=0.0)
+    assert [VERDICTS[code] for code in codes] == ["abstain", "caution"]
+
+
 @pytest.mark.parametrize("rows", [1, 20, 200, 2000])
 def test_a_sample_of_the_same_leads_is_stable_however_small(rows: int) -> None:
     reference = statistics_of(normal(5000, seed=1, gaps=0.3))

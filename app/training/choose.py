@@ -74,16 +74,15 @@ def choose_model(
     Raises:
         TrainingError: the rows cannot be parted into folds, or nothing tells those of a fold apart.
     """
-    trials = run_trials(
-        rows, build, candidates, build_folds(rows, seed), seed=seed, progress=_under(progress, "compare")
-    )
+    folds = build_folds(rows, seed)
+    trials = run_trials(rows, build, candidates, folds, seed=seed, progress=_under(progress, "compare"))
     measured = {trial.candidate.name: trial.measure() for trial in trials}
     finalists = _best_of_each_type(candidates, measured)
     # In the order of time there is but one way to part the rows.
     rounds = ROUNDS if rows.order is None and len(finalists) > 1 else 1
     for number in range(1, rounds):
-        folds, stage = build_folds(rows, seed + number), f"compare again ({number} of {rounds - 1})"
-        for trial in run_trials(rows, build, finalists, folds, seed=seed, progress=_under(progress, stage)):
+        others, stage = build_folds(rows, seed + number), f"compare again ({number} of {rounds - 1})"
+        for trial in run_trials(rows, build, finalists, others, seed=seed, progress=_under(progress, stage)):
             measured[trial.candidate.name] += trial.measure()
     ranked = sorted(
         candidates, key=lambda one: (-len(measured[one.name]), _mean_log_loss(measured[one.name]))
@@ -102,7 +101,9 @@ def choose_model(
         calibrator=choice.calibrator,
         threshold=choose_threshold(choice.probability, won.outcome),
         venn_abers=build_table(won.raw, won.outcome),
-        out_of_fold=OutOfFold(won.raw, choice.probability, won.outcome),
+        out_of_fold=OutOfFold(
+            np.concatenate([fold.test for fold in folds]), won.raw, choice.probability, won.outcome
+        ),
         choice={
             "order": "random" if rows.order is None else "time",
             "folds": len(measured[ranked[0].name]),

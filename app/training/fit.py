@@ -48,8 +48,12 @@ class FittedModel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutOfFold:
-    """What models without a lead say of it: raw scores, cross-fitted probabilities; its outcome; all (m,)."""
+    """What models without a lead say of it: raw scores, cross-fitted probabilities; its outcome; all (m,).
 
+    `rows` (m,) are the places of these leads among those the model has learnt from.
+    """
+
+    rows: IntArray
     raw: FloatArray
     probability: FloatArray
     outcome: IntArray

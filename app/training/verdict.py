@@ -1,21 +1,23 @@
 """What a model's verdicts rest on: the worth of each feature, and how little data is too little.
 
-Both are measured on held-out leads; neither changes a score. Pure. Called by `app.training.describe`.
+Both are measured on leads the model has not seen; neither changes a score. Pure. Called by
+`app.training.describe`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from app.ai.domain import Column, LeadColumns
+from app.ai.domain import Column, FloatArray, IntArray, LeadColumns
 from app.ai.feature_safety import check_features
-from app.ai.features import FeatureSet, build_features
+from app.ai.features import FeatureMatrix, FeatureSet
 from app.training.fit import CalibratedModel
 from app.training.rows import TrainingRows
 
-_MIN_ROWS, _MIN_SAMPLES = 100, 10_000
-_THRESHOLDS = np.arange(1, 13) / 20
+_MIN_ROWS, _MIN_SAMPLES, _RANDOM_LEADS = 100, 10_000, 100
+_THRESHOLDS = np.arange(13) / 20
 
 
 class VerdictRule(NamedTuple):
@@ -35,8 +37,11 @@ def measure_rule(
 ) -> VerdictRule:
     """Measures the rule of a model that has learnt from `learnt`; for `importance` see `build_weights`."""
     weights = build_weights(importance, model.fitted.feature_set)
-    base_rate = float(learnt.outcome.mean())
-    return VerdictRule(base_rate, weights, measure_abstain_below(model, base_rate, weights, held_out, seed))
+    return VerdictRule(
+        base_rate=float(learnt.outcome.mean()),
+        weights=weights,
+        abstain_below=measure_abstain_below(model, weights, learnt, held_out, seed),
+    )
 
 
 def build_weights(importance: Mapping[str, float], feature_set: FeatureSet) -> list[float]:
@@ -58,26 +63,40 @@ def build_weights(importance: Mapping[str, float], feature_set: FeatureSet) -> l
 
 
 def measure_abstain_below(
-    model: CalibratedModel, base_rate: float, weights: Sequence[float], rows: TrainingRows, seed: int
+    model: CalibratedModel,
+    weights: Sequence[float],
+    learnt: TrainingRows,
+    held_out: TrainingRows,
+    seed: int,
 ) -> float | None:
     """Returns the weighted coverage below which the base rate is the better answer, None for too few rows.
 
-    Columns are taken away from held-out leads at random, each lead losing another share of them. Of all
-    thresholds up to 0.6 it is the one that makes the Brier score lowest when leads below it get the base
-    rate and all others the model's probability; of equally good ones the lowest.
+    Of all thresholds up to 0.6 it is the one that makes the Brier score lowest when leads below it get the
+    base rate and all others the model's probability; of equally good ones the lowest.
+
+    Real leads lack what they lack for a reason, and that may tell much. So it is measured on the out-of-fold
+    leads of `learnt` as they are. Perhaps few of them have gaps: held-out leads from which columns are taken
+    away at random, each losing another share of them, are added and count for 100.
     """
-    if rows.leads.n < _MIN_ROWS:
+    if held_out.leads.n < _MIN_ROWS:
         return None
+    fitted, told, base_rate = model.fitted, model.out_of_fold, learnt.outcome.mean()
+
+    def lose(matrix: FeatureMatrix, probability: FloatArray, outcome: IntArray) -> FloatArray:
+        """Returns what each lead loses under each threshold (n, t) by getting the base rate."""
+        coverage = check_features(matrix, fitted.feature_set, fitted.statistics, weights).weighted_coverage
+        loss = (base_rate - outcome) ** 2 - (probability - outcome) ** 2
+        # A lead of which nothing is known gets the base rate under any threshold, so it is for none.
+        loss[coverage == 0] = 0.0
+        return np.where(coverage[:, None] < _THRESHOLDS, loss[:, None], 0.0)
+
+    losses = lose(fitted.build_matrix(learnt.take(told.rows)), told.probability, told.outcome).sum(axis=0)
     random = np.random.default_rng(seed)
-    fitted, losses, count = model.fitted, np.zeros(len(_THRESHOLDS)), 0
-    while count < _MIN_SAMPLES:
-        matrix = build_features(remove_cells(rows.leads, random), fitted.feature_set, rows.as_of)
-        checked = check_features(matrix, fitted.feature_set, fitted.statistics, weights)
-        by_model = (model.probabilities(matrix) - rows.outcome) ** 2
-        by_base_rate = (base_rate - rows.outcome) ** 2
-        for place, threshold in enumerate(_THRESHOLDS):
-            losses[place] += np.where(checked.weighted_coverage < threshold, by_base_rate, by_model).sum()
-        count += rows.leads.n
+    draws = -(-_MIN_SAMPLES // held_out.leads.n)
+    for _ in range(draws):
+        matrix = fitted.build_matrix(replace(held_out, leads=remove_cells(held_out.leads, random)))
+        thinned = lose(matrix, model.probabilities(matrix), held_out.outcome)
+        losses += thinned.mean(axis=0) * _RANDOM_LEADS / draws
     return float(_THRESHOLDS[losses.argmin()])
 
 
