@@ -60,12 +60,13 @@ def score_source(
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached, or went away.
-        CommandError: the relation lacks a column the model reads, the schema is not migrated, a right is
-            missing, or another process is writing scores.
+        CommandError: the relation lacks a column the model reads or cannot be read, the schema is not
+            migrated, a right is missing, scores cannot be written, or another process is writing them.
     """
     total = count_leads(url, source)
     key = RunKey(source, bundle.ref, as_of, policy.min_coverage)
-    with open_connection(url, needs=WRITER_NEEDS, autocommit=True) as connection:
+    failure = "lead_scores cannot be written"
+    with open_connection(url, needs=WRITER_NEEDS, failure=failure, autocommit=True) as connection:
         writer = LeadScoreWriter(connection, key)
         resumed = writer.state.leads
         progress("score", resumed, total)

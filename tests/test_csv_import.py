@@ -429,7 +429,7 @@ def test_a_table_of_another_role_is_not_replaced(load: Import, csv_url: str, tmp
     path = tmp_path / "again.csv"
     path.write_text("Lead No,A\n1,y\n")
     url = csv_url.replace("postgres@", "clerk@")
-    with pytest.raises(CommandError, match="does not own"):
+    with pytest.raises(CommandError, match="to own a table that is replaced"):
         import_csv(url, path, table="leads", id_column="Lead No", replace=True)
     assert _all(csv_url, "SELECT a FROM leads") == [("x",)]
 

@@ -8,7 +8,7 @@ from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_registry import ModelRegistry
 from app.training.candidates import CANDIDATES
 from app.training.report import TrainingReport
-from app.training.shipped_model import replace_shipped_model
+from app.training.shipped_model import main, replace_shipped_model
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 
@@ -62,6 +62,16 @@ def test_nothing_is_left_of_an_older_one_of_any_type(report: TrainingReport) -> 
         f"{stem}{suffix}" for suffix in (".skops", ".manifest.json", ".card.md", ".card.html")
     }
     assert b"an older one" not in report.card_path.read_bytes()
+
+
+def test_a_models_directory_that_cannot_be_written_is_one_line_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == "Error: models cannot be written: file exists."
 
 
 def test_the_shipped_model_is_small_and_worth_serving() -> None:

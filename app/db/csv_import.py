@@ -34,6 +34,19 @@ _BLOCK = 5000
 _LOCK_WAIT = "1.5s"
 _LOCK_PAUSE = 0.5
 
+_REASONS: dict[type[psycopg.Error], str] = {
+    psycopg.errors.LockNotAvailable: (
+        " was not replaced: another session still uses it; try again when it is done"
+    ),
+    psycopg.errors.UndefinedTable: " was not replaced: it was dropped meanwhile; import it once more",
+    psycopg.errors.DuplicateTable: f"{_DRAFT} is in the way: leads are loaded under that name first",
+    psycopg.errors.DependentObjectsStillExist: (
+        " cannot be replaced: a view or another table depends on it; drop that first"
+    ),
+    psycopg.errors.InvalidSchemaName: " cannot be made: there is no such schema",
+}
+"""What to say after the table's name where more is known of a failure than its SQLSTATE."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImportedColumn:
@@ -94,18 +107,13 @@ def import_csv(
     with open_csv(path) as file:
         found = inspect_csv(file, id_column, label_column, missing, progress)
         needs = f"CREATE and USAGE on the schema of {table}, and to own a table that is replaced"
-        with open_connection(url, needs=needs) as connection:
+        with open_connection(url, needs=needs, failure=f"{table} cannot be made") as connection:
             try:
                 _load(
                     connection, table, file, found, patience=patience if replace else None, progress=progress
                 )
-            except psycopg.errors.InsufficientPrivilege:
-                raise  # open_connection says what is needed
-            except (
-                psycopg.ProgrammingError, psycopg.NotSupportedError, psycopg.InternalError,
-                psycopg.errors.LockNotAvailable,
-            ) as exc:  # fmt: skip
-                raise CommandError(_explain(table, exc)) from exc
+            except tuple(_REASONS) as exc:
+                raise CommandError(table + _REASONS[type(exc)]) from exc
     return _summarise(table, file.header, found)
 
 
@@ -232,18 +240,6 @@ def _lead_id(table: str, text: str) -> str:
         if is_uuid(text)
         else str(uuid5(NAMESPACE_URL, f"lead-scoring:{table}:{text}"))
     )
-
-
-def _explain(table: str, exc: psycopg.Error) -> str:
-    if isinstance(exc, psycopg.errors.LockNotAvailable):
-        return f"{table} was not replaced: another session still uses it; try again when it is done"
-    if isinstance(exc, psycopg.errors.DuplicateTable):
-        return f"{table}{_DRAFT} is in the way: leads are loaded under that name first"
-    if isinstance(exc, psycopg.errors.DependentObjectsStillExist):
-        return f"{table} cannot be replaced: a view or another table depends on it; drop that first"
-    if isinstance(exc, psycopg.errors.InvalidSchemaName):
-        return f"{table} cannot be made: there is no such schema"
-    return f"{table} cannot be made (SQLSTATE {exc.sqlstate})"
 
 
 def _summarise(table: str, header: Sequence[str], found: Inspection) -> ImportSummary:

@@ -11,14 +11,12 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
-import psycopg
 from numpy.typing import NDArray
 
 from app.ai.domain import BoolArray, InputColumn, LeadColumns
-from app.db.bulk_copy import open_connection, reader_needs
+from app.db.bulk_copy import open_reader
 from app.db.lead_cells import decode_batch, key_page_statement, split_texts
 from app.db.leads import fetch_types, require_columns
-from app.errors import CommandError
 
 PAGE_LEADS = 20_000
 
@@ -56,23 +54,20 @@ def read_pages(
         DatabaseUnavailableError: the connection failed.
         CommandError: the relation is not there, lacks one of the columns, or cannot be read.
     """
-    try:
-        with open_connection(url, needs=reader_needs(relation), autocommit=True) as connection:
-            # The same session settings as serving.
-            connection.execute("SET TimeZone = 'UTC'; SET jit = off")
-            types = fetch_types(connection, relation)
-            require_columns(relation, types, columns)
-            while True:
-                statement = key_page_statement(relation, types, columns, after=after, leads=page_leads)
-                with connection.cursor(binary=True) as cursor:
-                    row = cursor.execute(statement).fetchone()
-                if row is None or row[0] is None:
-                    return
-                page = _decode(row, columns)
-                yield page
-                after = page.last_id
-    except psycopg.Error as exc:
-        raise CommandError(f"{relation} cannot be read (SQLSTATE {exc.sqlstate})") from exc
+    with open_reader(url, relation, autocommit=True) as connection:
+        # The same session settings as serving.
+        connection.execute("SET TimeZone = 'UTC'; SET jit = off")
+        types = fetch_types(connection, relation)
+        require_columns(relation, types, columns)
+        while True:
+            statement = key_page_statement(relation, types, columns, after=after, leads=page_leads)
+            with connection.cursor(binary=True) as cursor:
+                row = cursor.execute(statement).fetchone()
+            if row is None or row[0] is None:
+                return
+            page = _decode(row, columns)
+            yield page
+            after = page.last_id
 
 
 def _decode(row: Sequence[Any], columns: Sequence[InputColumn]) -> LeadPage:

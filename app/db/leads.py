@@ -31,7 +31,7 @@ from app.ai.domain import (
     split_uuids,
 )
 from app.db.array_parameters import UUID_BYTES, join_uuids, pack_texts, pack_uuids
-from app.db.bulk_copy import open_connection, reader_needs
+from app.db.bulk_copy import open_reader
 from app.db.engine import Connection, Database
 from app.db.lead_cells import (
     COLUMN_TYPES,
@@ -215,9 +215,9 @@ def fetch_columns(url: str, relation: str) -> Mapping[str, ColumnKind]:
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached.
-        CommandError: there is no such relation, it has no `lead_id uuid`, or may not be read.
+        CommandError: there is no such relation, it has no `lead_id uuid`, or cannot or may not be read.
     """
-    with open_connection(url, needs=reader_needs(relation)) as connection:
+    with open_reader(url, relation) as connection:
         return column_kinds(fetch_types(connection, relation))
 
 
@@ -226,9 +226,9 @@ def count_leads(url: str, relation: str) -> int:
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached.
-        CommandError: there is no such relation, it has no `lead_id uuid`, or may not be read.
+        CommandError: there is no such relation, it has no `lead_id uuid`, or cannot or may not be read.
     """
-    with open_connection(url, needs=reader_needs(relation)) as connection:
+    with open_reader(url, relation) as connection:
         fetch_types(connection, relation)
         statement = sql.SQL("SELECT count(lead_id) FROM {}").format(sql.SQL(quoted_relation(relation)))
         row = connection.execute(statement).fetchone()
@@ -246,20 +246,17 @@ def fetch_all_chunks(
         DatabaseUnavailableError: the connection failed.
         CommandError: the relation is not there, lacks one of the columns, or cannot be read.
     """
-    try:
-        with open_connection(url, needs=reader_needs(relation)) as connection:
-            types = fetch_types(connection, relation)
-            require_columns(relation, types, columns)
-            # The same session settings as serving, and a plan for reading all of it, not the first rows.
-            connection.execute(
-                "SET LOCAL TimeZone = 'UTC'; SET LOCAL jit = off; SET LOCAL cursor_tuple_fraction = 1"
-            )
-            with connection.cursor("leads", binary=True) as cursor:
-                cursor.execute(page_statement(relation, types, columns))
-                while rows := cursor.fetchmany(chunk_rows):
-                    yield decode_rows(rows, columns, with_refs=EXTERNAL_REF in types)
-    except psycopg.Error as exc:
-        raise CommandError(f"{relation} cannot be read (SQLSTATE {exc.sqlstate})") from exc
+    with open_reader(url, relation) as connection:
+        types = fetch_types(connection, relation)
+        require_columns(relation, types, columns)
+        # The same session settings as serving, and a plan for reading all of it, not the first rows.
+        connection.execute(
+            "SET LOCAL TimeZone = 'UTC'; SET LOCAL jit = off; SET LOCAL cursor_tuple_fraction = 1"
+        )
+        with connection.cursor("leads", binary=True) as cursor:
+            cursor.execute(page_statement(relation, types, columns))
+            while rows := cursor.fetchmany(chunk_rows):
+                yield decode_rows(rows, columns, with_refs=EXTERNAL_REF in types)
 
 
 def fetch_types(connection: psycopg.Connection[Any], relation: str) -> ColumnTypes:

@@ -14,11 +14,13 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError as AlembicError
 from sqlalchemy import Connection, NullPool, create_engine
-from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError
 
+from app.db.bulk_copy import explain_failure
 from app.db.schema_state import CONNECT_SECONDS, REVISIONS
-from app.errors import CommandError, DatabaseUnavailableError, MissingRightError
+from app.errors import CommandError
 
+_NEEDS = "CREATE on the schema public, and to own the tables it made before"
 _LOCK = 0x6C656164  # any number, as long as every release uses this one
 
 
@@ -27,8 +29,8 @@ def upgrade(url: str) -> None:
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached.
-        CommandError: another session held a table for longer than the migration may wait, or the database was
-            migrated by a newer version of this program.
+        CommandError: another session held a table for longer than the migration may wait, the database was
+            migrated by a newer version of this program, or a statement failed.
         MissingRightError: the database user may not make or change the tables.
     """
     with _connect(url) as connection:
@@ -61,13 +63,12 @@ def _connect(url: str) -> Iterator[Connection]:
     try:
         with engine.begin() as connection:
             yield connection
-    except ProgrammingError as exc:
-        if not isinstance(exc.orig, psycopg.errors.InsufficientPrivilege):
-            raise
-        raise MissingRightError("CREATE on the schema public, and to own the tables it made before") from exc
-    except OperationalError as exc:
-        if getattr(exc.orig, "sqlstate", None) == "55P03":
+    except DBAPIError as exc:
+        if isinstance(exc.orig, psycopg.errors.LockNotAvailable):
             raise CommandError(
                 "another session keeps a table locked; end it and run `leadscore db upgrade` again"
             ) from exc
-        raise DatabaseUnavailableError from exc
+        if not isinstance(exc.orig, psycopg.Error):
+            raise
+        failure = "the migrations cannot be applied"
+        raise explain_failure(exc.orig, needs=_NEEDS, failure=failure) from exc

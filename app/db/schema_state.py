@@ -10,7 +10,7 @@ from typing import Literal
 import psycopg
 from psycopg import sql
 
-from app.db.bulk_copy import open_connection, reader_needs
+from app.db.bulk_copy import open_reader
 from app.errors import CommandError, DatabaseUnavailableError, MissingRightError
 
 SchemaState = Literal["empty", "behind", "current", "unknown"]
@@ -53,16 +53,14 @@ def check_lead_source(url: str, relation: str) -> None:
         DatabaseUnavailableError: the database cannot be reached, or somebody keeps the relation locked.
     """
     statement = sql.SQL("SELECT lead_id FROM {} LIMIT 0").format(sql.Identifier(*relation.split(".")))
-    with open_connection(url, needs=reader_needs(relation)) as connection:
+    with open_reader(url, relation) as connection:
         connection.execute(f"SET LOCAL statement_timeout = '{CONNECT_SECONDS}s'")
         try:
             columns = connection.execute(statement).description
         except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
             columns = None
-        except (psycopg.DataError, psycopg.ProgrammingError) as exc:
-            if isinstance(exc, psycopg.errors.InsufficientPrivilege):
-                raise  # open_connection says what is needed
-            raise CommandError(f"{relation} cannot be read (SQLSTATE {exc.sqlstate})") from exc
+        except psycopg.OperationalError as exc:
+            raise DatabaseUnavailableError from exc  # a lock, or want of something: a start waits for neither
         if not columns or columns[0].type_code != psycopg.adapters.types["uuid"].oid:
             raise CommandError(f"there is no table or view {relation} with a lead_id of type uuid")
 

@@ -15,7 +15,9 @@ from app.ai.model_manifest import manifest_fingerprint
 from app.db.demo_crm import load_demo
 from app.db.embedded import open_embedded
 from app.db.migrations import upgrade
+from app.errors import CommandError
 from app.training.options import TrainingOptions
+from app.training.publish import check_writable, write_durably
 from app.training.report import TrainingReport, print_report
 from app.training.rows import Progress
 from app.training.train import train
@@ -36,14 +38,17 @@ def replace_shipped_model(model_dir: Path, progress: Progress) -> TrainingReport
     """Makes the shipped model again in a directory that may hold it already; the manifest goes last.
 
     What is left of an earlier one, of another type perhaps, is removed: a version is one model.
+
+    Raises:
+        ArtifactError: `not_writable`.
     """
+    check_writable(model_dir)
     with tempfile.TemporaryDirectory(prefix="leadscore-model-") as folder:
         report = train_shipped_model(Path(folder), progress)
         manifest_name = report.manifest_path.name
-        model_dir.mkdir(parents=True, exist_ok=True)
         made = sorted(Path(folder).iterdir(), key=lambda path: path.name == manifest_name)
         for path in made:
-            _replace(path, model_dir / path.name)
+            write_durably(model_dir / path.name, path.read_bytes())
         for path in set(model_dir.glob(f"*_{report.manifest.version}.*")) - {
             model_dir / path.name for path in made
         }:
@@ -55,13 +60,6 @@ def replace_shipped_model(model_dir: Path, progress: Progress) -> TrainingReport
     )
 
 
-def _replace(made: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_bytes(made.read_bytes())
-    temporary.chmod(0o644)
-    temporary.replace(target)
-
-
 def main() -> None:
     """Entry point of `make model`."""
     console = Console()
@@ -70,7 +68,10 @@ def main() -> None:
         def show(stage: str, done: int, total: int) -> None:
             status.update(f"{stage} {done:,}" + (f" of {total:,}" if total else ""))
 
-        report = replace_shipped_model(Path("models"), show)
+        try:
+            report = replace_shipped_model(Path("models"), show)
+        except CommandError as exc:
+            raise SystemExit(f"Error: {exc}") from exc
     print_report(report, console)
     console.print(f"fingerprint {manifest_fingerprint(report.manifest)}")
 
