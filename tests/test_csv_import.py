@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from uuid import UUID
 
 import psycopg
@@ -457,6 +458,45 @@ def test_a_schema_can_be_named_and_must_exist(load: Import, csv_url: str) -> Non
     load(LEADS, table="crm.leads")
     load(LEADS, table="crm.leads", replace=True)
     assert _all(csv_url, "SELECT count(*) FROM crm.leads") == [(3,)]
+
+
+@pytest.mark.parametrize("first", ["newer", '"A b"'])
+def test_a_table_is_replaced_in_its_schema_wherever_the_search_path_makes_new_ones(
+    load: Import, csv_url: str, tmp_path: Path, first: str
+) -> None:
+    path = tmp_path / "again.csv"
+    path.write_text("Lead No,A\n1,new\n")
+    with psycopg.connect(csv_url) as connection:
+        connection.execute(f"CREATE SCHEMA {first}; CREATE SCHEMA crm")
+    load("Lead No,A\n1,old\n", table="crm.leads")
+    url = f"{csv_url}&options={quote(f'-csearch_path={first},crm'.replace(' ', chr(92) + ' '))}"
+    tables = "SELECT schemaname, tablename FROM pg_tables WHERE tablename ~ '^(leads|others)' ORDER BY 2"
+    try:
+        import_csv(url, path, table="leads", id_column="Lead No", replace=True)
+        assert _all(csv_url, tables) == [("crm", "leads")]
+        assert _all(csv_url, "SELECT a FROM crm.leads") == [("new",)]
+        for _ in range(2):
+            import_csv(url, path, table="others", id_column="Lead No", replace=True)
+        assert _all(csv_url, tables) == [("crm", "leads"), (first.strip('"'), "others")]
+    finally:
+        with psycopg.connect(csv_url) as connection:
+            connection.execute(f"DROP SCHEMA {first} CASCADE")
+
+
+def test_a_table_further_down_the_search_path_is_not_hidden_by_a_new_one(
+    load: Import, csv_url: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "again.csv"
+    path.write_text("Lead No,A\n1,new\n")
+    with psycopg.connect(csv_url) as connection:
+        connection.execute("CREATE SCHEMA crm; CREATE TABLE leads AS SELECT 'precious' AS mine")
+    with pytest.raises(CommandError, match="not made by an import"):
+        import_csv(
+            f"{csv_url}&options=-csearch_path%3Dcrm,public",
+            path, table="leads", id_column="Lead No", replace=True,
+        )  # fmt: skip
+    with pytest.raises(CommandError, match="no such schema"):
+        import_csv(f"{csv_url}&options=-csearch_path%3Dnowhere", path, table="leads", id_column="Lead No")
 
 
 def test_a_missing_file_is_one_clear_line(csv_url: str, tmp_path: Path) -> None:

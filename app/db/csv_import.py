@@ -117,11 +117,29 @@ def import_csv(
     return _summarise(table, file.header, found)
 
 
-def _refuse_taken(connection: psycopg.Connection[Any], table: str, *, replace: bool) -> bool:
+def _fetch_parts(connection: psycopg.Connection[Any], table: str) -> tuple[str, ...]:
+    """Returns the table's schema and name: where it is, or else where tables are made.
+
+    A search path of several schemas finds a table in any of them, and makes every new one in the first.
+    """
+    *schema, name = table.split(".")
+    if not schema:
+        statement = (
+            "SELECT coalesce((SELECT nspname FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace"
+            " WHERE pg_class.oid = to_regclass(%s)), current_schema())"
+        )
+        row = connection.execute(statement, [table]).fetchone()
+        schema = [found for found in row or () if found]  # none: to make it there fails, and says why
+    return *schema, name
+
+
+def _refuse_taken(
+    connection: psycopg.Connection[Any], table: str, target: sql.Identifier, *, replace: bool
+) -> bool:
     """Returns whether there is a table to replace; what is there and must stay is refused."""
     row = connection.execute(
         "SELECT obj_description(oid, 'pg_class'), relrowsecurity FROM pg_class WHERE oid = to_regclass(%s)",
-        [table],
+        [target.as_string(connection)],
     ).fetchone()
     if row is None:
         return False
@@ -145,7 +163,7 @@ def _load(
     progress: Progress | None,
 ) -> None:
     """Makes the table under another name and puts it in its place; with `patience` it may replace one."""
-    *schema, name = table.split(".")
+    *schema, name = _fetch_parts(connection, table)
     target, draft = sql.Identifier(*schema, name), sql.Identifier(*schema, f"{name}{_DRAFT}")
     types = {"lead_id": "uuid", "external_ref": "text"}
     types |= {found.names[at]: TO_POSTGRES[found.kind(at)][0] for at in _kept(found)}
@@ -154,9 +172,10 @@ def _load(
         for column, type_name in types.items()
     )
     with connection.cursor() as cursor:
+        _refuse_taken(connection, table, target, replace=patience is not None)
         cursor.execute(sql.SQL("CREATE TABLE {} ({})").format(draft, columns))
-        # Not before: another import into this table is waited for where both make a draft.
-        _refuse_taken(connection, table, replace=patience is not None)
+        # Once more: another import into this table is waited for where both make a draft.
+        _refuse_taken(connection, table, target, replace=patience is not None)
         for block in _read_blocks(file, found, table, progress):
             write_rows(cursor, draft, block)
         # Built once the rows are there, and not named: the table being replaced still has its own.
@@ -167,10 +186,10 @@ def _load(
         cursor.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(draft, sql.Literal(_MARK)))
         cursor.execute(sql.SQL("ANALYZE {}").format(draft))
         _tell_of_changes(cursor, draft)
-        if patience is not None and _refuse_taken(connection, table, replace=True):
+        if patience is not None and _refuse_taken(connection, table, target, replace=True):
             _lock(connection, target, patience)
             # What is locked may have taken the name while the rows were loaded; from here on nobody can.
-            _refuse_taken(connection, table, replace=True)
+            _refuse_taken(connection, table, target, replace=True)
             write_access(cursor, target, draft)
             cursor.execute(sql.SQL("DROP TABLE {}").format(target))
         try:
