@@ -2,11 +2,12 @@
 
 A client has one deadline to send a request, and as long again to take its answer; a connection that waits
 for its next request has uvicorn's shorter keep-alive timeout. One timer a connection keeps watch, so that a
-request costs two looks at the clock. uvicorn keeps a head until it is complete, before any middleware could
-look at it, so its size is limited here. Bytes that cannot be parsed, or are too many, never become a request,
-so they reach no middleware: no event is recorded (they are counted instead) and no origin is known that CORS
-headers could name. Handed to uvicorn by `serve`; its deadline and the `Drain` come out of the lifespan's
-state.
+request costs two looks at the clock. A request that is sent ahead begins when there is room for its answer:
+it must not take a place in flight only to wait for its reader. uvicorn keeps a head until it is complete,
+before any middleware could look at it, so its size is limited here. Bytes that cannot be parsed, or are too
+many, never become a request, so they reach no middleware: no event is recorded (they are counted instead) and
+no origin is known that CORS headers could name. Handed to uvicorn by `serve`; its deadline and the `Drain`
+come out of the lifespan's state.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from uuid_utils import uuid7
 from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -46,6 +48,13 @@ _NO_REQUEST = (
 )
 
 
+class _RoomForOneAnswer(FlowControl):
+    """Answers are in memory whole, so one that waits for its reader half sent would only hold its place."""
+
+    async def drain(self) -> None:
+        """Waits for nothing; `ProblemProtocol` begins no request while there is no room."""
+
+
 class ProblemProtocol(HttpToolsProtocol):
     """One connection. Cuts off whoever is too slow; answers 400 to what is no request, or has no end."""
 
@@ -67,6 +76,7 @@ class ProblemProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop; the first request is due from now on."""
         super().connection_made(transport)  # type: ignore[arg-type]
+        self.flow = _RoomForOneAnswer(self.transport)
         self._since = self.loop.time()
         self._watch = self.loop.call_later(self._deadline, self._look_at_client)
 
@@ -135,6 +145,16 @@ class ProblemProtocol(HttpToolsProtocol):
         self._since = self.loop.time()
         super().pause_writing()
 
+    def resume_writing(self) -> None:
+        """Called by the transport when the client has caught up: a request that was kept begins."""
+        super().resume_writing()
+        answering = self._answering
+        is_free = answering is None or answering.response_complete
+        if self.pipeline and is_free and not self.transport.is_closing():
+            # While it was kept, its body may not have been read: the rest of it is due from now on.
+            self._since = self.loop.time()
+            self._start_asgi_task(*self.pipeline.pop())
+
     def shutdown(self) -> None:
         """Called by the server that ends; an idle connection has until the end of the drain to be used."""
         self.loop.call_later(self._drain.remaining_seconds(), super().shutdown)
@@ -152,6 +172,9 @@ class ProblemProtocol(HttpToolsProtocol):
         self._watch = self.loop.call_later(delay, self._look_at_client)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        if self.flow.write_paused:
+            self.pipeline.append((cycle, app))  # the end that is taken from: it is still the next one
+            return
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
 
