@@ -42,6 +42,12 @@ _PIECE_BYTES = 16_384
 _CHUNK_BYTES = 16
 """What each piece of a body pays for besides itself: a chunk's size and line ends."""
 
+LAST_LOOK_SECONDS = 0.1
+"""How long after its time a client is looked at for the last time, before its connection is closed.
+
+After a pause (of the machine, or of the process) timers ring before anything is read that came meanwhile.
+"""
+
 _NO_REQUEST = (
     "What was sent is not an HTTP request, or its head is too large: "
     f"at most {MAX_OVERHEAD_BYTES // 1024} KiB and {MAX_FIELDS} fields."
@@ -159,17 +165,24 @@ class ProblemProtocol(HttpToolsProtocol):
         """Called by the server that ends; an idle connection has until the end of the drain to be used."""
         self.loop.call_later(self._drain.remaining_seconds(), super().shutdown)
 
-    def _look_at_client(self) -> None:
+    def timeout_keep_alive_handler(self) -> None:
+        """Called when no request has come for some time; one that is there by now is read first."""
+        handler = super().timeout_keep_alive_handler
+        self.timeout_keep_alive_task = self.loop.call_later(LAST_LOOK_SECONDS, handler)
+
+    def _look_at_client(self, was_overdue: float | None = None) -> None:
         # Whatever begins to be waited for after this look is due a whole deadline from now at the earliest.
-        waiting_for, delay = self._waits_for(), self._deadline
+        waiting_for, delay, overdue = self._waits_for(), self._deadline, None
         if waiting_for is not None:
             delay = self._since + self._deadline - self.loop.time()
-            if delay <= 0:
+            if delay <= 0 and was_overdue == self._since:
                 CLIENT_TIMEOUTS.labels(waiting_for).inc()
                 self._give_up()
                 self.transport.abort()
                 return
-        self._watch = self.loop.call_later(delay, self._look_at_client)
+            if delay <= 0:
+                delay, overdue = LAST_LOOK_SECONDS, self._since
+        self._watch = self.loop.call_later(delay, self._look_at_client, overdue)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if self.flow.write_paused:
