@@ -15,7 +15,7 @@ import time
 from typing import Any, Literal
 
 from uuid_utils import uuid7
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -189,7 +189,17 @@ class ProblemProtocol(HttpToolsProtocol):
             self.pipeline.append((cycle, app))  # the end that is taken from: it is still the next one
             return
         self._answering = cycle
-        super()._start_asgi_task(cycle, app)
+
+        async def answer_or_leave(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+            try:
+                await app(scope, receive, send)
+            except asyncio.CancelledError:
+                # The service ends without an answer. uvicorn would make one up, which nobody has recorded.
+                cycle.disconnected = True
+                self.transport.close()
+                raise
+
+        super()._start_asgi_task(cycle, answer_or_leave)
 
     def _give_up(self) -> None:
         # uvicorn tells the last request of a pipeline that the client is gone, not the one being answered.

@@ -3,6 +3,7 @@
 The protocol stands in front of an application that tells what it was given.
 """
 
+import asyncio
 import json
 import re
 import socket
@@ -32,7 +33,10 @@ BELOW = MAX_OVERHEAD_BYTES - 1000
 
 
 async def tell(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the size of the body and the names of the headers; `/early` does so without reading."""
+    """Answers with the size of the body and the names of the headers; `/early` does so without reading.
+
+    `/cancelled` is cancelled before it answers, as the end of the service does.
+    """
     if scope["type"] == "lifespan":
         await receive()
         scope["state"].update(client_deadline_seconds=10.0, drain=Drain(0.0, time.monotonic))
@@ -46,6 +50,8 @@ async def tell(scope: Scope, receive: Receive, send: Send) -> None:
         if message["type"] == "http.disconnect":
             return
         read, more = read + len(message["body"]), message["more_body"]
+    if scope["path"] == "/cancelled":
+        raise asyncio.CancelledError
     told = json.dumps({"read": read, "names": [name.decode() for name, _ in scope["headers"]]}).encode()
     head = [(b"content-length", b"%d" % len(told))]
     await send({"type": "http.response.start", "status": 200, "headers": head})
@@ -241,3 +247,10 @@ def test_what_is_no_request_is_told_so_after_an_answer(client: Client) -> None:
     assert client.answer()[0] == 200
     client.send(b"\x16\x03\x01")
     assert_refused(client)
+
+
+def test_what_is_cancelled_says_nothing_but_what_was_answered_before_it_stays(client: Client) -> None:
+    client.send(GET + b"\r\n" + GET.replace(b"/", b"/cancelled", 1) + b"\r\n" + GET + b"\r\n")
+    assert client.answer()[0] == 200
+    assert client.answer() == (0, None)
+    assert client._received == b""

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import httpx2
+import psycopg
 import pytest
 
 from bench.servers import READABLE, descend
@@ -53,6 +55,26 @@ def test_sigterm_fails_readiness_first_and_closes_the_listener_last(
         assert (answered.status_code, answered.headers["connection"]) == (200, "close")
         service.send(signal.SIGTERM)
         assert service.wait() == 0
+
+
+def test_who_is_not_answered_before_the_end_is_told_nothing_and_leaves_an_event(
+    database_url: str, tmp_path: Path
+) -> None:
+    models = publish_crm_model(tmp_path / "models")
+    patient = {"DRAIN_SECONDS": "0", "AI_CLIENT_DEADLINE_SECONDS": "60"}
+    with Service(tmp_path, database_url, models, **patient) as service:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE_SECONDS) as client:
+            head = f"POST {PREDICT} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+            client.sendall(f'{head}X-Request-ID: half\r\nContent-Length: 50\r\n\r\n["lead_1"'.encode())
+            assert httpx2.get(f"http://127.0.0.1:{service.port}/livez").status_code == 200
+            service.send(signal.SIGTERM)
+            assert client.recv(65536) == b""
+        assert service.wait() == 0
+    with psycopg.connect(database_url) as connection:
+        events = connection.execute(
+            "SELECT meta->>'error_code', meta->>'status' FROM ai_events WHERE request_id = 'half'"
+        ).fetchall()
+    assert events == [("CLIENT_CLOSED_REQUEST", "499")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
