@@ -207,15 +207,15 @@ async def test_without_memory_no_answer_is_without_its_event_and_nobody_is_left_
     leads = add_leads(database_url, 2000)
     models = publish_crm_model(tmp_path / "models")
     batch = json.dumps(leads).encode()
-    answers: dict[str, int] = {}
+    answers: dict[str, tuple[int, str | None]] = {}
 
     async def keep_asking(port: int, client: int) -> None:
         for number in range(5):
             name = f"client-{client}-{number}"
             with suppress(ConnectionError, asyncio.IncompleteReadError):  # but nobody waits in vain
                 async with asyncio.timeout(PATIENCE_SECONDS), connected(port) as connection:
-                    status, _, _ = await connection.ask("POST", PREDICT, batch, [("X-Request-ID", name)])
-                    answers[name] = status
+                    status, _, body = await connection.ask("POST", PREDICT, batch, [("X-Request-ID", name)])
+                    answers[name] = status, json.loads(body).get("error_code")
 
     with Service(tmp_path, database_url, models) as service:
         with limited(service.pid, resource.RLIMIT_AS, bytes_mapped(service.pid)):
@@ -226,9 +226,14 @@ async def test_without_memory_no_answer_is_without_its_event_and_nobody_is_left_
                     assert service.wait() != 0
                     await asyncio.to_thread(service.start)
         assert service.stop() == 0
+        service.start()  # ships what the end had no time for
+        assert service.stop() == 0
     events = count_events(database_url)
-    assert {name: events.get(name) for name in answers} == dict.fromkeys(answers, 1)
-    assert set(answers.values()) <= {200, 500, 503}
+    # Where neither the log nor the database can be written, the answer says so, and it alone has no event.
+    recorded = {name: told for name, told in answers.items() if told != (503, "TELEMETRY_UNAVAILABLE")}
+    lost = {name: (told, events.get(name)) for name, told in recorded.items() if events.get(name) != 1}
+    assert not lost, service.stderr.read_text()[-5000:]
+    assert {status for status, _ in answers.values()} <= {200, 500, 503}
 
 
 async def ask_anew(port: int, lead_id: str) -> int | None:
