@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.shared_counts import MEMORY, open_shared_counts
+from bench.servers import READABLE
 from tests.service import Service, publish_crm_model
 
 
@@ -57,7 +58,8 @@ def test_what_a_killed_service_left_goes_and_what_others_have_stays(tmp_path: Pa
 
 @pytest.fixture
 def service(database_url: str, tmp_path: Path) -> Iterator[Service]:
-    with Service(tmp_path, database_url, publish_crm_model(tmp_path / "models"), WORKERS="2") as service:
+    settings = {"WORKERS": "2", **READABLE}  # what a service has mapped only root may see
+    with Service(tmp_path, database_url, publish_crm_model(tmp_path / "models"), **settings) as service:
         yield service
 
 
