@@ -222,8 +222,8 @@ class ModelRegistry:
         reason: str | None = None if wanted else "no_artifact"
         for artifact in wanted:
             loaded = self._loaded
-            same = loaded is not None and artifact.identity == loaded.identity
-            if loaded and same and (loaded.suits or not self._source_is_known()):
+            same = loaded if loaded and artifact.identity == loaded.identity else None
+            if same and (same.suits or not self._source_is_known()):
                 break
             refusal = self._try_to_load(artifact)
             if refusal is None:

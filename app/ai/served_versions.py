@@ -44,12 +44,13 @@ class ServedVersions:
             self._directory.mkdir(parents=True, exist_ok=True)
             (self._directory / version).touch()
             for folder in (self._directory, self._directory.parent):
-                _sync(folder)
+                sync_directory(folder)
         except OSError as exc:
             raise ArtifactError("served_unknown", "That this version serves cannot be recorded.") from exc
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Makes the names in a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

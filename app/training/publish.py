@@ -35,6 +35,7 @@ from app.ai.model_manifest import (
     seal_manifest,
 )
 from app.ai.model_signature import sign_manifest
+from app.ai.served_versions import sync_directory
 from app.errors import ArtifactError
 
 _TRIAL_BYTES = 1 << 20
@@ -141,7 +142,7 @@ def write_durably(path: Path, data: bytes) -> None:
     try:
         _write_file(temporary, data)
         temporary.rename(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as exc:
         with suppress(OSError):  # the first error is the one to tell
             temporary.unlink()
@@ -156,14 +157,6 @@ def _write_file(path: Path, data: bytes) -> None:
         # Whatever the umask of whoever trains: readable by the service, writable by nobody else.
         os.fchmod(file.fileno(), 0o644)
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _not_writable(path: Path, exc: OSError) -> ArtifactError:
