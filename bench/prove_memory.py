@@ -34,7 +34,7 @@ from bench.servers import Server, start_service
 PROMISE = "memory grows neither with the requests that were answered nor with the size of a body"
 LEADS = 10_000
 CACHE_SIZE = 2_000  # full, and forgetting, before anything is measured
-CONNECTIONS = 8
+CONNECTIONS = 16
 REQUESTS, LONG_REQUESTS = 100_000, 10_000_000
 FEWEST, LONGEST_SECONDS = 12_000, 75.0
 WARM_UP = 0.15  # of the requests that are counted, on top
