@@ -6,14 +6,16 @@ request costs two looks at the clock. A request that is sent ahead begins when t
 it must not take a place in flight only to wait for its reader. uvicorn keeps a head until it is complete,
 before any middleware could look at it, so its size is limited here. Bytes that cannot be parsed, or are too
 many, never become a request, so they reach no middleware: no event is recorded (they are counted instead) and
-no origin is known that CORS headers could name. Handed to uvicorn by `serve`; its deadline and the `Drain`
-come out of the lifespan's state.
+no origin is known that CORS headers could name. An offer to go on in another protocol is ignored (RFC 9110,
+7.8): Java's own client makes one with its first request. Handed to uvicorn by `serve`; its deadline and the
+`Drain` come out of the lifespan's state.
 """
 
 import asyncio
 import time
 from typing import Any, Literal
 
+import httptools
 from uuid_utils import uuid7
 from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.config import Config
@@ -106,9 +108,32 @@ class ProblemProtocol(HttpToolsProtocol):
             piece = data[start : start + room]
             start += room
             self._overhead += len(piece)
-            super().data_received(piece)
+            self._parse(piece)
             if self.transport.is_closing():
                 return
+
+    def _parse(self, piece: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            while piece:
+                try:
+                    self.parser.feed_data(piece)
+                    piece = b""
+                except httptools.HttpParserUpgrade as offer:
+                    piece = piece[offer.args[0] :]
+                    self._read_head_without_offer()
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _read_head_without_offer(self) -> None:
+        # At the end of a head with an offer the parser stops, and takes what follows for another protocol.
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        fields = [b"%s: %s\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        since = self._since
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        self.parser.feed_data(b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(fields)))
+        self._since = since
 
     def on_message_begin(self) -> None:
         """Called by the parser with the first byte of a request: the rest is due."""
@@ -119,10 +144,12 @@ class ProblemProtocol(HttpToolsProtocol):
         """Called by the parser; while draining, every answer ends its connection.
 
         Raises:
-            MalformedRequestError: too many fields; the parser gives up.
+            MalformedRequestError: too many fields, or CONNECT, as to a proxy; the parser gives up.
         """
-        if len(self.headers) > MAX_FIELDS:
+        if len(self.headers) > MAX_FIELDS or self.parser.get_method() == b"CONNECT":
             raise MalformedRequestError
+        if self.parser.should_upgrade():
+            return  # read once more, see `_parse`
         super().on_headers_complete()
         # The scope keeps its list, which is complete. What comes now are trailers, which must not be taken
         # for headers (RFC 9110, 6.5.1): one could be a credential that no proxy has seen. Nobody reads any.
@@ -138,6 +165,8 @@ class ProblemProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser with the last byte of a request; whatever follows belongs to the next."""
+        if self.parser.should_upgrade():
+            return
         self._overhead = 0
         super().on_message_complete()
 

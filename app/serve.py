@@ -200,6 +200,7 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         factory=True,
         workers=settings.workers,
         http="app.http_protocol:ProblemProtocol",
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -201,6 +201,41 @@ def test_fields_are_counted(client: Client) -> None:
     assert client.answer() == (0, None)
 
 
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "read"),
+    [
+        pytest.param(SIZED % 5 + OFFER + b"\r\n", b"abcde", 5, id="sized"),
+        pytest.param(
+            CHUNKED[:-2] + OFFER + b"\r\n", b"3\r\nabc\r\n0\r\nupgrade: h2c\r\n\r\n", 3, id="chunked"
+        ),
+        pytest.param(GET + OFFER + b"\r\n", b"", 0, id="no body"),
+        pytest.param(GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n", b"", 0, id="websocket"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 100, 10_000])
+def test_an_offer_of_another_protocol_is_ignored(
+    client: Client, head: bytes, body: bytes, read: int, size: int
+) -> None:
+    sent = (head + body) * 3 + SIZED % 2 + b"\r\n" + b"ab"
+    for start in range(0, len(sent), size):
+        client.send(sent[start : start + size])
+    for _ in range(3):
+        status, told = client.answer()
+        assert (status, told["read"]) == (200, read)
+        assert "upgrade" not in told["names"]
+        assert "host" in told["names"]
+    assert client.answer()[1]["read"] == 2
+
+
+@pytest.mark.parametrize("target", [b"example.org:443", b"/"])
+def test_this_is_no_proxy(client: Client, target: bytes) -> None:
+    client.send(b"CONNECT " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert_refused(client)
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_trailer_is_no_header(client: Client, *, at_once: bool) -> None:
     trailers = b"Authorization: Bearer a\r\nX-Request-ID: a\r\nContent-Type: a/b\r\nExpect: 100-continue\r\n"
