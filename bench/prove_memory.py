@@ -39,6 +39,7 @@ REQUESTS, LONG_REQUESTS = 100_000, 10_000_000
 FEWEST, LONGEST_SECONDS = 12_000, 75.0
 WARM_UP = 0.15  # of the requests that are counted, on top
 ROUND = 50_000  # requests after which the events that have come are taken out of the database again
+PAUSE_SECONDS = 0.05  # of a client that was refused
 READINGS, BETWEEN_SECONDS = 5, 0.1
 BODY_BYTES, PIECE_BYTES = 100_000_000, 1 << 16
 HEAD = f"POST {SCORE} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n".encode()
@@ -93,6 +94,7 @@ class _Client:
 
     def __init__(self, server: Server, seed: int, lead_ids: Sequence[str], only: Sequence[str] = ()) -> None:
         self.wrong: Counter[str] = Counter()
+        self.refused = 0
         self._server = server
         self._random = Random(seed)  # noqa: S311
         self._kinds = [kind for kind in list_kinds(lead_ids) if not only or kind.name in only]
@@ -104,6 +106,7 @@ class _Client:
         await self._send(20 * CONNECTIONS, largest or self._kinds)
         await self._send(int(WARM_UP * min(count, REQUESTS)), self._kinds)
         before, began, sent = await self._settle(), time.perf_counter(), 0
+        self.refused = 0
         while sent < count and (sent < FEWEST or time.perf_counter() - began < seconds):
             sent += await self._send(min(FEWEST // 10, count - sent), self._kinds)
             if sent % ROUND == 0:
@@ -120,6 +123,9 @@ class _Client:
             ),
             Figure("requests", sent, min(FEWEST, count), at_least=True, unit=""),
             Figure("answers that are not the right ones", self.wrong.total(), 0, unit=""),
+            Figure(
+                "refused and asked again, share", self.refused / sent, 0.01, unit="", binding=False
+            ),  # how busy the machine is with something else
         )
 
     async def _settle(self) -> float:
@@ -146,10 +152,14 @@ class _Client:
             ends = True
             if kind.status is not None:
                 try:
-                    status, ends, _ = await read_answer(reader)
+                    status, ends, body = await read_answer(reader)
                 except (OSError, asyncio.IncompleteReadError):
-                    status = 0
-                if status != kind.status:
+                    status, body = 0, b""
+                if b'"OVERLOADED"' in body:  # nothing wrong with it, and nothing that was answered
+                    self.refused += 1
+                    self._left += 1
+                    await asyncio.sleep(PAUSE_SECONDS)
+                elif status != kind.status:
                     self.wrong[f"{kind.name}: {status}"] += 1
             else:
                 with suppress(OSError):
