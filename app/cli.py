@@ -468,6 +468,8 @@ def _load_model(
 def _catalogue(settings: "Settings") -> "ModelCatalogue":
     from app.ai.model_catalogue import ModelCatalogue
 
+    if not settings.ml_model_dir.is_dir():
+        raise SettingsError(f"ML_MODEL_DIR: there is no directory {settings.ml_model_dir.resolve()}")
     return ModelCatalogue(
         settings.ml_model_dir, settings.ml_model_pattern, trusted_keys=settings.ml_trusted_keys
     )

@@ -51,8 +51,8 @@ After a pause (of the machine, or of the process) timers ring before anything is
 """
 
 _NO_REQUEST = (
-    "What was sent is not an HTTP request, or its head is too large: "
-    f"at most {MAX_OVERHEAD_BYTES // 1024} KiB and {MAX_FIELDS} fields."
+    "What was sent is not an HTTP request, is transferred in another coding than chunked, or its head is too "
+    f"large: at most {MAX_OVERHEAD_BYTES // 1024} KiB and {MAX_FIELDS} fields."
 )
 
 
@@ -144,9 +144,14 @@ class ProblemProtocol(HttpToolsProtocol):
         """Called by the parser; while draining, every answer ends its connection.
 
         Raises:
-            MalformedRequestError: too many fields, or CONNECT, as to a proxy; the parser gives up.
+            MalformedRequestError: too many fields, CONNECT, as to a proxy, or a transfer coding that nobody
+                here undoes; the parser gives up.
         """
         if len(self.headers) > MAX_FIELDS or self.parser.get_method() == b"CONNECT":
+            raise MalformedRequestError
+        if any(
+            name == b"transfer-encoding" and coding.lower() != b"chunked" for name, coding in self.headers
+        ):
             raise MalformedRequestError
         if self.parser.should_upgrade():
             return  # read once more, see `_parse`

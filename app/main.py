@@ -20,10 +20,13 @@ from fastapi.routing import iter_route_contexts
 from app import __version__, health, model_cards
 from app.ai import advanced_ml, advanced_ml_hardened
 from app.ai.ml_telemetry import Telemetry
+from app.ai.scoring_requests import SCORING_ERRORS
 from app.drain import Drain, begin_on_signals, end_with_supervisor, end_without_memory
 from app.error_handlers import FRAMEWORK_ERRORS, ErrorBoundary, Problems
+from app.errors import CircuitOpenError, InternalError, LeadScoringError
 from app.health import DatabaseProbe, Operations
 from app.log_setup import configure_logging
+from app.metrics import expect_failures
 from app.middleware.audit import AuditMiddleware
 from app.middleware.body_limit import BodyLimit
 from app.middleware.cors import ProblemCors
@@ -44,6 +47,13 @@ MALLOC_PARAMETERS = ((-3, 32 << 20), (-1, 64 << 20), (-2, 8 << 20))
 """glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, in bytes (mallopt(3))."""
 
 OPENAPI_PATH = "/openapi.json"
+SCORING_FAILURES: tuple[type[LeadScoringError], ...] = (
+    *(error for error in (*SCORING_ERRORS, *GUARD_ERRORS) if error.status >= 500),
+    CircuitOpenError,
+    InternalError,
+)
+"""Whatever a prediction may fail with that is not the caller's fault."""
+
 LEGACY_DEPRECATED_SINCE = datetime(2026, 1, 1, tzinfo=UTC)
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]
@@ -167,13 +177,16 @@ def _wrap(app: FastAPI, settings: Settings) -> None:
     problems = Problems(methods)
     admission = Admission(settings.ai_max_requests_in_flight)
     scoring = f"{advanced_ml_hardened.PREFIX}/predict-batch"
+    posts = {path for path, known in methods.items() if "POST" in known}
+    for path in posts:
+        expect_failures(path, [(error.status, error.code) for error in SCORING_FAILURES])
     for kind in FRAMEWORK_ERRORS:
         app.add_exception_handler(kind, problems.answer_framework_error)
     # Each call wraps what is there already: the last one is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.ai_max_body_bytes)
     app.add_middleware(
         InFlightLimit,
-        paths={path for path, known in methods.items() if "POST" in known},
+        paths=posts,
         admission=admission,
         deadline_seconds=settings.ai_request_deadline_seconds,
     )

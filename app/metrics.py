@@ -54,6 +54,11 @@ MODEL_LOADS = Counter("leadscore_model_loads", "Attempts to load a model.", ["re
 MODEL_READY = Gauge(
     "leadscore_model_ready", "1 when every worker has a verified model.", multiprocess_mode="livemin"
 )
+NEWEST_MODEL_REFUSED = Gauge(
+    "leadscore_newest_model_refused",
+    "1 when a worker does not serve the newest model there is, or finds none.",
+    multiprocess_mode="livemax",
+)
 BREAKER_STATE = Gauge(
     "leadscore_breaker_state", "0 closed, 1 half-open, 2 open; the worst worker.", multiprocess_mode="livemax"
 )
@@ -76,6 +81,7 @@ TELEMETRY_RECORD_SECONDS = Histogram(
 
 # At 0 from the start: whoever watches a count sees it rise only if it was there before.
 for _counter, _labels in {
+    LEADS: ("LEAD_NOT_FOUND",),
     MODEL_LOADS: ("loaded", "refused"),
     AUTH_REFRESH_FAILURES: ("api_keys", "key_set"),
     TELEMETRY_FAILURES: ("check", "deadline", "direct", "lost", "ship", "write"),
@@ -94,11 +100,16 @@ def observe_request(route: str, status: int, code: str | None, seconds: float) -
     _request_seconds(route).observe(seconds)
 
 
+def expect_failures(route: str, errors: Iterable[tuple[int, str]]) -> None:
+    """Has the counts of a route's failures begin at 0; `errors` are pairs of status and code."""
+    for status, code in errors:
+        _requests(route, status, code)
+
+
 def observe_batch(
     answered: int,
     coverage_sum: float,
     rejections: Mapping[str, int],
-    cache_hits: int,
     stages_ms: Iterable[tuple[str, float]],
 ) -> None:
     """Counts one answered batch; `coverage_sum` is over its answered leads, `rejections` counts by code."""
@@ -106,10 +117,14 @@ def observe_batch(
     FEATURE_COVERAGE.inc(coverage_sum)
     for code, count in rejections.items():
         LEADS.labels(code).inc(count)
-    _HITS.inc(cache_hits)
-    _MISSES.inc(answered - cache_hits)
     for stage, milliseconds in stages_ms:
         _stage_seconds(stage).observe(milliseconds / 1000)
+
+
+def observe_lookups(asked: int, hits: int) -> None:
+    """Counts the lead IDs that one look into the prediction cache was for, and those it found."""
+    _HITS.inc(hits)
+    _MISSES.inc(asked - hits)
 
 
 # The library finds a label's counter anew each time, which takes as long as to count; there are few labels.
@@ -138,10 +153,15 @@ def _events(action: str) -> Counter:
     return TELEMETRY_EVENTS.labels(action)
 
 
-def observe_model_load(result: str, *, ready: bool) -> None:
-    """Counts one attempt to load a model; `ready` tells whether a verified model is active now."""
+def observe_model_load(result: str) -> None:
+    """Counts one attempt to load a model."""
     MODEL_LOADS.labels(result).inc()
+
+
+def observe_model_look(*, ready: bool, refused: bool) -> None:
+    """Notes whether a verified model is active, and whether the newest one is refused, after each look."""
     MODEL_READY.set(1 if ready else 0)
+    NEWEST_MODEL_REFUSED.set(1 if refused else 0)
 
 
 def observe_breaker(state: str) -> None:

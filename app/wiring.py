@@ -184,7 +184,7 @@ def _open_registry(
         source_is_known=lambda: bool(lead_source.source_columns()),
         pinned_version=settings.ml_model_version,
         ttl_seconds=settings.ml_cache_ttl_seconds,
-        on_load=lambda report: _report_load(report, registry, telemetry),
+        on_load=lambda report: _report_load(report, telemetry),
     )
     stack.callback(registry.close)
     return registry
@@ -220,9 +220,8 @@ def _run_until_closed(stack: AsyncExitStack, work: Coroutine[Any, Any, None], na
     stack.callback(task.cancel)
 
 
-def _report_load(report: LoadReport, registry: ModelRegistry, telemetry: Telemetry) -> None:
-    ready = registry.status().bundle is not None
-    observe_model_load("loaded" if report.bundle else "refused", ready=ready)
+def _report_load(report: LoadReport, telemetry: Telemetry) -> None:
+    observe_model_load("loaded" if report.bundle else "refused")
     telemetry.submit(functools.partial(_build_load_event, report))
 
 

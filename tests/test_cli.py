@@ -113,6 +113,14 @@ def test_a_file_becomes_a_source_a_model_and_scores(run: Run, csv_file: Path, da
     assert all(0 <= probability <= 1 for probability, _ in rows)
 
 
+@pytest.mark.parametrize("command", ["models list", "models verify", "score"])
+def test_a_models_directory_that_is_not_there_is_named(run: Run, tmp_path: Path, command: str) -> None:
+    result = run(*command.split(), ML_MODEL_DIR=str(tmp_path / "nowhere"))
+    assert result.exit_code == 1
+    assert f"ML_MODEL_DIR: there is no directory {tmp_path / 'nowhere'}" in result.stderr
+    assert not result.stdout
+
+
 def test_a_model_that_cannot_be_trusted_fails_the_verify_command(
     run: Run, csv_file: Path, tmp_path: Path
 ) -> None:

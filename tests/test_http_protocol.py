@@ -230,6 +230,25 @@ def test_an_offer_of_another_protocol_is_ignored(
     assert client.answer()[1]["read"] == 2
 
 
+def test_what_follows_an_offer_is_the_body_even_if_it_looks_like_a_request(client: Client) -> None:
+    smuggled = GET + b"\r\n"
+    client.send(SIZED % len(smuggled) + OFFER + b"\r\n")
+    client.send(smuggled)
+    assert client.answer()[1]["read"] == len(smuggled)
+    client.send(SIZED % 2 + b"\r\nab")
+    assert client.answer()[1]["read"] == 2
+
+
+@pytest.mark.parametrize(
+    "coding", [b"gzip, chunked", b"gzip\r\nTransfer-Encoding: chunked", b"chunked;a=b", b"identity"]
+)
+def test_a_transfer_coding_that_nobody_undoes_is_refused(client: Client, coding: bytes) -> None:
+    client.send(
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: " + coding + b"\r\n\r\n1\r\nb\r\n0\r\n\r\n"
+    )
+    assert_refused(client)
+
+
 @pytest.mark.parametrize("target", [b"example.org:443", b"/"])
 def test_this_is_no_proxy(client: Client, target: bytes) -> None:
     client.send(b"CONNECT " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n")

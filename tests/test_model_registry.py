@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from app.ai import artifact_loading
@@ -892,6 +893,29 @@ def test_removing_every_artifact_leaves_the_model_in_memory_serving(models, open
     assert registry.status().reason == "no_artifact"
 
 
+def test_whether_the_newest_model_is_refused_is_told_after_every_look(models, open_registry):
+    def told():
+        names = ("leadscore_model_ready", "leadscore_newest_model_refused")
+        return tuple(REGISTRY.get_sample_value(name) for name in names)
+
+    registry = open_registry()
+    with pytest.raises(ModelNotReadyError):
+        registry.load()
+    assert told() == (0, 1)
+    publish(models, V1)
+    registry.load()
+    assert told() == (1, 0)
+    refused = publish(models, V2)
+    refused.write_bytes(b"damaged")
+    for _ in range(2):  # not only when it is news
+        registry.load()
+        assert told() == (1, 1)
+    manifest_of(refused).unlink()
+    refused.unlink()
+    registry.load()
+    assert told() == (1, 0)
+
+
 # What cannot serve here, and what listeners do
 
 
@@ -959,6 +983,7 @@ def test_a_model_taken_unseen_does_not_serve_on_where_nothing_suits(models, open
     known.add("a")
     with pytest.raises(ModelNotReadyError):
         registry.load()
+    assert REGISTRY.get_sample_value("leadscore_model_ready") == 0
 
 
 def test_a_failing_listener_costs_the_service_nothing(models, open_registry):

@@ -12,6 +12,7 @@ import numpy as np
 import psycopg
 import pytest
 import structlog
+from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from app.ai.domain import VERDICTS, Explanation, FloatArray, Predictions, RequestContext
@@ -411,6 +412,20 @@ async def test_reasons_are_of_the_data_as_it_is_and_what_was_remembered_gives_wa
     after = await caching_world.ask("lead_1")
     assert (before.cache_hits, explained.cache_hits, after.cache_hits) == (0, 0, 1)
     assert rows_of(before) != rows_of(explained) == rows_of(after)
+
+
+async def test_only_looks_into_a_cache_are_counted(world: World, caching_world: World) -> None:
+    def count() -> list[float]:
+        name = "leadscore_prediction_cache_lookups_total"
+        return [REGISTRY.get_sample_value(name, {"result": result}) or 0 for result in ("hit", "miss")]
+
+    hits, misses = count()
+    await caching_world.ask("lead_1", "lead_2")
+    await caching_world.ask("lead_1", "nobody")
+    assert count() == [hits + 1, misses + 3]
+    await caching_world.ask("lead_1", context=WITH_REASONS)  # a receipt is made afresh
+    await world.ask("lead_1")  # where nothing is remembered
+    assert count() == [hits + 1, misses + 3]
 
 
 async def test_reasons_of_a_remembered_lead_need_the_database(caching_world: World) -> None:

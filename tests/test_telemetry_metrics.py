@@ -18,9 +18,10 @@ from app import metrics
 metrics.observe_request("/ai/advanced-ml/predict-batch", 200, None, 0.01)
 metrics.observe_request("/ai/advanced-ml/predict-batch", 422, "EMPTY_BATCH", 0.01)
 metrics.observe_batch(
-    answered=4, coverage_sum=3.0, rejections={"LEAD_NOT_FOUND": 2}, cache_hits=1, stages_ms=[("scoring", 2.0)]
+    answered=4, coverage_sum=3.0, rejections={"LEAD_NOT_FOUND": 2}, stages_ms=[("scoring", 2.0)]
 )
-metrics.observe_model_load("ok", ready=sys.argv[1] == "ready")
+metrics.observe_lookups(asked=4, hits=1)
+metrics.observe_model_look(ready=sys.argv[1] == "ready", refused=sys.argv[1] != "ready")
 metrics.observe_breaker(sys.argv[2])
 metrics.TELEMETRY_BACKLOG.set(int(sys.argv[3]))
 if sys.argv[4:] == ["render"]:
@@ -59,6 +60,7 @@ def test_one_worker_reports_its_own_figures() -> None:
     assert samples["leadscore_leads_total", "outcome=LEAD_NOT_FOUND"] == 2
     assert samples["leadscore_feature_coverage_total", ""] == 3
     assert samples["leadscore_prediction_cache_lookups_total", "result=hit"] == 1
+    assert samples["leadscore_prediction_cache_lookups_total", "result=miss"] == 3
     assert samples["leadscore_telemetry_backlog", ""] == 7
     assert samples["leadscore_model_ready", ""] == 1
 
@@ -75,6 +77,7 @@ def test_two_workers_report_their_figures_together(tmp_path: Path) -> None:
     assert samples["leadscore_requests_total", refused] == 2
     assert samples["leadscore_request_seconds_count", "route=/ai/advanced-ml/predict-batch"] == 4
     assert samples["leadscore_model_ready", ""] == 0
+    assert samples["leadscore_newest_model_refused", ""] == 1
     assert samples["leadscore_breaker_state", ""] == 2
     assert samples["leadscore_telemetry_backlog", ""] == 10
 
@@ -86,6 +89,31 @@ def test_a_worker_that_died_leaves_its_counts_and_not_its_state(tmp_path: Path) 
     assert samples["leadscore_leads_total", "outcome=answered"] == 8
     assert samples["leadscore_model_ready", ""] == 1
     assert samples["leadscore_breaker_state", ""] == 0
+
+
+def test_the_first_failure_of_a_service_can_be_seen_to_rise() -> None:
+    script = (
+        "from app.main import create_app; from app.metrics import render_metrics\n"
+        "from app.settings import Settings\n"
+        "create_app(Settings(ai_enable_legacy_advanced_ml=True)); print(render_metrics()[0].decode())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    samples = read_samples(told.stdout)
+    legacy = "/ai/advanced-ml-legacy/predict-batch"
+    for route, status, code in (
+        (PREDICT, 500, "INTERNAL_ERROR"),
+        (PREDICT, 500, "PREDICTION_FAILED"),
+        (PREDICT, 503, "DATABASE_UNAVAILABLE"),
+        (PREDICT, 503, "KEYS_UNAVAILABLE"),
+        (PREDICT, 503, "MODEL_NOT_READY"),
+        (PREDICT, 503, "OVERLOADED"),
+        (PREDICT, 503, "TELEMETRY_UNAVAILABLE"),
+        (legacy, 503, "CIRCUIT_OPEN"),
+    ):
+        assert samples["leadscore_requests_total", f"code={code},route={route},status={status}"] == 0
+    assert samples["leadscore_leads_total", "outcome=LEAD_NOT_FOUND"] == 0
 
 
 async def test_a_service_with_two_workers_counts_every_request_once(

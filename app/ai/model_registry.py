@@ -26,6 +26,7 @@ from app.ai.model_catalogue import AvailableModel, ModelCatalogue
 from app.ai.model_manifest import CardForm
 from app.ai.served_versions import ServedVersions
 from app.errors import ArtifactError, ModelNotReadyError
+from app.metrics import observe_model_look
 
 CacheStatus = Literal["hit", "miss", "expired", "error"]
 
@@ -214,6 +215,7 @@ class ModelRegistry:
         self._failures = 0 if settled else min(self._failures + 1, 10)
         pause = self._ttl if settled else self._retry * min(2 ** (self._failures - 1), _MAX_BACKOFF)
         self._next_look = self._monotonic() + pause
+        observe_model_look(ready=self._loaded is not None, refused=self._reason is not None)
 
     def _choose(self) -> str | None:
         """Loads the newest artifact that can serve, and returns why the newest one does not."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from app.ai.domain import ANSWER, AnswerArray, BoolArray, FloatArray, IntArray, ModelRef
 from app.ai.score_kernels import ENTRY, SET, AnswerTable, HashKey, ScoreKernels
+from app.metrics import observe_lookups
 
 CacheFreshness = Literal["notified", "expiry_only", "suspended", "off"]
 """What keeps remembered answers fresh: word of every change, their age alone, nothing right now, no cache."""
@@ -102,9 +103,11 @@ class PredictionCache:
 
     def find(self, model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, AnswerArray]:
         """See `AnswerCache.find`."""
-        if not self.is_trusted():
-            return NullCache().find(model, as_of, lead_ids)
-        hit, answers, _ = self._find(model, as_of, lead_ids, self._monotonic())
+        if self.is_trusted():
+            hit, answers, _ = self._find(model, as_of, lead_ids, self._monotonic())
+        else:
+            hit, answers = NullCache().find(model, as_of, lead_ids)
+        observe_lookups(len(lead_ids), int(np.count_nonzero(hit)))
         return hit, answers
 
     def recall(

@@ -107,7 +107,6 @@ def _count_batch(predictions: Predictions) -> None:
         answered=len(predictions.lead_ids),
         coverage_sum=float(predictions.coverage.sum()),
         rejections=predictions.count_rejections(),
-        cache_hits=predictions.cache_hits,
         stages_ms=predictions.stages_ms.items(),
     )
 
