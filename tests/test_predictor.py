@@ -37,9 +37,9 @@ from tests.lead_models import AS_OF, FEATURES, build_lead_bundle, build_lead_row
 from tests.test_prediction_cache import build_cache
 
 UUID = "6f1c0c1e-5f0b-4a57-9a1c-0c6a3f0e9b11"
-CONTEXT = RequestContext("request-1", AS_OF)
-WITH_INTERVALS = RequestContext("request-1", AS_OF, frozenset({"interval"}))
-WITH_REASONS = RequestContext("request-1", AS_OF, frozenset({"reasons"}))
+CONTEXT = RequestContext(AS_OF)
+WITH_INTERVALS = RequestContext(AS_OF, frozenset({"interval"}))
+WITH_REASONS = RequestContext(AS_OF, frozenset({"reasons"}))
 POLICY = ScoringPolicy(0.6, "max_probability")
 BUNDLE = build_lead_bundle()
 

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
-from app.ai.domain import RequestContext, start_of_day
+from app.ai.domain import start_of_day
 from app.ai.drift_window import DriftWindow
 from app.ai.predictor import Predictor, ScoringPolicy
 from app.ai.refresh_ahead import CHUNK_IDS, PAUSE_FACTOR, RefreshAhead
@@ -74,9 +74,8 @@ class World:
 
     async def hits(self) -> int:
         """How many of the leads a request would find in the cache."""
-        context = RequestContext("request-1", start_of_day(self.now()))
         bundle = await self.models.active()
-        return int(self.cache.find(bundle.ref, context.as_of, self.recent)[0].sum())
+        return int(self.cache.find(bundle.ref, start_of_day(self.now()), self.recent)[0].sum())
 
 
 @pytest.fixture(scope="module")

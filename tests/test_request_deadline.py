@@ -40,7 +40,7 @@ def build_app(source: FakeLeadSource, telemetry: MlTelemetry, executor: ThreadPo
     async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
         record = scope["state"]["record"]
         await Request(scope, receive).body()
-        context = RequestContext(record.request_id, AS_OF, answer_by=record.answer_by)
+        context = RequestContext(AS_OF, answer_by=record.answer_by)
         record.predictions = await predictor.predict(["lead_0"], context)
         await Response(b"{}", media_type="application/json")(scope, receive, send)
 

@@ -35,7 +35,7 @@ def build_router(max_batch_size: int) -> APIRouter:
         """Answers like the hardened route, with the same numbers; leads without an answer are left out."""
         lead_ids, _ = await read_lead_ids(request, max_batch_size)
         record.asked = len(lead_ids)
-        context = RequestContext(record.request_id, record.as_of, answer_by=record.answer_by)
+        context = RequestContext(record.as_of, answer_by=record.answer_by)
         try:
             async with breaker.guard():
                 record.predictions = await predictor.predict(lead_ids, context)

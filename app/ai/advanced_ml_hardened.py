@@ -43,7 +43,7 @@ def build_router(
         record = record_of(request)
         lead_ids, include = await read_lead_ids(request, max_batch_size, offered)
         record.asked = len(lead_ids)
-        context = RequestContext(record.request_id, record.as_of, include, record.answer_by)
+        context = RequestContext(record.as_of, include, record.answer_by)
         record.predictions = await predictor_of(request).predict(lead_ids, context)
         elapsed_ms = (clock() - record.started) * 1000
         body = encode_answer(record.predictions, record.request_id, elapsed_ms)

@@ -200,11 +200,10 @@ class Explanation(msgspec.Struct, frozen=True):
 class RequestContext(msgspec.Struct, frozen=True):
     """What a prediction is asked for.
 
-    Its request ID, the moment its features are true for (s UTC), what it carries beyond the usual, and the
-    moment by which it must be known what to answer (s of `time.monotonic`), if there is one.
+    The moment its features are true for (s UTC), what it carries beyond the usual, and the moment by which it
+    must be known what to answer (s of `time.monotonic`), if there is one.
     """
 
-    request_id: str
     as_of: float
     include: frozenset[Extra] = frozenset()
     answer_by: float | None = None

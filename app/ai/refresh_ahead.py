@@ -29,7 +29,6 @@ REFRESH_AT = 0.75
 """The share of an answer's life after which it is made anew."""
 
 _LOOK_SECONDS = 1.0
-_NAME = "refresh-ahead"
 
 _log = structlog.get_logger("app.refresh_ahead")
 
@@ -108,7 +107,7 @@ class RefreshAhead:
             chunk_began = self._monotonic()
             chunk = lead_ids[start : start + CHUNK_IDS]
             try:
-                await self._predictor.refresh(chunk, RequestContext(_NAME, as_of))
+                await self._predictor.refresh(chunk, RequestContext(as_of))
                 LEADS_AHEAD.inc(len(chunk))
                 pause = PAUSE_FACTOR * (self._monotonic() - chunk_began)
             except PredictionFailedError:
