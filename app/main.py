@@ -80,13 +80,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     score, read = _guard(settings, "score"), _guard(settings, "read")
     if settings.ai_rate_limit:
         score.append(Depends(limit_rate))
-    hardened = advanced_ml_hardened.build_router(
-        settings.ml_max_batch_size, settings.ml_max_reasons_batch, score
-    )
-    # A router that is included is asked twice for its route, with every request.
-    app.router.routes.extend(hardened.routes)
+    batch, reasons = settings.ml_max_batch_size, settings.ml_max_reasons_batch
+    scoring = [advanced_ml_hardened.build_router(batch, reasons, score)]
     if settings.ai_enable_legacy_advanced_ml:
-        app.include_router(advanced_ml.build_router(settings.ml_max_batch_size), dependencies=score)
+        scoring.append(advanced_ml.build_router(batch, score))
+    for router in scoring:
+        # A router that is included is asked twice for its route, with every request.
+        app.router.routes.extend(router.routes)
     for router in (health.build_router(), model_cards.build_router(), _build_documents_router(app)):
         app.include_router(router, dependencies=read)
     app.include_router(health.build_public_router())

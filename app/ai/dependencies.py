@@ -1,8 +1,8 @@
 """What route functions may ask for, and the route that hands its function the request and nothing else.
 
-FastAPI can resolve what a function asks for (`CurrentRecord` and the others, coroutines because it would run
-a plain function in a thread). For the route that every lead is asked by that costs more than a look into the
-cache, so it is a `DirectRoute`. Called by the routers and `health` only.
+FastAPI can resolve what a function asks for (`CurrentRecord`, by a coroutine because it would run a plain
+function in a thread). For the routes that score that costs more than a look into the cache, so each is a
+`DirectRoute`, whose function asks by itself. Called by the routers and `health` only.
 """
 
 from collections.abc import Awaitable, Callable
@@ -52,19 +52,14 @@ def predictor_of(request: Request) -> Predictor:
     return predictor
 
 
+def breaker_of(request: Request) -> CircuitBreaker:
+    """Returns the circuit breaker of this worker's legacy route."""
+    breaker: CircuitBreaker = request.scope["state"]["breaker"]
+    return breaker
+
+
 async def _get_record(request: Request) -> RequestRecord:
     return record_of(request)
 
 
-async def _get_predictor(request: Request) -> Predictor:
-    return predictor_of(request)
-
-
-async def _get_breaker(request: Request) -> CircuitBreaker:
-    breaker: CircuitBreaker = request.state.breaker
-    return breaker
-
-
 CurrentRecord = Annotated[RequestRecord, Depends(_get_record)]
-LeadPredictor = Annotated[Predictor, Depends(_get_predictor)]
-LegacyBreaker = Annotated[CircuitBreaker, Depends(_get_breaker)]
