@@ -13,7 +13,7 @@ import numpy as np
 
 from app.ai.calibration import calibrate
 from app.ai.domain import VERDICTS, AnswerArray, Contribution, Explanation, LeadColumns, Receipt
-from app.ai.feature_safety import check_features
+from app.ai.feature_safety import apply_rules
 from app.ai.features import build_features
 from app.ai.model_bundle import ModelBundle
 from app.ai.reasons import ABSTAINED, NOTHING_LEARNT, put_into_words, write_reasons
@@ -30,7 +30,7 @@ def explain_leads(
     explanation of a lead that feature safety rejects means nothing.
     """
     matrix = build_features(leads, bundle.feature_set, as_of)
-    checked = check_features(matrix, bundle.feature_set, bundle.statistics)
+    checked = apply_rules(matrix, bundle.safety)
     scored = np.flatnonzero((answers["verdict"] != _ABSTAIN) & ~checked.rejected)
     contributions = np.zeros((leads.n, len(bundle.feature_set.groups)))
     contributions[scored] = bundle.explainer().contributions(checked.values[scored])
