@@ -265,7 +265,7 @@ class _Supervisor(Multiprocess):
 
     def init_processes(self) -> None:
         super().init_processes()
-        if all(process.wait_until_ready(60, self.should_exit) for process in self.processes):
+        if all(process.wait_until_ready(WORKER_SECONDS, self.should_exit) for process in self.processes):
             self._announce()
 
     def handle_term(self) -> None:
