@@ -29,8 +29,9 @@ class AuditMiddleware:
     """Plain ASGI middleware, directly inside `RequestIdMiddleware` and outside everything else.
 
     `telemetry` finds the telemetry of this request's application, `problem` turns an error into the ASGI
-    response that carries it, `admission` knows how many requests are under way. `static_routes` are the route
-    templates without parameters: a request that is refused before it is routed is told apart by them.
+    response that carries it and notes its code in the request's record, `admission` knows how many requests
+    are under way. `static_routes` are the route templates without parameters: a request that is refused
+    before it is routed is told apart by them.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class AuditMiddleware:
     ) -> None:
         self._app = app
         self._telemetry = telemetry
-        self._problem = problem
+        self.problem = problem
         self._admission = admission
         self._static_routes = static_routes
         self._monotonic = monotonic
@@ -94,11 +95,6 @@ class AuditMiddleware:
         record: RequestRecord = scope["state"]["record"]
         record.error_code = record.error_code or "CLIENT_CLOSED_REQUEST"
         self._telemetry(scope).submit(self._describe(record, CLIENT_CLOSED_REQUEST), record.request_id)
-
-    def build_problem(self, scope: Scope, error: LeadScoringError) -> ASGIApp:
-        """Returns the response that carries the error, which becomes the outcome of the request."""
-        scope["state"]["record"].error_code = error.code
-        return self._problem(scope, error)
 
     def name_route(self, scope: Scope) -> None:
         """Notes the route template, which the router leaves in the scope once it has matched."""
@@ -150,7 +146,7 @@ class _Answer:
     async def fail(self, error: LeadScoringError) -> None:
         """Answers with the error, unless an answer is under way: if it breaks off, the server cuts it."""
         if not self._started and not self._withheld:
-            await self._audit.build_problem(self._scope, error)(self._scope, self._receive, self.send)
+            await self._audit.problem(self._scope, error)(self._scope, self._receive, self.send)
 
     def close(self) -> None:
         """Sees to it that a request without an answer leaves its event too."""
@@ -178,7 +174,7 @@ class _Answer:
                 message["headers"] = [*message["headers"], *kept]
             await self._send(message)
 
-        await self._audit.build_problem(self._scope, error)(self._scope, self._receive, send_with_cors)
+        await self._audit.problem(self._scope, error)(self._scope, self._receive, send_with_cors)
 
 
 def _seconds_left(record: RequestRecord) -> float | None:
