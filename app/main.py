@@ -197,7 +197,7 @@ def _wrap(app: FastAPI, settings: Settings) -> None:
         telemetry=_find_telemetry,
         problem=problems,
         admission=admission,
-        static_routes=frozenset(methods),
+        routes=frozenset(methods),
     )
     app.add_middleware(RequestIdMiddleware)
     if settings.ai_enable_legacy_advanced_ml:

@@ -54,7 +54,7 @@ def build_app(source: FakeLeadSource, telemetry: MlTelemetry, executor: ThreadPo
             telemetry=lambda _: telemetry,
             problem=problems,
             admission=admission,
-            static_routes=frozenset({SCORE}),
+            routes=frozenset({SCORE}),
         )
     )
 

@@ -105,7 +105,7 @@ def build_app(journal: Journal, admission: Admission | None = None, **options: o
         telemetry=lambda _: journal,
         problem=build_problem,
         admission=admission or Admission(10),
-        static_routes=frozenset({POST, "/livez"}),
+        routes=frozenset({POST, "/livez"}),
     )
     return RequestIdMiddleware(audit, **options)  # type: ignore[arg-type]
 

@@ -36,7 +36,7 @@ SKOPS_TRUSTED: Final = (
     f"{_BOOSTING}.predictor.TreePredictor",
     "sklearn.tree._tree.Tree",
 )
-"""What skops does not trust by itself and these models need: their tree arrays are checked in `inference`."""
+"""What skops does not trust by itself and these models need; `fitted_trees` checks their tree arrays."""
 
 SKOPS_NODES: Final = frozenset({
     ("DictNode", "builtins", "dict"),

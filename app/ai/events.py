@@ -33,9 +33,10 @@ UNMATCHED_ROUTE = "unmatched"
 class RequestRecord:
     """What is known of the request under way; every layer adds what it learns.
 
-    `middleware.request_id` makes it, the router sets `route` and `predictions`, the error handlers set
-    `error_code`. `started` is seconds of `time.perf_counter`, `as_of` is seconds UTC. `answer_by`, in seconds
-    of `time.monotonic`, is set by `middleware.in_flight` when the request has arrived.
+    `middleware.request_id` makes it. `middleware.audit` sets `route`, `middleware.shedding` that of what it
+    refuses; the routers set `asked` and `predictions`; the error handlers set `error_code`, the audit that of
+    a client who is gone. `started` is seconds of `time.perf_counter`, `as_of` is seconds UTC. `answer_by`, in
+    seconds of `time.monotonic`, is set by `middleware.in_flight` when the request has arrived.
     """
 
     request_id: str

@@ -3,7 +3,8 @@
 Events go to the telemetry log, and a task ships the log in groups: the event ID is the primary key there, and
 an event leaves the log only after the database committed, so delivery may repeat and its effect cannot. No
 request waits for the database, unless the log cannot be written: then events go to the database at once.
-`middleware.audit` records prediction events; `wiring` opens and closes it inside the lifespan, after a fork.
+`middleware.audit` and `middleware.shedding` record prediction events; `wiring` opens and closes it inside the
+lifespan, after a fork.
 """
 
 import asyncio

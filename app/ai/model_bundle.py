@@ -116,7 +116,7 @@ def load_bundle(manifest: ModelManifest, data: bytes, read: ReadModel = read_her
 
 
 def self_test(bundle: ModelBundle) -> None:
-    """Scores the golden inputs again; readiness calls this too, it takes milliseconds.
+    """Scores the golden inputs once more: the last step of every load, which takes milliseconds.
 
     Raises:
         ArtifactError: `golden_mismatch`: the model does not answer as it did when it was published.

@@ -26,12 +26,12 @@ _log = structlog.get_logger("app.audit")
 
 
 class AuditMiddleware:
-    """Plain ASGI middleware, directly inside `RequestIdMiddleware` and outside everything else.
+    """Plain ASGI middleware, directly inside `RequestIdMiddleware`.
 
     `telemetry` finds the telemetry of this request's application, `problem` turns an error into the ASGI
     response that carries it and notes its code in the request's record, `admission` knows how many requests
-    are under way. `static_routes` are the route templates without parameters: a request that is refused
-    before it is routed is told apart by them.
+    are under way. `routes` are the templates of all routes: a request that is refused before it is routed is
+    told apart by its path, if that is one of them.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class AuditMiddleware:
         telemetry: Callable[[Scope], Telemetry],
         problem: Callable[[Scope, LeadScoringError], ASGIApp],
         admission: Admission,
-        static_routes: frozenset[str] = frozenset(),
+        routes: frozenset[str] = frozenset(),
         monotonic: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._app = app
         self._telemetry = telemetry
         self.problem = problem
         self._admission = admission
-        self._static_routes = static_routes
+        self._routes = routes
         self._monotonic = monotonic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,7 +99,7 @@ class AuditMiddleware:
     def name_route(self, scope: Scope) -> None:
         """Notes the route template, which the router leaves in the scope once it has matched."""
         template = getattr(scope.get("route"), "path_format", None)
-        if template is None and scope["path"] in self._static_routes:
+        if template is None and scope["path"] in self._routes:
             template = scope["path"]
         if template is not None:
             scope["state"]["record"].route = template

@@ -1,7 +1,8 @@
 """Names each request, binds the name to all that is logged meanwhile, closes it with one line and its counts.
 
-Outermost of the middleware. It leaves a `RequestRecord` in `scope["state"]["record"]` for the layers below.
-It never looks at a body, a query or a path: those are the caller's text.
+Of the middleware only `Deprecation` and `Shedding` lie further out, and what `Shedding` refuses never comes
+here. It leaves a `RequestRecord` in `scope["state"]["record"]` for the layers below. It never looks at a
+body, a query or a path: those are the caller's text.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Describes a fitted model for its manifest: held-out metrics, golden inputs, and what people want to know.
 
-Pure. This is the only place the test part is scored. Called by `app.training.train`.
+Pure. Here the test part is scored for the first time; `held_out` scores it once more, for the model card.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """The story of a training, top to bottom: read, guard, split, derive, choose, calibrate, evaluate, publish.
 
 Reads leads through the same columns and builds the same features as serving. The test part is set aside
-before anything is learnt and looked at once. Never decides which model serves. Called by the `leadscore
-train` command and `app.training.shipped_model`.
+before anything is learnt and looked at when all is fitted. Never decides which model serves. Called by the
+`leadscore train` command and `app.training.shipped_model`.
 """
 
 import time
