@@ -29,6 +29,7 @@
     └── CommandError                   a command for people cannot go on: one clear line
         ├── SettingsError              an environment variable is wrong
         ├── ArtifactError              a model artifact cannot be trusted or loaded
+        ├── SigningKeyError            a signing key cannot be made or used
         ├── ImportFileError            a CSV file cannot be imported as it is
         ├── MissingRightError          the database user may not do what a command does
         └── TrainingError              the data cannot be trained or evaluated on, or must not be

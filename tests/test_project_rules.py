@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
+from app import errors
 from app.cli import cli
 from app.errors import CommandError, LeadScoringError
 from app.settings import Settings
@@ -20,7 +21,7 @@ def _read(name: str) -> str:
 
 
 def _error_classes(parent: type[LeadScoringError] = LeadScoringError) -> list[type[LeadScoringError]]:
-    children = [child for child in parent.__subclasses__() if not issubclass(child, CommandError)]
+    children = [child for child in parent.__subclasses__() if child.__module__ == errors.__name__]
     return children + [grandchild for child in children for grandchild in _error_classes(child)]
 
 
@@ -48,9 +49,26 @@ def test_the_example_file_names_no_setting_that_does_not_exist() -> None:
 
 
 def test_every_error_code_is_documented() -> None:
-    codes = {error.code for error in _error_classes()}
+    codes = {error.code for error in _error_classes() if not issubclass(error, CommandError)}
     assert len(codes) > 15
     assert not [code for code in codes if f"`{code}`" not in _read("docs/api.md")]
+
+
+def test_the_error_tree_in_words_is_the_error_tree() -> None:
+    rows = re.findall(r"^([ │]*[├└]── )(\w+) +(.*)$", errors.__doc__ or "", re.MULTILINE)
+    parents, drawn = ["LeadScoringError"], []
+    for branch, name, meaning in rows:
+        depth = len(branch) // 4 - 1
+        drawn.append((name, parents[depth - 1], re.findall(r"\w+", meaning)))
+        parents[depth:] = [name]
+    classes = {error.__name__: error for error in _error_classes()}
+    assert sorted((name, parent) for name, parent, _ in drawn) == sorted(
+        (name, error.__base__.__name__) for name, error in classes.items()
+    )
+    for name, parent, words in drawn:
+        if parent not in {"LeadScoringError", "CommandError"}:
+            assert classes[name].code in words
+            assert str(classes[name].status) in words or parent == "UnavailableError"
 
 
 def test_every_command_is_documented_and_has_help() -> None:
