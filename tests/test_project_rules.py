@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import click
+import grimp
 import pytest
 
 from app import errors
@@ -178,6 +179,30 @@ def test_only_what_says_when_something_was_reads_the_wall_clock() -> None:
         "middleware/request_id.py",  # the as-of time
         "security/tokens.py",  # whether a token has expired
     }
+
+
+def test_callers_that_a_docstring_names_are_the_modules_that_import_it() -> None:
+    """A sentence of nothing but modules, "Called by `x` and `y`.", names all there are; others name some."""
+    graph = grimp.build_graph("app", cache_dir=None)
+    modules = {module for module in graph.modules if not graph.find_children(module)}
+    wrong, complete = [], 0
+    for path in (ROOT / "app").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        for sentence in re.split(r"(?<=[.:;]) ", " ".join(docstring.split())):
+            if not re.search(r"^(Called|Used|Imported) by|^Only `.* (calls|import)|only caller", sentence):
+                continue
+            prose, quoted = re.sub(r"`.*?`", "", sentence), re.findall(r"`(.*?)`", sentence)
+            packages = ("", "app.", module.rpartition(".")[0] + ".")
+            named = {package + name for name in quoted for package in packages} & modules
+            importers = graph.find_modules_that_directly_import(module)
+            says_all = not set(re.findall(r"\w+", prose)) - {"Called", "Used", "Imported", "by", "and"}
+            says_all = says_all or bool(re.search(r"` alone|^Only|only caller", sentence))
+            complete += says_all and bool(named)
+            if named - importers or (named and says_all and importers - named):
+                wrong.append(f"{module}: {sentence} It is imported by {', '.join(sorted(importers))}.")
+    assert complete > 30
+    assert not wrong, "\n".join(wrong)
 
 
 def test_nothing_is_patched_in_tests_and_no_http_exception_is_raised_below_the_edge() -> None:

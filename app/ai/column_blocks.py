@@ -1,8 +1,7 @@
 """Columns as the database sends them: all numbers in one block, all texts in one string, NULL as a mark.
 
 A feature set is built from blocks, so a batch that comes as blocks in its order goes through untouched; the
-columns of anybody else are stacked. Pure. Called by the decoders of `app.db.lead_cells`, and by
-`feature_plan` and `score_kernels`.
+columns of anybody else are stacked. Pure.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

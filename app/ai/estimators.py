@@ -3,7 +3,8 @@
 The only file besides `artifact_loading` that a service imports scikit-learn by, and it does so only where the
 compiled loops are not installed, or for a classifier they do not know. Row i of a batch is scored as if it
 were alone, bit for bit, on one thread, which `predict_proba` does not promise: matrix products sum in an
-order that depends on the batch. Pure: never loads an estimator. Called by `artifact_loading` and by training.
+order that depends on the batch. Pure: never loads an estimator. Called by `artifact_loading`, `loaded_model`
+and training.
 """
 
 import logging

@@ -4,7 +4,7 @@ Training learns each feature's statistics; serving fills gaps and bounds values 
 there, rejects the leads the feature specs say cannot be made safe, and measures drift against the training
 sample. Pure; a lead's result depends on that lead alone, to the last bit. Rules are applied by the compiled
 loops of `_score_kernels.c`, or by NumPy to the same bits. Never imputes with anything but training
-statistics. Called by the predictor, training and the drift window.
+statistics.
 """
 
 from collections.abc import Callable, Mapping, Sequence

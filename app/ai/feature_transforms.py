@@ -18,7 +18,7 @@ missing.
 
 A text becomes a small number, its code, at once: blank, or one of those a feature of the column names, or any
 other. What a feature of texts makes of each code is tabulated here, once; how numbers are computed is
-`feature_plan`'s. Pure: no I/O, no clock. Called by `feature_plan`, `features` and `reasons`.
+`feature_plan`'s. Pure: no I/O, no clock.
 """
 
 from collections.abc import Callable, Mapping, Sequence

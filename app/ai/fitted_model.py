@@ -2,7 +2,6 @@
 
 The process that serves needs no more of scikit-learn than this (`loaded_model`). Whoever builds one has
 checked it: `check` is called wherever arrays come from, because the compiled loops follow them unseen. Pure.
-Used by `inference` and `score_shapley`.
 """
 
 from collections.abc import Callable, Sequence

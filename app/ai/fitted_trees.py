@@ -1,7 +1,7 @@
 """The trees of a forest or booster as plain arrays, checked: nothing that follows them can go astray.
 
 scikit-learn follows a tree's indices without looking, and so does our own C code: a crafted file could make
-either read outside the tree or never end. What passes here is a tree. Pure. Called by `fitted_model`.
+either read outside the tree or never end. What passes here is a tree. Pure.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Raw scores: from the arrays of a fitted model to a function of feature values, built once at each load.
 
 Row i of a batch is scored as if it were alone, bit for bit, on one thread, with the bits scikit-learn gives.
-Pure. Called by `loaded_model` and `estimators`. This is where another inference engine would be put in.
+Pure. This is where another inference engine would be put in.
 """
 
 from collections.abc import Callable

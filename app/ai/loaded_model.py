@@ -2,7 +2,8 @@
 
 A service has them deserialised by a process of its own (`artifact_process`), and what comes back is checked
 like any other input. A model whose arrays are not known, and any model where the compiled loops are not
-installed, is deserialised in this process instead, and scikit-learn scores. Called by `model_bundle`.
+installed, is deserialised in this process instead, and scikit-learn scores. `model_bundle` calls it in the
+way that `wiring` chose.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 An answer depends on the model, the as-of time and the lead; the key holds all three, so a new model or a new
 day never meets an old answer. Only answers are remembered: a lead that was unknown or declined is looked up
-again. Called by `predictor`, from the event loop; it never waits.
+again. Called from the event loop; it never waits.
 
 An answer counts only if the read it came from began after the last change of its lead. So a change heard of
 while a read is under way needs no care: what that read finds is remembered, and never counts. Changes come

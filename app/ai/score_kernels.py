@@ -3,8 +3,7 @@
 Trees are laid out once, when a model is loaded, as one array of small nodes; a call then walks 16 rows at a
 time down each tree, without a branch and without the interpreter's lock. Features are built and made safe,
 scores calibrated, and answers remembered and found, by one call each, whatever their number. Equal to
-scikit-learn and to NumPy to the last bit, see `_score_kernels.c`. Pure but for opening the library. Called by
-`inference`, `feature_plan`, `feature_safety`, `calibration`, `prediction_cache`.
+scikit-learn and to NumPy to the last bit, see `_score_kernels.c`. Pure but for opening the library.
 """
 
 import ctypes

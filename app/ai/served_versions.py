@@ -1,7 +1,7 @@
 """Which model versions have served here: an empty file for each, so that it outlives the process.
 
 Several workers may record at once without a lock: files are only ever added. Never deletes one, never looks
-at a model. Used by `model_registry`, which refuses to go back behind the highest of them unasked.
+at a model. `model_registry` refuses to go back behind the highest of them unasked.
 """
 
 import os

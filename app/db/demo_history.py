@@ -2,8 +2,7 @@
 
 Touchpoints hint at the outcome without knowing it. They follow the lead's hidden interest, are drawn without
 looking at the application, and go on after it as before; only a lead who is still interested turns to us or
-applies. Pure: all draws come from the generator handed in, times are whole seconds since 1970 UTC. Called by
-`app.db.demo_crm`.
+applies. Pure: all draws come from the generator handed in, times are whole seconds since 1970 UTC.
 """
 
 from collections.abc import Sequence

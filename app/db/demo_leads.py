@@ -3,7 +3,7 @@
 Behind every lead stands an interest nobody can see, and a moment at which it is lost. What the lead does
 afterwards follows from these and from the attributes drawn here; what is recorded of the attributes has gaps,
 the truth has not. Pure: all draws come from the generator handed in, times are whole seconds since 1970 UTC.
-Called by `app.db.demo_history` and `app.db.demo_crm`.
+Called by the other parts of the demo CRM.
 """
 
 from collections.abc import Mapping, Sequence

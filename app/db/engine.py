@@ -3,7 +3,8 @@
 The driver's own way to give up is to ask the server to cancel, and a frozen server does not answer. So a call
 that is late is abandoned instead: its socket is shut down, which ends the driver's wait at once, and its
 connection is thrown away. A query whose connection breaks is asked once more, within the same deadline. No
-SQL that reads or writes anything is known here. Built by `app.wiring`, used by `leads` and `ai_events`.
+SQL that reads or writes anything is known here. Built by `app.wiring`, used by `leads`, `ai_events` and
+`api_keys`.
 """
 
 import asyncio

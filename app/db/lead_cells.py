@@ -3,8 +3,7 @@
 Every cell is computed by the one expression `_cell` gives, whoever reads it, so training rows equal serving
 rows bit for bit. A number travels as the eight bytes of its float64 and a text as UTF-8, each with a mark for
 NULL that no value can have, which they keep: decoding a batch is one call of NumPy for all numbers, and texts
-stay as they are, whatever the number of leads. Nothing here talks to a database. Called by `app.db.leads`
-and `app.db.lead_pages`.
+stay as they are, whatever the number of leads. Nothing here talks to a database.
 """
 
 from collections.abc import Mapping, Sequence

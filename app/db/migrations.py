@@ -3,7 +3,7 @@
 The revisions are in `alembic/versions`. All that are missing are applied in one transaction, under an
 advisory lock: of two processes that start at the same time, one migrates and the other finds the work done.
 Nothing here touches data, and serving never migrates a database it was given. Called by `app.cli`,
-`app.serve` and the tests.
+`app.serve`, the making of the shipped model and the tests.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
 """What a start asks of a database: how far along the migrations it is, and whether there are leads to read.
 
 Nothing here applies a migration. Apart from `app.db.migrations` because every start asks, and the library
-that migrates takes longer to import than most starts have work for. Called by `app.serve` and the tests.
+that migrates takes longer to import than most starts have work for. Used by `app.serve` and
+`app.db.migrations`.
 """
 
 from pathlib import Path

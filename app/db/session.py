@@ -2,7 +2,7 @@
 
 The driver's cursor takes as long as the server does to read one lead: it builds a dozen objects and joins and
 leaves the event loop at every call. Here the connection stays on the event loop, and a call is: send the
-parameters, wait once, take the values. It knows no SQL. Called by `engine`.
+parameters, wait once, take the values. It knows no SQL.
 """
 
 import asyncio

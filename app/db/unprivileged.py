@@ -2,7 +2,8 @@
 
 PostgreSQL refuses to run as root. A checkout often lies below a directory that only root may enter; such a
 directory gets one entry in its access list that lets this one user pass through, and stays closed to
-everybody else. Nothing here ever opens a private directory to others. Called by `app.db.embedded` alone.
+everybody else. Nothing here ever opens a private directory to others. Used by `app.db.embedded` and
+`app.db.postgres_programs`.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Draws the model card's charts with matplotlib, as SVG that is part of the page and takes its colours.
 
 The same numbers give the same bytes: no date, no random names. Text stays text, so it can be read aloud and
-searched. Never computes a figure. Imported by `model_card` when a card is drawn, and only if matplotlib is
+searched. Never computes a figure. Imported by `card_evidence` when a card is drawn, and only if matplotlib is
 installed (the `training` extra); the rest of the project never needs it.
 """
 

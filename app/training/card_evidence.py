@@ -1,6 +1,6 @@
 """Everything a model card shows of the held-out leads, computed once: figures, slices and drawn charts.
 
-Pure. Called by `model_card`; `card_sections` and `card_limits` put it into words.
+Pure. `card_sections` and `card_limits` put it into words.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """The numbers behind the model card's charts: curves, gain, thresholds.
 
 Pure. Everything is computed from held-out probabilities (n,) and 0/1 outcomes (n,) in which both occur.
-Called by `model_card`.
+Called by `card_evidence`.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Writes a card down: the same sections as one HTML page that loads nothing, and as Markdown.
 
-Whatever is text is escaped here, once. Knows nothing of models. Pure. Called by `model_card`.
+Whatever is text is escaped here, once. Knows nothing of models. Pure.
 """
 
 import re

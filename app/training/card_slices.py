@@ -1,7 +1,7 @@
 """Slices: how good the model is on parts of the held-out leads, each with its size and its noise.
 
 A value is named only where many leads share it; a rare one may say who somebody is and is counted with the
-others. The parts of a division are disjoint and cover all leads. Pure. Called by `model_card`.
+others. The parts of a division are disjoint and cover all leads. Pure.
 """
 
 from collections import Counter

@@ -2,7 +2,7 @@
 
 What leads look like is learnt from all of them, decided or not; what becomes of them only from those that are
 decided, and only as far as these speak (`shrinkage`). No part is set aside to test on: it would be too small
-to tell anything. Pure. Called by `app.training.train`.
+to tell anything. Pure.
 """
 
 from collections.abc import Sequence

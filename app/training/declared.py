@@ -1,7 +1,7 @@
 """The declared feature set of the shipped model: 20 features over the columns of the view `lead_source`.
 
 The list is the decision of people; only the numbers behind the levels are learnt, on training rows. A
-relation with other columns is trained on derived features instead. Called by `app.training.train`.
+relation with other columns is trained on derived features instead.
 """
 
 from collections.abc import Mapping

@@ -3,7 +3,7 @@
 Each column gets its value, and whether it is there when that varies. A text gets a feature for each of its
 levels, or where these are many the log-odds behind them as one number. The first feature of a column goes by
 the column's name. Decisions rest on the training rows alone and every column left out is named with its
-reason; nothing is tuned to a particular relation. Never reads the database. Called by `app.training.train`.
+reason; nothing is tuned to a particular relation. Never reads the database.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """What a model is worth on leads it has not seen: the metrics of the manifest.
 
-Pure; never fits and never sees a training row. Called by `app.training.train`.
+Pure; never fits and never sees a training row.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Fits a model on training rows, and holds what a finished one consists of.
 
 Everything learnt from rows (levels, statistics, estimator) is learnt from those handed in and no others.
-Pure: no I/O, and the seed is a parameter. Called by `app.training.choose`.
+Pure: no I/O, and the seed is a parameter.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 The guard looks at each column by itself. A column that alone tells the classes apart almost perfectly is
 nearly always written after the outcome (a sales note, a closing state), so training stops and names it. It
-never repairs anything and never drops a column in silence. Called by `app.training.train`.
+never repairs anything and never drops a column in silence.
 """
 
 from collections.abc import Collection, Sequence

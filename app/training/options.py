@@ -1,4 +1,4 @@
-"""What a training is asked for. Holds no rule; made by the `leadscore train` command and by tests."""
+"""What a training is asked for. Holds no rule; made by the commands, by `shipped_model` and by tests."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime

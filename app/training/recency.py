@@ -1,8 +1,7 @@
 """What to do about a base rate that moves: weigh recent leads more, and set the level of probabilities anew.
 
 Both only where they foretell better: each fold in the order of time is foretold by what was known before it,
-with and without, and what is no better by more than one standard error stays off. Pure. Called by
-`app.training.choose`.
+with and without, and what is no better by more than one standard error stays off. Pure.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,6 +1,6 @@
 """Finds columns that say what another column says already: the same values, or a recoding one to one.
 
-Decided on the training rows alone. Pure. Called by `app.training.derive`.
+Decided on the training rows alone. Pure.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """The rows a training learns from: which columns may feed it, which leads are decided, who is set aside.
 
 Reads through the chunks of `app.db.leads`, which use the same expressions as serving, so a training row
-equals the serving row of the same lead bit for bit. Called by `app.training.train`.
+equals the serving row of the same lead bit for bit.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,6 @@
 """What a model's verdicts rest on: the worth of each feature, and how little data is too little.
 
-Both are measured on leads the model has not seen; neither changes a score. Pure. Called by
-`app.training.describe`.
+Both are measured on leads the model has not seen; neither changes a score. Pure.
 """
 
 from collections.abc import Mapping, Sequence
