@@ -125,9 +125,7 @@ def test_each_kind_of_gap_follows_its_own_strategy(state, field) -> None:
     assert check_one(NAN, state, TEN, **{field: "impute"}).values[0, 0] == 5.0
     assert check_one(NAN, state, TEN, **{field: "zero"}).values[0, 0] == 0.0
     assert np.isnan(check_one(NAN, state, TEN, **{field: "keep"}).values[0, 0])
-    rejected = check_one(NAN, state, TEN, **{field: "reject"})
-    assert rejected.rejected[0]
-    assert rejected.rejected_feature[0] == 0
+    assert check_one(NAN, state, TEN, **{field: "reject"}).rejected[0]
     others = {name: "reject" for name in ("missing", "invalid", "unseen") if name != field}
     assert not check_one(NAN, state, TEN, **others).rejected[0]
 
@@ -160,7 +158,7 @@ def test_zero_and_nan_fillings_are_not_clipped_into_the_range() -> None:
     assert np.isnan(check_one(NAN, MISSING, range(5, 9), missing="keep").values[0, 0])
 
 
-def test_the_first_feature_that_rejects_is_named_and_neighbours_are_answered() -> None:
+def test_one_feature_is_enough_to_reject_a_lead_and_its_neighbours_are_answered() -> None:
     features = FeatureSet((
         spec("value", ("a", "number"), name="a"),
         spec("value", ("b", "number"), name="b", missing="reject"),
@@ -169,7 +167,6 @@ def test_the_first_feature_that_rejects_is_named_and_neighbours_are_answered() -
     rows = matrix([[1, 2, 3], [NAN, NAN, 3], [1, NAN, NAN], [NAN, 2, 3]])
     checked = check_features(rows, features, build_statistics(rows))
     assert checked.rejected.tolist() == [False, True, True, False]
-    assert checked.rejected_feature.tolist() == [-1, 1, 1, -1]
 
 
 def test_coverage_counts_what_rests_on_data() -> None:
@@ -214,7 +211,7 @@ def test_two_thousand_leads_equal_the_same_leads_one_by_one_bit_for_bit() -> Non
         alone = check_features(built, EVERY_TRANSFORM, statistics)
         assert alone.values[0].tobytes() == batch.values[row].tobytes()
         assert alone.coverage[0] == batch.coverage[row]
-        assert alone.rejected_feature[0] == batch.rejected_feature[row]
+        assert alone.rejected[0] == batch.rejected[row]
         assert alone.out_of_range[0] == batch.out_of_range[row]
 
 

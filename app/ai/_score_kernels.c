@@ -72,7 +72,7 @@ struct rule {
 /* What is said of a lead whose features were made safe. */
 struct checked {
     double coverage, weighted_coverage;
-    int64_t rejected_feature, out_of_range;
+    int64_t out_of_range;
     bool rejected;
 };
 
@@ -306,7 +306,8 @@ void check_features(const struct rule *rules, int64_t n_features, int64_t n_grou
                     const double *values, const uint8_t *states, int64_t n_leads, double *safe,
                     struct checked *checked) {
     for (int64_t lead = 0; lead < n_leads; lead++) {
-        int64_t groups = 0, units = 0, far_values = 0, rejected_by = -1;
+        int64_t groups = 0, units = 0, far_values = 0;
+        bool rejected = false;
         for (int64_t at = 0; at < n_features; at++) {
             const struct rule *rule = rules + at;
             double value = values[lead * n_features + at], made = value;
@@ -319,9 +320,7 @@ void check_features(const struct rule *rules, int64_t n_features, int64_t n_grou
             if (made > rule->clip_above) made = rule->clip_above;
             if (outside && rule->impute_outside) made = rule->impute;
             if (gap) made = rule->fill[state];
-            if (rejected_by < 0 && (gap ? rule->reject_gap[state] : outside && rule->reject_outside)) {
-                rejected_by = at;
-            }
+            rejected |= gap ? rule->reject_gap[state] : outside && rule->reject_outside;
             groups += there && rule->speaks;
             if (there && !far && !unseen) units += rule->units;
             far_values += far;
@@ -329,9 +328,8 @@ void check_features(const struct rule *rules, int64_t n_features, int64_t n_grou
         }
         checked[lead].coverage = (double)groups / (double)n_groups;
         checked[lead].weighted_coverage = (double)units / (double)units_in_all;
-        checked[lead].rejected_feature = rejected_by;
         checked[lead].out_of_range = far_values;
-        checked[lead].rejected = rejected_by >= 0;
+        checked[lead].rejected = rejected;
     }
 }
 

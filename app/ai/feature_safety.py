@@ -136,16 +136,14 @@ class CheckedFeatures(NamedTuple):
     `values` (n, k) is finite except where a spec says `keep`. `coverage` (n,) is the share of features that
     rest on data, those that read the same columns counting as one. `weighted_coverage` (n,) weighs each by
     what it is worth to the model, and counts only what is like the values the model has learnt from: nothing
-    far outside the training range, no unseen text. `rejected_feature` (n,) is the first feature that rejects
-    the lead, -1 for none; a rejected lead's values mean nothing. `out_of_range` (n,) counts values that lie
-    far outside the training range.
+    far outside the training range, no unseen text. `rejected` (n,) tells whether a feature rejects the lead,
+    whose values then mean nothing. `out_of_range` (n,) counts values that lie far outside the training range.
     """
 
     values: FloatArray
     coverage: FloatArray
     weighted_coverage: FloatArray
     rejected: BoolArray
-    rejected_feature: IntArray
     out_of_range: IntArray
 
 
@@ -221,16 +219,14 @@ def _apply_rules(matrix: FeatureMatrix, rules: SafetyRules) -> CheckedFeatures:
     states = matrix.states[rows, features]
     values[rows, features] = table["fill"][features, states]
     reasons[rows, features] = table["reject_gap"][features, states]
-    rejected: BoolArray = np.any(reasons, axis=1)
     # An indicator of absence does not rest on data, a rare text with a number does.
     there = (matrix.states == PRESENT) & ~(table["indicator"] & (numbers == 0)) | unseen & ~gaps
     return CheckedFeatures(
         values=values + 0.0,  # which zero a maximum returns is not defined
         coverage=there[:, table["speaks"]].sum(axis=1) / rules.groups,
         weighted_coverage=((there & ~far & ~unseen) @ table["units"]) / rules.units_in_all,
-        rejected_feature=np.where(rejected, reasons.argmax(axis=1), -1),
         out_of_range=far.sum(axis=1),
-        rejected=rejected,
+        rejected=np.any(reasons, axis=1),
     )
 
 

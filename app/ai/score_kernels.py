@@ -61,7 +61,6 @@ CHECKED = np.dtype(
     [
         ("coverage", np.float64),
         ("weighted_coverage", np.float64),
-        ("rejected_feature", np.int64),
         ("out_of_range", np.int64),
         ("rejected", np.bool_),
     ],
