@@ -59,21 +59,22 @@ def test_identical_rows_never_sit_on_both_sides() -> None:
         learnt, measured = split_rows(rows, seed=2)
         assert not content(learnt) & content(measured)
         assert learnt.leads.n + measured.leads.n == N
-        check_folds(rows, build_folds(rows, seed=2, repeats=2))
+        for seed in (2, 3):
+            check_folds(rows, build_folds(rows, seed))
 
 
-def test_without_an_order_every_row_is_measured_once_a_repeat_and_both_classes_spread_evenly() -> None:
+def test_without_an_order_every_row_is_measured_once_and_both_classes_spread_evenly() -> None:
     rows = build_rows()
     learnt, measured = split_rows(rows, seed=0)
     assert measured.leads.n == pytest.approx(N / 5, abs=10)
     assert measured.outcome.mean() == pytest.approx(learnt.outcome.mean(), abs=0.02)
-    folds = build_folds(rows, seed=0, repeats=2)
-    assert len(folds) == 10
-    for repeat in (folds[:5], folds[5:]):
-        assert sorted(np.concatenate([fold.test for fold in repeat]).tolist()) == list(range(N))
-        for fold in repeat:
+    drawn = [build_folds(rows, seed) for seed in (0, 1)]
+    for folds in drawn:
+        assert len(folds) == 5
+        assert sorted(np.concatenate([fold.test for fold in folds]).tolist()) == list(range(N))
+        for fold in folds:
             assert rows.outcome[fold.test].mean() == pytest.approx(rows.outcome.mean(), abs=0.03)
-    assert folds[0].test.tolist() != folds[5].test.tolist()
+    assert drawn[0][0].test.tolist() != drawn[1][0].test.tolist()
 
 
 def test_the_seed_alone_decides_what_is_drawn() -> None:
@@ -94,7 +95,7 @@ def test_in_order_no_row_is_learnt_from_that_is_later_than_one_measured_on() -> 
     earlier = content(learnt.take(learnt.order < N - N // 5))
     assert content(later) <= earlier, "only rows that repeat an earlier one"
     assert not earlier & last_fifth
-    folds = build_folds(rows, seed=0, repeats=9)
+    folds = build_folds(rows, seed=0)
     assert len(folds) == 5
     check_folds(rows, folds)
     for fold in folds:
@@ -157,7 +158,7 @@ def test_a_large_group_does_not_change_how_often_the_leads_beside_it_apply() -> 
     outcome = (random.random(n) < np.where(visits < 0, 0.05, 0.5)).astype(np.int64)
     rows = TrainingRows(leads(visits=column("number", *visits.tolist())), outcome, np.full(n, AS_OF))
     held_the_group = False
-    for fold in build_folds(rows, seed=0, repeats=2):
+    for fold in (*build_folds(rows, seed=0), *build_folds(rows, seed=1)):
         others = fold.test[visits[fold.test] >= 0]
         held_the_group |= len(others) < len(fold.test)
         assert outcome[others].mean() == pytest.approx(outcome[visits >= 0].mean(), abs=0.005)

@@ -64,12 +64,12 @@ def split_rows(rows: TrainingRows, seed: int) -> tuple[TrainingRows, TrainingRow
     return rows.take(~held_out), rows.take(held_out)
 
 
-def build_folds(rows: TrainingRows, seed: int, repeats: int = 1) -> list[Fold]:
+def build_folds(rows: TrainingRows, seed: int) -> list[Fold]:
     """Returns the folds to cross-validate on; both classes occur in each part of each.
 
-    Without an order `repeats` times five stratified folds. With one, windows that grow: the first third of
-    the rows foretells the next block, both together the one after, up to five; a block without both classes
-    is joined with the next, and a row that equals an earlier one is in no test part.
+    Without an order five stratified folds. With one, windows that grow: the first third of the rows foretells
+    the next block, both together the one after, up to five; a block without both classes is joined with the
+    next, and a row that equals an earlier one is in no test part.
 
     Raises:
         TrainingError: there is no fold with both classes in both parts.
@@ -78,7 +78,7 @@ def build_folds(rows: TrainingRows, seed: int, repeats: int = 1) -> list[Fold]:
     found = list(
         _expanding_windows(rows.order, group, rows.outcome)
         if rows.order is not None
-        else _repeated_folds(group, rows.outcome, seed, repeats)
+        else _drawn_folds(group, rows.outcome, seed)
     )
     if not found:
         raise TrainingError(
@@ -103,14 +103,12 @@ def group_rows(rows: TrainingRows) -> IntArray:
     return group if told_apart else np.arange(rows.leads.n)
 
 
-def _repeated_folds(group: IntArray, outcome: IntArray, seed: int, repeats: int) -> Iterator[Fold]:
-    random = np.random.default_rng(seed)
-    for _ in range(repeats):
-        fold = _random_folds(group, outcome, random)
-        for number in range(FOLDS):
-            train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-            if _both_classes(outcome[train]) and _both_classes(outcome[test]):
-                yield Fold(train, test)
+def _drawn_folds(group: IntArray, outcome: IntArray, seed: int) -> Iterator[Fold]:
+    fold = _random_folds(group, outcome, np.random.default_rng(seed))
+    for number in range(FOLDS):
+        train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+        if _both_classes(outcome[train]) and _both_classes(outcome[test]):
+            yield Fold(train, test)
 
 
 def _random_folds(group: IntArray, outcome: IntArray, random: np.random.Generator) -> IntArray:
