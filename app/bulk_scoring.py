@@ -6,7 +6,7 @@ busy. A score in the table and a score over HTTP come from the same lines (`scor
 model serves. Called by the `leadscore score` command.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,14 +14,13 @@ from datetime import datetime
 
 import numpy as np
 
+from app.ai.domain import Progress
 from app.ai.model_bundle import ModelBundle
 from app.ai.predictor import ScoringPolicy, score_leads
 from app.db.bulk_copy import open_connection
 from app.db.lead_pages import PAGE_LEADS, LeadPage, read_pages
 from app.db.lead_scores import WRITER_NEEDS, LeadScoreWriter, RunKey
 from app.db.leads import count_leads
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,13 +22,13 @@ from app import __version__
 from app.errors import ArtifactError, LeadScoringError, ModelNotReadyError, SettingsError
 
 if TYPE_CHECKING:
+    from app.ai.domain import Progress
     from app.ai.model_bundle import ModelBundle
     from app.ai.model_catalogue import AvailableModel, ModelCatalogue
     from app.ai.served_versions import ServedVersions
     from app.security.access import Scope
     from app.settings import Settings
 
-Progress = Callable[[str, int, int], None]
 ModelType = Literal["auto", "random_forest", "logistic_regression", "hist_gradient_boosting"]
 ArtifactFormat = Literal["skops", "joblib"]
 
@@ -508,7 +508,7 @@ def _database(settings: "Settings") -> Iterator[str]:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress() -> Iterator["Progress"]:
     """Yields `progress(stage, done, total)`, drawn on standard error when a person is watching."""
     from rich.console import Console
     from rich.progress import (

@@ -83,7 +83,7 @@ def _count(url: str) -> int:
 def _fill(url: str, leads: int) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
         if connection.execute("SELECT count(*) FROM people").fetchone() == (0,):
-            load_demo(url, people=_PEOPLE, seed=1, until=MOMENT, progress=lambda _stage, _done, _total: None)
+            load_demo(url, people=_PEOPLE, seed=1, until=MOMENT)
         connection.execute(f"DROP TABLE IF EXISTS {RELATION}")
         columns = connection.execute("SELECT * FROM lead_source LIMIT 0").description or []
         kept = [column.name for column in columns if column.name not in ("lead_id", "external_ref")]

@@ -31,7 +31,7 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from app.ai.domain import BoolArray, FloatArray, InputColumn, IntArray
+from app.ai.domain import BoolArray, FloatArray, InputColumn, IntArray, Progress
 from app.db.csv_file import open_csv
 from app.db.csv_import import import_csv
 from app.db.embedded import open_embedded
@@ -46,7 +46,7 @@ from app.training.fit import CalibratedModel
 from app.training.interval_coverage import measure_coverage
 from app.training.leakage import check_leakage
 from app.training.options import ModelType, TrainingOptions
-from app.training.rows import Progress, TrainingRows, choose_columns, fetch_rows
+from app.training.rows import TrainingRows, choose_columns, fetch_rows
 from app.training.splits import group_rows
 from app.training.train import choose_features
 from app.training.verdict import measure_rule

@@ -255,6 +255,9 @@ class Predictions(msgspec.Struct, frozen=True, eq=False):
 
 JsonObject = dict[str, Any]
 
+Progress = Callable[[str, int, int], None]
+"""Told the stage of a long work, how much of it is done, and how much there is (0 while that is unknown)."""
+
 _SECONDS_PER_DAY = 86_400
 
 

@@ -21,6 +21,7 @@ from app.ai.artifact_files import (
     read_signature_file,
     read_verified_artifact,
 )
+from app.ai.domain import Progress
 from app.ai.library_versions import verify_library_versions
 from app.ai.model_bundle import ModelBundle, load_bundle
 from app.ai.model_manifest import CardForm, ModelManifest, read_manifest
@@ -30,7 +31,6 @@ from app.errors import ArtifactError
 ModelState = Literal["active", "verified", "refused", "incompatible", "unverified"]
 SignatureState = Literal["valid", "invalid", "missing", "unchecked"]
 Incompatible = Callable[[ModelManifest], str | None]
-Progress = Callable[[str, int, int], None]
 LoadBundle = Callable[[ModelManifest, bytes], ModelBundle]
 _Result = TypeVar("_Result")
 

@@ -5,18 +5,17 @@ Called by `app.db.csv_inspection` and `app.db.csv_import`.
 """
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from app.ai.domain import Progress
 from app.errors import ImportFileError
 
 _DELIMITERS = ",;\t|"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_LINE = 16_777_216
-
-Progress = Callable[[str, int, int], None]
 
 
 class Record(NamedTuple):
@@ -39,7 +38,7 @@ class CsvFile:
             raise ImportFileError("line 1: the file is empty; its first line must name the columns")
         self.header = header.fields
 
-    def records(self, stage: str, progress: Progress | None = None) -> Iterator[Record]:
+    def records(self, stage: str, progress: Progress = lambda *_: None) -> Iterator[Record]:
         """Yields the records below the header, as many fields each; blank lines are skipped.
 
         `progress` is told the stage, the bytes read and the bytes there are, now and then.
@@ -53,11 +52,10 @@ class CsvFile:
             if len(record.fields) != len(self.header):
                 counts = f"{len(record.fields)} fields, but the header names {len(self.header)}"
                 raise ImportFileError(f"line {record.line}: {counts}")
-            if progress is not None and number % 2000 == 0:
+            if number % 2000 == 0:
                 progress(stage, self._file.tell(), self._size)
             yield record
-        if progress is not None:
-            progress(stage, self._size, self._size)
+        progress(stage, self._size, self._size)
 
     def _parse(self) -> Iterator[Record]:
         reader = csv.reader(self._lines(), delimiter=self.delimiter, strict=True)

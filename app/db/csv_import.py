@@ -17,10 +17,10 @@ from uuid import NAMESPACE_URL, uuid5
 import psycopg
 from psycopg import sql
 
-from app.ai.domain import ColumnKind, canonical_lead_id, is_uuid
+from app.ai.domain import ColumnKind, Progress, canonical_lead_id, is_uuid
 from app.db.bulk_copy import CopyColumn, open_connection, write_rows
 from app.db.csv_columns import TO_POSTGRES
-from app.db.csv_file import CsvFile, Progress, Record, open_csv
+from app.db.csv_file import CsvFile, Record, open_csv
 from app.db.csv_inspection import Inspection, inspect_csv
 from app.db.table_access import write_access
 from app.errors import CommandError, ImportFileError
@@ -79,7 +79,7 @@ def import_csv(
     missing: Sequence[str] = (),
     replace: bool = False,
     patience: float = 15.0,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> ImportSummary:
     """Loads a CSV file with a header into a new table, in one transaction.
 
@@ -160,7 +160,7 @@ def _load(
     found: Inspection,
     *,
     patience: float | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     """Makes the table under another name and puts it in its place; with `patience` it may replace one."""
     *schema, name = _fetch_parts(connection, table)
@@ -223,15 +223,14 @@ def _tell_of_changes(cursor: psycopg.Cursor[Any], table: sql.Composable) -> None
 
 
 def _read_blocks(
-    file: CsvFile, found: Inspection, table: str, progress: Progress | None
+    file: CsvFile, found: Inspection, table: str, progress: Progress
 ) -> Iterator[dict[str, CopyColumn]]:
     """Reads the file for the second time, as columns ready for COPY."""
     records, done = file.records("read again"), 0
     while block := list(islice(records, _BLOCK)):
         yield _build_columns(block, found, table)
         done += len(block)
-        if progress is not None:
-            progress("load", done, found.rows)
+        progress("load", done, found.rows)
     if done != found.rows:
         raise ImportFileError("the file changed while it was being read; nothing was imported")
 

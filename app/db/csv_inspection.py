@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from app.ai.domain import ColumnKind, canonical_lead_id
+from app.ai.domain import ColumnKind, Progress, canonical_lead_id
 from app.db.csv_columns import TypeGuess, build_names, could_be_header, read_label
-from app.db.csv_file import CsvFile, Progress, Record
+from app.db.csv_file import CsvFile, Record
 from app.errors import ImportFileError
 
 # What a scoring request can carry.
@@ -36,7 +36,7 @@ class Inspection:
 
 
 def inspect_csv(
-    file: CsvFile, id_column: str, label_column: str | None, missing: Sequence[str], progress: Progress | None
+    file: CsvFile, id_column: str, label_column: str | None, missing: Sequence[str], progress: Progress
 ) -> Inspection:
     """Reads the whole file; `missing` are texts that mean missing, beside the empty one.
 

@@ -5,7 +5,7 @@ people in it, and never runs by itself when `DATABASE_URL` is set. Called by `le
 `leadscore serve`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +15,7 @@ import psycopg
 from numpy.random import Generator
 from psycopg import sql
 
+from app.ai.domain import Progress
 from app.db import demo_words as words
 from app.db.bulk_copy import CopyColumn, open_connection, write_rows
 from app.db.demo_history import draw_applications, draw_touchpoints
@@ -28,8 +29,6 @@ from app.db.demo_rows import (
     draw_standing_columns,
 )
 from app.errors import CommandError
-
-Progress = Callable[[str, int, int], None]
 
 _TABLES = "campuses, programmes, people, touchpoints, applications"
 
@@ -61,7 +60,7 @@ def has_people(url: str) -> bool:
 
 
 def load_demo(
-    url: str, *, people: int, seed: int, until: datetime, progress: Progress | None = None
+    url: str, *, people: int, seed: int, until: datetime, progress: Progress = lambda *_: None
 ) -> DemoSummary:
     """Draws a CRM of that many people whose history ends at `until`, and loads it in one transaction.
 
@@ -85,8 +84,7 @@ def load_demo(
         for first in range(1, people + 1, _BLOCK):
             n = min(_BLOCK, people + 1 - first)
             loading.write_people(first, n)
-            if progress is not None:
-                progress("people", first + n - 1, people)
+            progress("people", first + n - 1, people)
         loading.advance_identities()
     _vacuum(url)
     return DemoSummary(

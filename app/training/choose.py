@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
 from app.ai.calibration import calibration_statistics, shift_log_odds
-from app.ai.domain import BoolArray, FloatArray, IntArray, JsonObject
+from app.ai.domain import BoolArray, FloatArray, IntArray, JsonObject, Progress
 from app.ai.estimators import build_scorer
 from app.ai.venn_abers import build_table
 from app.errors import TrainingError
@@ -32,7 +32,7 @@ from app.training.fit import (
     learn_features,
 )
 from app.training.recency import HALF_LIVES, NEVER, Recency, choose_recency, fit_recent_shift, shift_table
-from app.training.rows import Progress, TrainingRows
+from app.training.rows import TrainingRows
 from app.training.splits import Fold, build_folds
 
 _METRICS = ("log_loss", "roc_auc", "brier")

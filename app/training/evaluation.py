@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from app.ai.domain import VERDICTS, AnswerArray, BoolArray, IntArray, JsonObject
+from app.ai.domain import VERDICTS, AnswerArray, BoolArray, IntArray, JsonObject, Progress
 from app.ai.model_bundle import ModelBundle
 from app.ai.predictor import ScoringPolicy, find_intervals, score_leads
 from app.db.leads import fetch_columns
@@ -21,7 +21,7 @@ from app.training.evaluate import evaluate
 from app.training.interval_coverage import measure_coverage
 from app.training.options import TrainingOptions
 from app.training.reliability import describe_reliability
-from app.training.rows import Progress, TrainingRows, fetch_rows
+from app.training.rows import TrainingRows, fetch_rows
 
 _ROWS_AT_ONCE = 20_000
 _SEED = 0

@@ -4,22 +4,28 @@ Reads through the chunks of `app.db.leads`, which use the same expressions as se
 equals the serving row of the same lead bit for bit.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
 
 import numpy as np
 
-from app.ai.domain import BoolArray, Column, ColumnKind, FloatArray, InputColumn, IntArray, LeadColumns
+from app.ai.domain import (
+    BoolArray,
+    Column,
+    ColumnKind,
+    FloatArray,
+    InputColumn,
+    IntArray,
+    LeadColumns,
+    Progress,
+)
 from app.db.leads import fetch_all_chunks, fetch_columns
 from app.errors import TrainingError
 from app.training.declared import DECLARED_COLUMNS
 from app.training.leakage import is_denied
 from app.training.options import TrainingOptions
-
-Progress = Callable[[str, int, int], None]
-"""Told the stage, how much of it is done, and how much there is (0 while that is unknown)."""
 
 _AS_OF, _CREATED_AT, _EXTERNAL_REF = "as_of", "created_at", "external_ref"
 _SECONDS_PER_DAY = 86_400.0

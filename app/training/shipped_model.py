@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from app.ai.domain import Progress
 from app.ai.model_manifest import manifest_fingerprint
 from app.db.demo_crm import load_demo
 from app.db.embedded import open_embedded
@@ -19,7 +20,6 @@ from app.errors import CommandError
 from app.training.options import TrainingOptions
 from app.training.publish import check_writable, write_durably
 from app.training.report import TrainingReport, print_report
-from app.training.rows import Progress
 from app.training.train import train
 
 PEOPLE, SEED = 10_000, 1

@@ -8,7 +8,7 @@ before anything is learnt and looked at when all is fitted. Never decides which 
 import time
 from collections.abc import Callable
 
-from app.ai.domain import InputColumn
+from app.ai.domain import InputColumn, Progress
 from app.ai.features import FeatureSet
 from app.ai.model_manifest import ModelDescription, ModelManifest, build_card_name, read_manifest
 from app.training.candidates import list_candidates
@@ -25,13 +25,11 @@ from app.training.model_card import build_cards
 from app.training.options import TrainingOptions
 from app.training.publish import check_writable, publish_model
 from app.training.report import TrainingReport
-from app.training.rows import Progress, TrainingRows, choose_columns, fetch_rows
+from app.training.rows import TrainingRows, choose_columns, fetch_rows
 from app.training.splits import split_rows
 
 
-def train(
-    options: TrainingOptions, progress: Progress = lambda _stage, _done, _total: None
-) -> TrainingReport:
+def train(options: TrainingOptions, progress: Progress = lambda *_: None) -> TrainingReport:
     """Trains, calibrates, evaluates and publishes one model.
 
     Raises:
