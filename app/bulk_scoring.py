@@ -17,7 +17,7 @@ import numpy as np
 from app.ai.domain import Progress
 from app.ai.model_bundle import ModelBundle
 from app.ai.predictor import ScoringPolicy, score_leads
-from app.db.bulk_copy import open_connection
+from app.db.command_connection import open_connection
 from app.db.lead_pages import PAGE_LEADS, LeadPage, read_pages
 from app.db.lead_scores import WRITER_NEEDS, LeadScoreWriter, RunKey
 from app.db.leads import count_leads

@@ -12,7 +12,7 @@ from datetime import datetime
 import psycopg
 from psycopg.rows import class_row
 
-from app.db.bulk_copy import open_connection
+from app.db.command_connection import open_connection
 from app.db.engine import Connection, Database
 from app.errors import CommandError, DatabaseUnavailableError
 from app.security.access import Client, Scope

@@ -18,7 +18,8 @@ import psycopg
 from psycopg import sql
 
 from app.ai.domain import ColumnKind, Progress, canonical_lead_id, is_uuid
-from app.db.bulk_copy import CopyColumn, open_connection, write_rows
+from app.db.bulk_copy import CopyColumn, write_rows
+from app.db.command_connection import open_connection
 from app.db.csv_columns import TO_POSTGRES
 from app.db.csv_file import CsvFile, Record, open_csv
 from app.db.csv_inspection import Inspection, inspect_csv

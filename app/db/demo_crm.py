@@ -17,7 +17,8 @@ from psycopg import sql
 
 from app.ai.domain import Progress
 from app.db import demo_words as words
-from app.db.bulk_copy import CopyColumn, open_connection, write_rows
+from app.db.bulk_copy import CopyColumn, write_rows
+from app.db.command_connection import open_connection
 from app.db.demo_history import draw_applications, draw_touchpoints
 from app.db.demo_leads import draw_leads
 from app.db.demo_rows import (

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.ai.domain import BoolArray, InputColumn, LeadColumns
-from app.db.bulk_copy import open_reader
+from app.db.command_connection import open_reader
 from app.db.lead_cells import decode_batch, key_page_statement, split_texts
 from app.db.leads import fetch_types, require_columns
 

@@ -31,7 +31,7 @@ from app.ai.domain import (
     split_uuids,
 )
 from app.db.array_parameters import UUID_BYTES, join_uuids, pack_texts, pack_uuids
-from app.db.bulk_copy import open_reader
+from app.db.command_connection import open_reader
 from app.db.engine import Connection, Database
 from app.db.lead_cells import (
     COLUMN_TYPES,

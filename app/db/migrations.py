@@ -16,7 +16,7 @@ from alembic.util import CommandError as AlembicError
 from sqlalchemy import Connection, NullPool, create_engine
 from sqlalchemy.exc import DBAPIError
 
-from app.db.bulk_copy import explain_failure
+from app.db.command_connection import explain_failure
 from app.db.schema_state import CONNECT_SECONDS, REVISIONS
 from app.errors import CommandError
 

@@ -11,7 +11,7 @@ from typing import Literal
 import psycopg
 from psycopg import sql
 
-from app.db.bulk_copy import open_reader
+from app.db.command_connection import open_reader
 from app.errors import CommandError, DatabaseUnavailableError, MissingRightError
 
 SchemaState = Literal["empty", "behind", "current", "unknown"]
