@@ -25,9 +25,7 @@ from app.errors import (
     NotAuthenticatedError,
     NotFoundError,
 )
-
-MEDIA_TYPE = "application/problem+json"
-MAX_POSITIONS = 20
+from app.schemas.openapi import PROBLEM_MEDIA_TYPE
 
 FRAMEWORK_ERRORS = (HTTPException, RequestValidationError, Exception)
 """What the framework answers in its own words unless `Problems.answer_framework_error` does."""
@@ -67,9 +65,11 @@ class Problems:
             "error_code": error.code,
             "request_id": record.request_id if record is not None else "unknown",
             "timestamp": self._now().isoformat(timespec="seconds").replace("+00:00", "Z"),
-            "errors": error.positions[:MAX_POSITIONS],
+            "errors": error.positions,
         }
-        return Response(msgspec.json.encode(body), error.status, self._headers(error, path), MEDIA_TYPE)
+        return Response(
+            msgspec.json.encode(body), error.status, self._headers(error, path), PROBLEM_MEDIA_TYPE
+        )
 
     def _headers(self, error: LeadScoringError, path: str) -> dict[str, str]:
         headers = {"Cache-Control": "no-store"}

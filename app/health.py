@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from app import __version__
 from app.ai.circuit_breaker import CircuitBreaker
 from app.ai.dependencies import CurrentRecord
+from app.ai.domain import JsonObject
 from app.ai.drift_window import DriftWindow
 from app.ai.ml_telemetry import Telemetry
 from app.ai.model_bundle import ModelBundle
@@ -33,8 +34,6 @@ from app.errors import (
 from app.metrics import observe_breaker, render_metrics
 from app.schemas.ai_ml import HealthResponse, Liveness, ModelsResponse, Readiness
 from app.schemas.openapi import describe_answers
-
-JsonObject = dict[str, Any]
 
 _NOT_READY = (DrainingError, ModelNotReadyError, TelemetryUnavailableError)
 
