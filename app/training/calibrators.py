@@ -1,7 +1,8 @@
 """Which calibrator suits a model's scores: sigmoid, isotonic and Venn-Abers, compared on out-of-fold scores.
 
 Each is judged by probabilities it did not see the outcomes of. None changes the model's ranking: ties that
-steps and bounds create are broken by the score itself. Pure. Called by `app.training.choose`.
+steps and bounds create are broken by the score itself. Pure. Called by `app.training.choose`, and by
+`recency` for `log_losses`.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,7 +43,7 @@ def choose_calibrator(raw: FloatArray, outcome: IntArray, fold: IntArray) -> Cal
     """
     probability = {method: cross_fit(method, raw, outcome, fold) for method in _FITS}
     told = {method: calibration_statistics(each, outcome) for method, each in probability.items()}
-    losses = {method: _log_losses(each, outcome) for method, each in probability.items()}
+    losses = {method: log_losses(each, outcome) for method, each in probability.items()}
     best = min(losses, key=lambda method: losses[method].mean())
     close = [method for method in losses if _is_close(losses[method] - losses[best])]
     chosen = min(close, key=lambda method: told[method]["ece"])
@@ -81,10 +82,11 @@ def fit_calibrator(method: Method, raw: FloatArray, outcome: IntArray) -> Calibr
     return Calibrator(method, _FITS[method](raw, outcome), lower=edge, upper=1 - edge, tie_break=TIE_BREAK)
 
 
-def _is_close(excess: FloatArray) -> bool:
-    return bool(excess.mean() <= excess.std() / np.sqrt(len(excess)))
-
-
-def _log_losses(probability: FloatArray, outcome: IntArray) -> FloatArray:
+def log_losses(probability: FloatArray, outcome: IntArray) -> FloatArray:
+    """Returns the log-loss of each lead (n,), in nats, of probabilities (n,) none of which is 0 or 1."""
     losses: FloatArray = -np.log(np.where(outcome == 1, probability, 1 - probability))
     return losses
+
+
+def _is_close(excess: FloatArray) -> bool:
+    return bool(excess.mean() <= excess.std() / np.sqrt(len(excess)))

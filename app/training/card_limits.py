@@ -12,9 +12,9 @@ from app.ai.domain import VERDICTS
 from app.ai.model_manifest import ModelManifest
 from app.training.card_slices import MIN_SLICE_ROWS, OTHERS, Division, find_off_slices
 from app.training.held_out import HeldOut
+from app.training.interval_coverage import NINETY_FIVE_PERCENT
 from app.training.reliability import ReliabilityBin
 
-_NINETY_FIVE_PERCENT = 1.959964
 _FEW_ROWS = 1000
 
 
@@ -74,7 +74,7 @@ def describe_held_out_limits(
 def _base_rate(manifest: ModelManifest, held_out: HeldOut) -> str:
     before, now, n = manifest.base_rate, float(held_out.outcome.mean()), len(held_out.outcome)
     spread = before * (1 - before) * (1 / n + 1 / manifest.training.train_rows)
-    if abs(now - before) <= _NINETY_FIVE_PERCENT * spread**0.5:
+    if abs(now - before) <= NINETY_FIVE_PERCENT * spread**0.5:
         return ""
     return (
         f"The outcome rate moved: {before:.1%} of the leads it learnt from, {now:.1%} of the held-out ones. "

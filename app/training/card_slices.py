@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from app.ai.domain import VERDICTS, BoolArray, Column, FloatArray, IntArray, TextArray
 from app.ai.feature_transforms import normalise_text
 from app.training.held_out import HeldOut
+from app.training.interval_coverage import NINETY_FIVE_PERCENT
 
 MIN_SLICE_ROWS = 30
 """A value that fewer held-out leads have is not named, and nothing is said of it."""
@@ -22,7 +23,6 @@ MIN_SLICE_ROWS = 30
 MAX_LEVELS = 6
 MAX_COLUMNS = 12
 OTHERS, UNKNOWN = "all others", "not known"
-_NINETY_FIVE_PERCENT = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def find_off_slices(divisions: Sequence[Division]) -> list[tuple[str, Slice]]:
     samples (Bonferroni's correction).
     """
     parts = [(division.title, part) for division in divisions for part in division.slices if part.told]
-    limit = float(norm.ppf(1 - 0.025 / max(len(parts), 1))) / _NINETY_FIVE_PERCENT
+    limit = float(norm.ppf(1 - 0.025 / max(len(parts), 1))) / NINETY_FIVE_PERCENT
     off = [(title, part) for title, part in parts if abs(part.gap) > limit * part.noise]
     return sorted(off, key=lambda entry: -abs(entry[1].gap))
 
@@ -131,6 +131,6 @@ def _measure(name: str, chosen: BoolArray, probability: FloatArray, outcome: Int
         leads=leads,
         observed=float(happened.mean()),
         predicted=float(predicted.mean()),
-        noise=_NINETY_FIVE_PERCENT * float(np.sqrt((predicted * (1 - predicted)).sum()) / leads),
+        noise=NINETY_FIVE_PERCENT * float(np.sqrt((predicted * (1 - predicted)).sum()) / leads),
         roc_auc=float(roc_auc_score(happened, predicted)) if both else None,
     )

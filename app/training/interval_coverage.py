@@ -8,7 +8,8 @@ import numpy as np
 from app.ai.calibration import equal_mass_bins
 from app.ai.domain import FloatArray, IntArray, JsonObject
 
-_NINETY_FIVE_PERCENT = 1.959964
+NINETY_FIVE_PERCENT = 1.959964
+"""Standard errors to either side within which 95 of 100 normal estimates lie."""
 
 
 def measure_coverage(
@@ -28,7 +29,7 @@ def measure_coverage(
     ]
     return {
         "bins": len(rows),
-        "covered": sum(_is_covered(*row, margin=_NINETY_FIVE_PERCENT) for row in rows),
+        "covered": sum(_is_covered(*row, margin=NINETY_FIVE_PERCENT) for row in rows),
         "covered_within_one_error": sum(_is_covered(*row, margin=1.0) for row in rows),
         "mean_width": round(float((intervals[:, 1] - intervals[:, 0]).mean()), 6),
         "rows": [[round(low, 6), round(high, 6), round(rate, 6), leads] for low, high, rate, leads in rows],

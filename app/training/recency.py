@@ -13,6 +13,7 @@ import numpy as np
 from app.ai.calibration import MAX_SHIFT, Calibrator, calibrate, shift_log_odds
 from app.ai.domain import FloatArray, IntArray, JsonObject
 from app.ai.venn_abers import VennAbersTable
+from app.training.calibrators import log_losses
 
 FitCalibrator = Callable[[FloatArray, IntArray], Calibrator]
 
@@ -142,9 +143,4 @@ def _foretell_folds(
         probability = calibrate(raw[now], calibrator)
         shift = fit_recent_shift(calibrator, raw[before], outcome[before], fold[before])
         shifted = calibrate(raw[now], replace(calibrator, shift=shift))
-        yield _losses(probability, outcome[now]), _losses(shifted, outcome[now])
-
-
-def _losses(probability: FloatArray, outcome: IntArray) -> FloatArray:
-    losses: FloatArray = -np.log(np.where(outcome == 1, probability, 1 - probability))
-    return losses
+        yield log_losses(probability, outcome[now]), log_losses(shifted, outcome[now])
