@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.ai.domain import Extra
-from app.ai.scoring_requests import LEAD_ID_PATTERN, check_media_type, decode_lead_ids, read_include
+from app.ai.domain import LEAD_ID_PATTERN, Extra
+from app.ai.scoring_requests import check_media_type, decode_lead_ids, read_include
 from app.errors import (
     BatchSizeExceededError,
     CallerError,

@@ -266,6 +266,9 @@ def start_of_day(seconds: float) -> float:
     return seconds // _SECONDS_PER_DAY * _SECONDS_PER_DAY
 
 
+LEAD_ID_PATTERN = "[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}"
+"""What a lead ID in a scoring request matches as a whole."""
+
 _UUID_PATTERN = "[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 _UUID, _UUIDS = re.compile(_UUID_PATTERN), re.compile(f"{_UUID_PATTERN}(?:\n{_UUID_PATTERN})*+")
 

@@ -16,7 +16,7 @@ import msgspec
 from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect, Request
 
-from app.ai.domain import Extra
+from app.ai.domain import LEAD_ID_PATTERN, Extra
 from app.errors import (
     BatchSizeExceededError,
     BodyTooLargeError,
@@ -54,7 +54,6 @@ SCORING_ERRORS: tuple[type[LeadScoringError], ...] = (
 
 MAX_LEAD_ID_LENGTH = 64
 MAX_POSITIONS = 20
-LEAD_ID_PATTERN = "[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}"
 
 _NOTHING: Mapping[Extra, int] = MappingProxyType({})
 

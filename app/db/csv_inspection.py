@@ -7,13 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from app.ai.domain import ColumnKind, Progress, canonical_lead_id
+from app.ai.domain import LEAD_ID_PATTERN, ColumnKind, Progress, canonical_lead_id
 from app.db.csv_columns import TypeGuess, build_names, could_be_header, read_label
 from app.db.csv_file import CsvFile, Record
 from app.errors import ImportFileError
 
-# What a scoring request can carry.
-_ASKABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
+_is_askable = re.compile(LEAD_ID_PATTERN).fullmatch  # what a scoring request can carry
 _LONGEST_ID = 500
 
 
@@ -97,4 +96,4 @@ def _check_id(found: Inspection, record: Record) -> None:
     first = found.line_of_id.setdefault(canonical_lead_id(lead_id), record.line)
     if first != record.line:
         raise ImportFileError(f"line {record.line}: the id is the same as in line {first}")
-    found.unaskable_ids += _ASKABLE_ID.fullmatch(lead_id) is None
+    found.unaskable_ids += _is_askable(lead_id) is None
