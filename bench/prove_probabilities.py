@@ -41,10 +41,10 @@ from app.training.answers import answer_leads
 from app.training.bootstrap import bootstrap_intervals
 from app.training.candidates import Candidate, list_candidates
 from app.training.choose import choose_model
-from app.training.evaluate import evaluate, measure_importance
 from app.training.fit import CalibratedModel
 from app.training.interval_coverage import measure_coverage
 from app.training.leakage import check_leakage
+from app.training.model_metrics import evaluate, measure_importance
 from app.training.options import ModelType, TrainingOptions
 from app.training.rows import TrainingRows, choose_columns, fetch_rows
 from app.training.splits import group_rows

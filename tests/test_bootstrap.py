@@ -8,7 +8,7 @@ from app.ai.calibration import calibration_statistics
 from app.ai.domain import FloatArray, IntArray
 from app.errors import TrainingError
 from app.training.bootstrap import RESAMPLES, _Sample, bootstrap_intervals
-from app.training.evaluate import evaluate
+from app.training.model_metrics import evaluate
 
 
 def draw(n: int, seed: int) -> tuple[FloatArray, IntArray]:

@@ -23,9 +23,9 @@ from app.cli import cli
 from app.db.csv_import import import_csv
 from app.errors import CommandError
 from app.training.bootstrap import bootstrap_intervals
-from app.training.evaluate import evaluate
 from app.training.evaluation import Evaluation, evaluate_model
 from app.training.interval_coverage import measure_coverage
+from app.training.model_metrics import evaluate
 from app.training.options import TrainingOptions
 from app.training.reliability import describe_reliability
 from app.training.report import print_evaluation

@@ -22,8 +22,8 @@ from app.training.answers import Answers, answer_leads
 from app.training.candidates import list_candidates
 from app.training.choose import choose_model
 from app.training.derive import derive_features
-from app.training.evaluate import evaluate, measure_importance
 from app.training.fit import CalibratedModel, OutOfFold
+from app.training.model_metrics import evaluate, measure_importance
 from app.training.options import TrainingOptions
 from app.training.rows import TrainingRows, choose_columns, fetch_rows
 from app.training.splits import split_rows

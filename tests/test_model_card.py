@@ -26,9 +26,9 @@ from app.training.card_figures import (
 )
 from app.training.card_page import build_html, build_markdown
 from app.training.card_slices import MIN_SLICE_ROWS, OTHERS, UNKNOWN, build_divisions, find_off_slices
-from app.training.evaluate import evaluate
 from app.training.held_out import HeldOut
 from app.training.model_card import build_card
+from app.training.model_metrics import evaluate
 from app.training.reliability import build_reliability_bins
 from tests.builders import spec
 from tests.model_files import V1, manifest_of, publish

@@ -10,8 +10,8 @@ from app.ai.feature_safety import build_statistics, check_features
 from app.ai.features import CellState, FeatureSet, build_features
 from app.training.candidates import CANDIDATES
 from app.training.derive import MAX_ONE_HOT, derive_features
-from app.training.evaluate import measure_importance
 from app.training.fit import FittedModel
+from app.training.model_metrics import measure_importance
 from app.training.verdict import build_weights
 from tests.fakes import build_columns
 

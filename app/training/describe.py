@@ -14,9 +14,9 @@ from app.ai.features import FeatureMatrix
 from app.ai.model_manifest import FeatureRow, ModelDescription, TrainingFacts
 from app.training.answers import answer_leads
 from app.training.bootstrap import bootstrap_intervals
-from app.training.evaluate import evaluate, measure_importance
 from app.training.fit import CalibratedModel
 from app.training.interval_coverage import measure_coverage
+from app.training.model_metrics import evaluate, measure_importance
 from app.training.options import TrainingOptions
 from app.training.reliability import describe_reliability
 from app.training.rows import TrainingRows

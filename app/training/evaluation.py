@@ -17,8 +17,8 @@ from app.ai.predictor import ScoringPolicy, find_intervals, score_leads
 from app.db.leads import fetch_columns
 from app.errors import TrainingError
 from app.training.bootstrap import bootstrap_intervals
-from app.training.evaluate import evaluate
 from app.training.interval_coverage import measure_coverage
+from app.training.model_metrics import evaluate
 from app.training.options import TrainingOptions
 from app.training.reliability import describe_reliability
 from app.training.rows import TrainingRows, fetch_rows

@@ -13,8 +13,8 @@ from app.ai.domain import CodeArray, Column, FloatArray, IntArray
 from app.ai.feature_safety import DriftState, drift_statistics
 from app.ai.model_manifest import ModelManifest
 from app.training.answers import answer_leads
-from app.training.evaluate import measure_importance
 from app.training.fit import CalibratedModel
+from app.training.model_metrics import measure_importance
 from app.training.rows import TrainingRows
 from app.training.verdict import VerdictRule
 
