@@ -10,7 +10,7 @@ from app.ai.feature_safety import build_statistics, check_features
 from app.ai.features import CellState, FeatureSet, build_features
 from app.training.candidates import CANDIDATES
 from app.training.derive import MAX_ONE_HOT, derive_features
-from app.training.fit import FittedModel
+from app.training.fit import FittedCandidate
 from app.training.model_metrics import measure_importance
 from app.training.verdict import build_weights
 from tests.fakes import build_columns
@@ -98,7 +98,7 @@ def test_a_column_is_shuffled_as_a_whole() -> None:
     features, leads = derive(towns, outcome)
     matrix = build_features(leads, features, AS_OF)
     known = [features.names.index(f"town=town {number}") for number in (1, 3, 5)]
-    fitted = FittedModel(
+    fitted = FittedCandidate(
         None, features, build_statistics(matrix), lambda values: values[:, known].sum(axis=1), CANDIDATES[0]
     )
     importance = measure_importance(fitted, matrix, outcome, seed=0)

@@ -28,7 +28,7 @@ FeatureBuilder = Callable[[TrainingRows], FeatureSet]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FittedModel:
+class FittedCandidate:
     """An estimator with the feature set and the statistics it was fitted under, and what it was chosen as."""
 
     estimator: Any
@@ -67,7 +67,7 @@ class CalibratedModel:
     compared on the way and how it came out, for the manifest.
     """
 
-    fitted: FittedModel
+    fitted: FittedCandidate
     calibrator: Calibrator
     threshold: float
     venn_abers: VennAbersTable
@@ -122,12 +122,14 @@ def fit_estimator(candidate: Candidate, values: FloatArray, rows: TrainingRows, 
     return estimator
 
 
-def fit_model(rows: TrainingRows, build: FeatureBuilder, candidate: Candidate, seed: int) -> FittedModel:
+def fit_model(rows: TrainingRows, build: FeatureBuilder, candidate: Candidate, seed: int) -> FittedCandidate:
     """Learns feature set, statistics and estimator from these rows and no others."""
     learnt = learn_features(rows, build)
     with threadpool_limits(1):
         estimator = fit_estimator(candidate, learnt.values, rows, seed, cores=-1)
-    return FittedModel(estimator, learnt.feature_set, learnt.statistics, build_scorer(estimator), candidate)
+    return FittedCandidate(
+        estimator, learnt.feature_set, learnt.statistics, build_scorer(estimator), candidate
+    )
 
 
 def choose_threshold(probability: FloatArray, outcome: IntArray) -> float:

@@ -10,7 +10,7 @@ from app.ai.calibration import calibration_statistics
 from app.ai.domain import FloatArray, IntArray
 from app.ai.features import FeatureMatrix
 from app.errors import TrainingError
-from app.training.fit import FittedModel
+from app.training.fit import FittedCandidate
 
 _IMPORTANCE_ROWS = 2000
 
@@ -48,7 +48,7 @@ def evaluate(probability: FloatArray, outcome: IntArray, threshold: float) -> di
 
 
 def measure_importance(
-    fitted: FittedModel, matrix: FeatureMatrix, outcome: IntArray, seed: int
+    fitted: FittedCandidate, matrix: FeatureMatrix, outcome: IntArray, seed: int
 ) -> dict[str, float]:
     """Returns the ROC AUC each group of features is worth, by its name.
 
