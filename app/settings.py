@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     ml_max_batch_size: int = Field(2000, ge=1, le=2000)
     """Lead IDs in one request."""
     ml_max_reasons_batch: int = Field(100, ge=1, le=2000)
-    """Lead IDs in one request that includes reasons."""
+    """Lead IDs in one request that includes reasons or features."""
     ml_confidence_method: Literal["max_probability", "margin", "entropy", "interval"] = "max_probability"
     """How `confidence` is derived from the probability or its interval."""
 

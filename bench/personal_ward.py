@@ -68,7 +68,7 @@ class Ward:
     async def drive(self, service: Service, case: str, *, thorough: bool) -> None:
         """Asks for everybody, and with `thorough` sends a caller's canaries wherever one can write."""
         # With reasons a lead is read afresh, without them it may be remembered.
-        paths = (PREDICT, f"{PREDICT}?include=reasons")
+        paths = (PREDICT, f"{PREDICT}?include=reasons,features")
         bodies = [json.dumps([person["external_ref"]]).encode() for person in self.people]
         asked: list[Request] = [("POST", path, body, []) for path in paths for body in bodies]
         typed = [*zip(self.typed, self.people, strict=False)] if thorough else []

@@ -36,7 +36,7 @@ def list_kinds(lead_ids: Sequence[str]) -> list[Kind]:
         Kind("50 leads", 2, _score(lead_ids, 50), 200),
         Kind("500 leads", 0.5, _score(lead_ids, 500), 200),
         Kind("2,000 leads", 0.2, _score(lead_ids, 2000), 200),
-        Kind("interval and reasons", 1, _score(lead_ids, 3, SCORE + "?include=interval,reasons"), 200),
+        Kind("all included", 1, _score(lead_ids, 3, SCORE + "?include=interval,reasons,features"), 200),
         Kind("legacy router", 5, _score(lead_ids, 1, LEGACY), 200),
         Kind("unknown leads", 4, lambda random: _post([_name(random), _name(random)]), 200),
         Kind("2,001 leads", 0.2, lambda random: _post([_name(random)] * 2001), 413),

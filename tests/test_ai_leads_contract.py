@@ -398,22 +398,42 @@ def test_whoever_asks_gets_a_receipt_that_adds_up_to_the_probability_and_reasons
         assert alone.json()["predictions"] == [prediction]
 
 
-def test_reasons_and_interval_can_be_asked_together(client: httpx2.Client) -> None:
-    both = client.post(f"{SCORE}?include=interval,reasons", json=["lead_1"])
-    PredictBatchResponse.model_validate_json(both.content)
-    (prediction,) = both.json()["predictions"]
-    for extra in ("interval", "reasons"):
+def test_whoever_asks_gets_the_numbers_the_model_reads(
+    client: httpx2.Client, uncached: httpx2.Client, manifest: ModelManifest
+) -> None:
+    asked = [*(f"lead_{number}" for number in range(1, 97)), "nobody", "odd_empty", "odd_nan", "lead_1"]
+    response = client.post(f"{SCORE}?include=features", json=asked)
+    PredictBatchResponse.model_validate_json(response.content)
+    full = response.json()["predictions"]
+    names = [feature["name"] for feature in manifest.feature_set]
+    for prediction, told in zip(ask(client, *asked)["predictions"], full, strict=True):
+        assert told == {**prediction, "features": told["features"]}
+        assert list(told["features"]) == names
+    empty = next(told for told in full if told["lead_id"] == "odd_empty")["features"]
+    assert {value for name, value in empty.items() if not name.startswith("newsletter")} <= {None, 0.0}
+    assert None in empty.values()
+    assert len({json.dumps(told["features"]) for told in full}) > 90
+    alone = uncached.post(f"{SCORE}?include=features", json=["lead_1"])
+    assert alone.json()["predictions"] == [full[0]] == [full[-1]]
+
+
+def test_all_that_can_be_included_can_be_asked_together(client: httpx2.Client) -> None:
+    all_of_it = client.post(f"{SCORE}?include=interval,reasons,features", json=["lead_1"])
+    PredictBatchResponse.model_validate_json(all_of_it.content)
+    (prediction,) = all_of_it.json()["predictions"]
+    for extra in ("interval", "reasons", "features"):
         (one,) = client.post(f"{SCORE}?include={extra}", json=["lead_1"]).json()["predictions"]
         assert one.items() <= prediction.items()
 
 
+@pytest.mark.parametrize("extra", ["reasons", "features"])
 def test_a_request_with_reasons_may_carry_as_many_leads_as_is_set(
-    client: httpx2.Client, crm_url: str, folder: Path
+    client: httpx2.Client, crm_url: str, folder: Path, extra: str
 ) -> None:
-    query = f"{SCORE}?include=reasons"
+    query = f"{SCORE}?include={extra}"
     assert client.post(query, json=["lead_1"] * 100).json()["successful_predictions"] == 100
     problem = problem_of(client.post(query, json=["lead_1"] * 101), 413, "BATCH_SIZE_EXCEEDED")
-    assert "includes reasons may carry 100 lead IDs" in problem["detail"]
+    assert f"includes {extra} may carry 100 lead IDs" in problem["detail"]
     with serve(build_settings(folder, crm_url, ml_max_reasons_batch=2)) as base:
         assert httpx2.post(base + query, json=["lead_1"] * 2).status_code == 200
         problem_of(httpx2.post(base + query, json=["lead_1"] * 3), 413, "BATCH_SIZE_EXCEEDED")
@@ -421,7 +441,7 @@ def test_a_request_with_reasons_may_carry_as_many_leads_as_is_set(
 
 
 def test_the_legacy_route_keeps_its_old_shape(client: httpx2.Client) -> None:
-    for extra in ("interval", "reasons"):
+    for extra in ("interval", "reasons", "features"):
         problem_of(client.post(f"{LEGACY}?include={extra}", json=["lead_1"]), 422, "INVALID_PARAMETER")
 
 

@@ -40,6 +40,7 @@ UUID = "6f1c0c1e-5f0b-4a57-9a1c-0c6a3f0e9b11"
 CONTEXT = RequestContext(AS_OF)
 WITH_INTERVALS = RequestContext(AS_OF, frozenset({"interval"}))
 WITH_REASONS = RequestContext(AS_OF, frozenset({"reasons"}))
+WITH_FEATURES = RequestContext(AS_OF, frozenset({"features"}))
 POLICY = ScoringPolicy(0.6, "max_probability")
 BUNDLE = build_lead_bundle()
 
@@ -412,6 +413,25 @@ async def test_reasons_are_of_the_data_as_it_is_and_what_was_remembered_gives_wa
     after = await caching_world.ask("lead_1")
     assert (before.cache_hits, explained.cache_hits, after.cache_hits) == (0, 0, 1)
     assert rows_of(before) != rows_of(explained) == rows_of(after)
+
+
+async def test_features_are_told_as_they_are_read_whatever_is_remembered(caching_world: World) -> None:
+    await caching_world.ask("lead_1")
+    lead = {"gpa": 2.25, "minutes_on_site": float("inf"), "newsletter_opt_in": True, "source": "fair"}
+    caching_world.source.leads["lead_1"] = lead
+    predictions = await caching_world.ask("nobody", "lead_1", context=WITH_FEATURES)
+    assert predictions.features == [
+        {
+            "gpa": 2.25,
+            "minutes": None,
+            "contacts": None,
+            "newsletter": 1,
+            "age": None,
+            "source": 0.3,
+            "fee": None,
+        }
+    ]
+    assert predictions.explanations is None
 
 
 async def test_only_looks_into_a_cache_are_counted(world: World, caching_world: World) -> None:

@@ -1,7 +1,7 @@
 """The hardened edge: lead IDs in, the full answer out. Reads, calls the predictor, maps; decides nothing."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -27,7 +27,11 @@ def build_router(
     clock: Callable[[], float] = time.perf_counter,
 ) -> APIRouter:
     """Returns the routes; `clock` is the one `RequestRecord.started` was taken from."""
-    offered: dict[Extra, int] = {"interval": max_batch_size, "reasons": max_reasons_batch}
+    offered: dict[Extra, int] = {
+        "interval": max_batch_size,
+        "reasons": max_reasons_batch,
+        "features": max_reasons_batch,
+    }
     router = APIRouter(
         prefix=PREFIX, tags=["Advanced ML (hardened)"], route_class=DirectRoute, dependencies=dependencies
     )
@@ -66,6 +70,7 @@ class _FullPrediction(_Prediction, gc=False):
     interval: list[float] | msgspec.UnsetType
     receipt: Receipt | msgspec.UnsetType
     reasons: tuple[str, ...] | msgspec.UnsetType
+    features: Mapping[str, float | None] | msgspec.UnsetType
 
 
 class _Error(msgspec.Struct):
@@ -132,11 +137,12 @@ def _build_predictions(predictions: Predictions) -> list[_Prediction]:
 def _build_extras(predictions: Predictions) -> list[Iterable[Any]]:
     """Returns what `_FullPrediction` has besides the usual, field by field; nothing if nothing was asked."""
     intervals, explanations = predictions.intervals, predictions.explanations
-    if intervals is None and explanations is None:
+    if intervals is None and explanations is None and predictions.features is None:
         return []
     unset = repeat(msgspec.UNSET)
     return [
         unset if intervals is None else intervals.tolist(),
         unset if explanations is None else (explanation.receipt for explanation in explanations),
         unset if explanations is None else (explanation.reasons for explanation in explanations),
+        unset if predictions.features is None else predictions.features,
     ]

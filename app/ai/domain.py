@@ -21,7 +21,7 @@ TextArray = NDArray[np.object_]
 
 ColumnKind = Literal["number", "boolean", "timestamp", "text"]
 ConfidenceMethod = Literal["max_probability", "margin", "entropy", "interval"]
-Extra = Literal["interval", "reasons"]
+Extra = Literal["interval", "reasons", "features"]
 Stage = Literal["model", "cache", "database", "features", "safety", "scoring", "calibration", "reasons"]
 """What a batch is taken through, one after the other."""
 Verdict = Literal["ok", "caution", "abstain"]
@@ -191,10 +191,14 @@ class Receipt(msgspec.Struct, frozen=True):
 
 
 class Explanation(msgspec.Struct, frozen=True):
-    """The receipt of one answer, and its largest contributions as sentences, the largest first."""
+    """The receipt of one answer, its largest contributions as sentences, the largest first, and the features.
+
+    A feature is None where the lead has nothing for it that can be used.
+    """
 
     receipt: Receipt
     reasons: tuple[str, ...]
+    features: Mapping[str, float | None]
 
 
 class RequestContext(msgspec.Struct, frozen=True):
@@ -213,9 +217,9 @@ class Predictions(msgspec.Struct, frozen=True, eq=False):
     """The outcome of one batch; the arrays have one entry for each answered position, in request order.
 
     `lead_ids` are as they were sent. `verdict` holds indices into `VERDICTS`. `stages_ms` is wall time by
-    stage, in milliseconds. `intervals` (m, 2), the ends of each interval, and `explanations` (m) are there
-    when they were asked for. `degraded_age_seconds` is there when the lead source is away and the answers are
-    the last that was known: the age of the oldest.
+    stage, in milliseconds. `intervals` (m, 2), the ends of each interval, `explanations` (m) and `features`
+    (m) are there when they were asked for. `degraded_age_seconds` is there when the lead source is away and
+    the answers are the last that was known: the age of the oldest.
     """
 
     asked: int
@@ -235,6 +239,7 @@ class Predictions(msgspec.Struct, frozen=True, eq=False):
     stages_ms: Mapping[Stage, float]
     intervals: FloatArray | None = None
     explanations: Sequence[Explanation] | None = None
+    features: Sequence[Mapping[str, float | None]] | None = None
     degraded_age_seconds: float | None = None
 
     @property

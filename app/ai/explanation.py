@@ -48,6 +48,8 @@ def explain_leads(
     told = set(scored.tolist())
     weights = bundle.manifest.feature_weights
     unsaid = NOTHING_LEARNT if weights and not any(weights) else ABSTAINED
+    known = matrix.values.astype(object)
+    known[np.isnan(matrix.values)] = None
     explanations = []
     for row, added in enumerate(contributions.tolist()):
         lines = tuple(
@@ -56,5 +58,6 @@ def explain_leads(
         )
         receipt = Receipt(base_rate, lines, float(calibration[row]), float(bounds[row]))
         reasons = write_reasons(groups, row, added) if row in told else [unsaid]
-        explanations.append(Explanation(receipt, tuple(reasons)))
+        features = dict(zip(bundle.feature_set.names, known[row].tolist(), strict=True))
+        explanations.append(Explanation(receipt, tuple(reasons), features))
     return explanations

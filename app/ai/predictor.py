@@ -30,6 +30,7 @@ from app.ai.domain import (
     CodeArray,
     ConfidenceMethod,
     Explanation,
+    Extra,
     FetchedLeads,
     FloatArray,
     IntArray,
@@ -70,6 +71,9 @@ _REJECTIONS = {
         "The lead's data cannot be made safe to score with this model.",
     ),
 }
+
+_EXPLAINED: frozenset[Extra] = frozenset({"reasons", "features"})
+"""Told of a lead only as it is now."""
 
 INLINE_LEADS = 500
 """Up to this many leads are scored on the event loop itself, which they hold up for about 1.5 ms, and so are
@@ -222,8 +226,8 @@ class Predictor:
             )
         watch.lap("model")
         canonical = canonical_lead_ids(lead_ids)
-        # A receipt is for the data it was made from, so leads with reasons are read and scored afresh.
-        cache: AnswerCache = NullCache() if "reasons" in context.include else self._cache
+        # A receipt is for the data it was made from, and features are that data: read and scored afresh.
+        cache: AnswerCache = NullCache() if context.include & _EXPLAINED else self._cache
         hit, answers = cache.find(bundle.ref, context.as_of, canonical)
         watch.lap("cache")
         fate = np.zeros(len(canonical), np.int64)  # _ANSWERED
@@ -251,9 +255,12 @@ class Predictor:
         if "interval" in context.include:
             intervals = widen(find_intervals(bundle, kept), age or 0.0, predictions.bounds)
             predictions = replace(predictions, intervals=intervals)
-        if found is not None and "reasons" in context.include:
-            explanations = [found.explanations[index] for index in answered.tolist()]
-            predictions = replace(predictions, explanations=explanations)
+        if found is not None and context.include & _EXPLAINED:
+            told = [found.explanations[index] for index in answered.tolist()]
+            if "reasons" in context.include:
+                predictions = replace(predictions, explanations=told)
+            if "features" in context.include:
+                predictions = replace(predictions, features=[explanation.features for explanation in told])
         return predictions
 
     async def _look_up(self, bundle: ModelBundle, context: RequestContext, lead_ids: Sequence[str]) -> _Found:
@@ -273,7 +280,7 @@ class Predictor:
     async def _share_look_up(
         self, bundle: ModelBundle, context: RequestContext, lead_ids: Sequence[str]
     ) -> _Found:
-        if "reasons" in context.include:
+        if context.include & _EXPLAINED:
             return await self._answer(bundle, context.as_of, lead_ids, explain=True)
         found, places = await self._look_ups.look_up((bundle, context.as_of), lead_ids)
         return found if places is None else found.at(places)

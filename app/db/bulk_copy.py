@@ -1,7 +1,7 @@
 """Bulk writing: rows into a table through COPY.
 
-Knows nothing of what it writes, and blocks: never used in the request path. Called by `app.db.csv_import` and
-`app.db.demo_crm`.
+Knows nothing of what it writes, and blocks: never used in the request path. Called by `csv_import`,
+`demo_crm` and `demo_rows`.
 """
 
 from collections.abc import Mapping, Sequence

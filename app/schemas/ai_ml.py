@@ -93,6 +93,8 @@ class LeadPrediction(_Message):
     """With `include=reasons` only: how the probability comes about."""
     reasons: list[str] | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)
     """With `include=reasons` only: what moved it most, as sentences, the largest contribution first."""
+    features: dict[str, float | None] | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)
+    """With `include=features` only: what the model reads of the lead, null where it has nothing usable."""
 
 
 class LeadError(_Message):
