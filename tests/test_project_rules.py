@@ -220,6 +220,13 @@ def test_nothing_is_patched_in_tests_and_no_http_exception_is_raised_below_the_e
     assert not offenders
 
 
+def test_every_connection_to_a_database_speaks_utf8() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "app").rglob("*.py"))
+    addresses = re.findall(r"\b(?:psycopg|Connection)\.connect\(\s*(\w*)", source)
+    assert len(addresses) > 5
+    assert set(addresses) == {"in_utf8"}
+
+
 def test_alembic_folder_does_not_hide_the_library_and_models_holds_no_python() -> None:
     assert not (ROOT / "alembic" / "__init__.py").exists()
     assert not list((ROOT / "models").rglob("*.py"))

@@ -22,6 +22,7 @@ from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 from app.ai.domain import LeadObserver, is_uuid
+from app.db.conninfo import in_utf8
 from app.db.lead_cells import quoted_relation
 from app.metrics import CHANGE_LISTENER, LEAD_CHANGES, LISTENER_LOSSES
 
@@ -120,7 +121,10 @@ class ChangeListener:
 
     def _connect(self) -> psycopg.Connection:
         return psycopg.connect(
-            self._url, autocommit=True, connect_timeout=_CONNECT_SECONDS, application_name=APPLICATION_NAME
+            in_utf8(self._url),
+            autocommit=True,
+            connect_timeout=_CONNECT_SECONDS,
+            application_name=APPLICATION_NAME,
         )
 
     def _begin(self, session: "_Session") -> None:

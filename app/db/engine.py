@@ -21,6 +21,7 @@ import stamina
 from psycopg.abc import Buffer
 from psycopg.pq.abc import PGresult
 
+from app.db.conninfo import in_utf8
 from app.db.session import Connection, Session, UseRow
 from app.errors import DatabaseUnavailableError
 
@@ -211,7 +212,9 @@ class Database:
 
     async def _open(self, loan: "_Loan") -> Session:
         try:
-            connection = await Connection.connect(self._url, autocommit=True, application_name="lead-scoring")
+            connection = await Connection.connect(
+                in_utf8(self._url), autocommit=True, application_name="lead-scoring"
+            )
         except BaseException:
             self._reachable = False
             raise
