@@ -85,3 +85,17 @@ async def test_a_table_that_cannot_be_written_yet_is_an_outage(
         connection.execute(change.format(connection.info.dbname))
     with pytest.raises(DatabaseUnavailableError):
         await sink.write_events([event(1)])
+
+
+async def test_a_session_that_began_read_only_is_not_asked_to_write_for_ever(
+    sink: PostgresEventSink, database_url: str
+) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        name = connection.info.dbname
+        connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        with pytest.raises(DatabaseUnavailableError):
+            await sink.write_events([event(1)])
+        connection.execute("SET default_transaction_read_only = off")
+        connection.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    await sink.write_events([event(1)])
+    assert [row[0] for row in stored(database_url)] == [str(UUID(int=1))]

@@ -274,6 +274,25 @@ async def test_a_failed_statement_is_the_callers_matter_and_keeps_the_connection
     assert connections(database_url) == 1
 
 
+async def test_a_read_only_session_is_used_until_it_is_to_write(database_url: str, connect: Connect) -> None:
+    database = connect(database_url, pool_size=1)
+
+    async def make_read_only(connection: Connection) -> int:
+        await connection.execute("SET default_transaction_read_only = on")
+        return int(connection.info.backend_pid)
+
+    async def write(connection: Connection) -> int:
+        await connection.execute("DELETE FROM ai_events")
+        return int(connection.info.backend_pid)
+
+    before = await database.run(make_read_only)
+    assert (await database.query("SELECT pg_backend_pid()", [])).get_value(0, 0) == before.to_bytes(4)
+    with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+        await database.run(write)
+    after = await database.run(write)
+    assert after != before
+
+
 async def test_a_transaction_left_open_does_not_reach_the_next_caller(
     database_url: str, connect: Connect
 ) -> None:

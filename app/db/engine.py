@@ -140,6 +140,9 @@ class Database:
                 return await session.query(statement, parameters, self._deadline, use_row)
         except (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError) as exc:
             raise (_ConnectionLostError if session.is_lost() else DatabaseUnavailableError) from exc
+        except psycopg.errors.ReadOnlySqlTransaction:
+            session.close()  # it may be read-only for good where the next one is not, after a failover
+            raise
         finally:
             self._asked.remove(session)
             self._take_back(session)
@@ -185,6 +188,9 @@ class Database:
             except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
                 if session.is_lost():
                     raise _ConnectionLostError from exc
+                raise
+            except psycopg.errors.ReadOnlySqlTransaction:
+                session.close()  # see `_query`
                 raise
             finally:
                 self._take_back(session)
