@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from uuid import UUID
@@ -12,7 +13,7 @@ import pytest
 
 from app.ai.domain import AMBIGUOUS_LEAD, UNKNOWN_LEAD, FetchedLeads, InputColumn
 from app.db.engine import Database
-from app.db.lead_cells import batch_statement
+from app.db.lead_cells import Rows, batch_statement
 from app.db.lead_pages import read_pages
 from app.db.leads import (
     SCHEMA_LOOK_SECONDS,
@@ -220,6 +221,74 @@ def test_leads_are_found_by_the_indexes_of_the_tables_under_the_default_view(
     plan = "\n".join(line for (line,) in lines)
     assert ("people_pkey" in plan, "people_external_ref_key" in plan) == (by_id, by_ref)
     assert "Seq Scan on people" not in plan
+
+
+_REFERENCES = [
+    ("text", "'ab-1'", "ab-1"),
+    ("varchar(9)", "'ab-1'", "ab-1"),
+    ("name", "'ab-1'", "ab-1"),
+    ("char(9)", "'ab-1'", "ab-1"),
+    ("smallint", "32767", "32767"),
+    ("integer", "0", "0"),
+    ("bigint", "9223372036854775807", "9223372036854775807"),
+    ("numeric(12)", "123456789012", "123456789012"),
+    ("numeric", "1.50", "1.50"),
+    ("score", "7", "7"),
+    ("colour", "'red'", "red"),
+]
+_NO_REFERENCES = [
+    "nobody", "07", "1.5", "00", "ab", "9" * 30, "9223372036854775808", "1e3", "²", "1.", "b:1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "value", "ref"), _REFERENCES, ids=[kind for kind, *_ in _REFERENCES])
+async def test_references_of_any_type_are_asked_by_as_text(
+    url: str, connect: Connect, kind: str, value: str, ref: str
+) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute(f"CREATE TABLE refs (lead_id uuid, external_ref {kind}, visits integer)")
+        connection.execute(f"INSERT INTO refs VALUES ('{A}', {value}, 1), ('{B}', NULL, 2)")
+    source = connect(url, "refs")
+    # Few come as a row each, more as one row, many of one kind in parts.
+    for asked in ([ref], *([*[f"r{n}" for n in range(others)], *_NO_REFERENCES, ref] for others in (0, 300))):
+        for more in ([], [B]):
+            found = await fetch_at_once(source, [*more, *asked], [InputColumn("visits", "number")])
+            visits = found.leads.columns["visits"].values.tolist()
+            answers = [visits[row] for row in found.row_of.tolist() if row != UNKNOWN_LEAD]
+            assert answers == [*[2 for _ in more], 1]
+            assert found.row_of[-1] != UNKNOWN_LEAD
+            assert found.uuid_of[-1] == A
+    [page] = read_pages(url, "refs", [], after=None)
+    assert page.external_refs == [ref.encode(), None]
+
+
+async def test_a_uuid_is_no_reference_whatever_type_it_has(url: str, connect: Connect) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE TABLE refs (lead_id uuid, external_ref uuid, created_at date)")
+        connection.execute(f"INSERT INTO refs VALUES ('{A}', '{C}', '2026-01-01')")
+    source = connect(url, "refs")
+    assert (await fetch_at_once(source, ["nobody", C, A], [])).row_of.tolist() == [UNKNOWN_LEAD] * 2 + [0]
+    assert (await fetch_at_once(source, ["nobody"], [])).row_of.tolist() == [UNKNOWN_LEAD]
+    assert await source.fetch_recent(1) == [A]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, *_ in _REFERENCES if kind not in ("colour", "char(9)")])
+@pytest.mark.parametrize(("by_id", "rows"), [(True, "leads"), (False, "parts")])
+def test_references_of_any_type_are_found_by_their_index(
+    url: str, kind: str, by_id: bool, rows: Rows
+) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute(f"CREATE TABLE refs (lead_id uuid PRIMARY KEY, external_ref {kind} UNIQUE)")
+        statement = batch_statement(
+            "refs", fetch_types(connection, "refs"), [], by_id=by_id, by_ref=True, rows=rows
+        )
+        connection.execute("SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off")
+        connection.execute(f"PREPARE read AS {statement}")
+        given = ["ARRAY[gen_random_uuid()]"] * by_id + ["ARRAY['1', NULL]"]
+        lines = connection.execute(f"EXPLAIN EXECUTE read ({', '.join(given)})").fetchall()
+    plan = "\n".join(line for (line,) in lines)
+    assert re.search(r"Index Cond: \(\(?external_ref\)?(::\w+)? = ANY", plan)
+    assert "Seq Scan" not in plan
 
 
 async def test_a_relation_without_references_knows_leads_by_uuid_only(url: str, connect: Connect) -> None:

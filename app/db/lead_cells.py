@@ -6,6 +6,7 @@ NULL that no value can have, which they keep: decoding a batch is one call of Nu
 stay as they are, whatever the number of leads. Nothing here talks to a database.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 from uuid import UUID
@@ -51,6 +52,15 @@ _KINDS: Mapping[ColumnKind, tuple[str, ...]] = {
 }
 _KIND_OF_TYPE = {name: kind for kind, names in _KINDS.items() for name in names}
 
+# So that an index on references is used. No text can be sure to be of another type, such as an enumeration.
+_WHOLE, _DECIMAL = ("int2", "int4", "int8"), ("decimal", "numeric")
+_REF_CONDITION: Mapping[str, str] = {
+    **dict.fromkeys(("text", "varchar", "bpchar", "name"), "external_ref = ANY({}::text[])"),
+    **dict.fromkeys(_WHOLE, "external_ref = ANY({}::text[]::int8[])"),
+    **dict.fromkeys(_DECIMAL, "external_ref = ANY({}::text[]::numeric[])"),
+}
+_is_number = re.compile(r"[0-9]+(\.[0-9]+)?").fullmatch
+
 _NULL_NUMBER_SQL = sql.SQL(f"'\\x{int(NULL_NUMBER):016x}'::bytea")
 _NULL_TEXT_SQL = sql.SQL(f"'\\x{NULL_TEXT.hex()}'::bytea")
 # A character that a PostgreSQL text never has.
@@ -76,6 +86,20 @@ def wrong_columns(types: ColumnTypes, columns: Sequence[InputColumn]) -> list[st
     return [column.name for column in columns if kinds.get(column.name) != column.kind]
 
 
+def has_references(types: ColumnTypes) -> bool:
+    """Tells whether the relation has references to ask by; a UUID is never understood as one."""
+    return types.get(EXTERNAL_REF, "uuid") != "uuid"
+
+
+def refs_to_ask(types: ColumnTypes, refs: Sequence[str]) -> Sequence[str | None]:
+    """Returns what to ask for these references by, None for what no reference of this type can be."""
+    if types[EXTERNAL_REF] in _WHOLE:
+        return [ref if ref.isdecimal() and _is_number(ref) and int(ref) < 1 << 63 else None for ref in refs]
+    if types[EXTERNAL_REF] in _DECIMAL:
+        return [ref if _is_number(ref) else None for ref in refs]
+    return refs
+
+
 def quoted_relation(relation: str) -> str:
     """Returns a table or view name, perhaps with its schema, as SQL reads it."""
     return ".".join('"' + part.replace('"', '""') + '"' for part in relation.split("."))
@@ -94,10 +118,12 @@ def batch_statement(
 
     A row of many leads has lead IDs, references or NULL, then one value for each column; a row that is one
     lead is as in `page_statement`, with a reference if it asks by them. Its parameters are, numbered in this
-    order, lead IDs (`uuid[]`) if it asks by them and references (`text[]`) if it asks by them; it asks by one
-    of them at least, and for `parts` by one of them only.
+    order, lead IDs (`uuid[]`) if it asks by them and references (`text[]`, see `refs_to_ask`) if it asks by
+    them; it asks by one of them at least, and for `parts` by one of them only.
     """
-    asked = ["lead_id = ANY({}::uuid[])"] * by_id + ["external_ref = ANY({}::text[])"] * by_ref
+    asked = ["lead_id = ANY({}::uuid[])"] * by_id
+    if by_ref:
+        asked.append(_REF_CONDITION.get(types[EXTERNAL_REF], "external_ref::text = ANY({}::text[])"))
     # Named as no relation is, whose columns would be meant otherwise.
     some = f"(${{}})[lead_scoring_parts.first : lead_scoring_parts.first + {PART_LEADS - 1}]"
     given = some if rows == "parts" else "${}"
@@ -150,7 +176,7 @@ def recent_statement(relation: str, types: ColumnTypes, leads: int) -> sql.Compo
 
     It names their number: a plan for any number would expect a tenth of all leads, and sort them.
     """
-    refs = ", external_ref::text" if EXTERNAL_REF in types else ""
+    refs = ", external_ref::text" if has_references(types) else ""
     return sql.SQL(
         f"SELECT lead_id::text{refs} FROM {{}}"  # noqa: S608  names of our own
         " WHERE created_at IS NOT NULL AND lead_id IS NOT NULL ORDER BY created_at DESC LIMIT {}"

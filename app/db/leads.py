@@ -1,6 +1,6 @@
 """Reads leads as columns: one statement for a batch, and the same cells in pages for whoever reads them all.
 
-The relation is whatever `LEAD_SOURCE` names: it has `lead_id uuid`, perhaps `external_ref text`, and the
+The relation is whatever `LEAD_SOURCE` names: it has `lead_id uuid`, perhaps `external_ref`, and the
 columns a model asks for. A row whose `lead_id` is NULL is no lead, whoever reads. Nothing here writes, or
 knows what a feature is. Used by the predictor through `LeadSource`, and by training; bulk scoring reads the
 same cells by `app.db.lead_pages`.
@@ -46,9 +46,11 @@ from app.db.lead_cells import (
     column_kinds,
     decode_batch,
     decode_rows,
+    has_references,
     page_statement,
     quoted_relation,
     recent_statement,
+    refs_to_ask,
     split_texts,
     wrong_columns,
 )
@@ -128,7 +130,7 @@ class PostgresLeadSource:
         self, lead_ids: Sequence[str], columns: tuple[InputColumn, ...], use_part: UsePart
     ) -> None:
         uuids, others = split_uuids(lead_ids)
-        refs = others if EXTERNAL_REF in self._types else []
+        refs = refs_to_ask(self._types, others) if has_references(self._types) else []
         if not uuids and not refs:
             use_part(0, _understand_rows(lead_ids, columns, [], with_refs=False))
             return
