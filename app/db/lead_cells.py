@@ -55,7 +55,8 @@ _KIND_OF_TYPE = {name: kind for kind, names in _KINDS.items() for name in names}
 # So that an index on references is used. No text can be sure to be of another type, such as an enumeration.
 _WHOLE, _DECIMAL = ("int2", "int4", "int8"), ("decimal", "numeric")
 _REF_CONDITION: Mapping[str, str] = {
-    **dict.fromkeys(("text", "varchar", "bpchar", "name"), "external_ref = ANY({}::text[])"),
+    **dict.fromkeys(("text", "varchar", "name"), "external_ref = ANY({}::text[])"),
+    "bpchar": "external_ref = ANY({}::text[]::bpchar[])",
     **dict.fromkeys(_WHOLE, "external_ref = ANY({}::text[]::int8[])"),
     **dict.fromkeys(_DECIMAL, "external_ref = ANY({}::text[]::numeric[])"),
 }
