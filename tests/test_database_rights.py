@@ -11,12 +11,16 @@ from app.cli import cli
 from app.db.api_keys import create_key
 from app.db.csv_import import import_csv
 from app.db.demo_crm import load_demo
+from app.db.engine import Database
 from app.db.lead_scores import WRITER_NEEDS
-from app.errors import MissingRightError
+from app.db.leads import PostgresLeadSource
+from app.errors import MissingRightError, PredictionFailedError
 from tests.conftest import DEMO_UNTIL
+from tests.fakes import fetch_at_once
 from tests.lead_models import publish_lead_model
 from tests.service import Service, refuse_to_start
 
+LEAD = "00000000-0000-0000-0000-00000000000a"
 PEPPER = "a pepper of thirty-two characters"
 READ = "GRANT SELECT ON ALL TABLES IN SCHEMA public TO onlooker"
 CRM = "campuses, programmes, people, touchpoints, applications"
@@ -143,3 +147,21 @@ def test_the_service_starts_also_where_it_may_not_see_the_migrations(url: str, t
         assert service.stop() == 0
     (line,) = [line for line in service.stderr.read_text().splitlines() if "migrations_not_seen" in line]
     assert "it needs SELECT on alembic_version" in line
+
+
+async def test_leads_in_a_schema_that_may_not_be_used_are_read_once_it_may(url: str) -> None:
+    change(url, "CREATE SCHEMA crm CREATE TABLE leads (lead_id uuid)")
+    change(url, f"INSERT INTO crm.leads VALUES ('{LEAD}')")
+    change(url, "GRANT SELECT ON crm.leads TO onlooker")
+    database = Database(url, pool_size=1, deadline_seconds=5)
+    source = PostgresLeadSource(database, "crm.leads")
+    try:
+        with pytest.raises(PredictionFailedError):
+            await source.fetch_schema()
+        with pytest.raises(PredictionFailedError):
+            await fetch_at_once(source, [LEAD], [])
+        change(url, "GRANT USAGE ON SCHEMA crm TO onlooker")
+        assert (await fetch_at_once(source, [LEAD], [])).row_of.tolist() == [0]
+    finally:
+        await database.close()
+        change(url, "DROP SCHEMA crm CASCADE")

@@ -93,14 +93,17 @@ class PostgresLeadSource:
 
         Raises:
             DatabaseUnavailableError: no answer within the deadline.
-            PredictionFailedError: there is no such relation, or it has no `lead_id uuid`.
+            PredictionFailedError: there is no such relation, it has no `lead_id uuid`, or may not be seen.
         """
 
         async def look(connection: Connection) -> ColumnTypes:
             cursor = await connection.execute(COLUMN_TYPES, [quoted_relation(self._relation)])
             return dict(await cursor.fetchall())
 
-        types = await self._database.run(look)
+        try:
+            types = await self._database.run(look)
+        except psycopg.Error as exc:  # its schema may not be used, for one
+            raise self._failure("the relation cannot be looked at", exc) from exc
         if types.get(LEAD_ID) != "uuid":
             raise self._failure("the relation is missing or has no lead_id of type uuid")
         if types != self._types:
