@@ -262,6 +262,34 @@ async def test_references_of_any_type_are_asked_by_as_text(
     assert page.external_refs == [ref.encode(), None]
 
 
+async def test_domains_are_what_they_are_at_last_made_of(url: str, connect: Connect) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute(f"""
+            CREATE DOMAIN lead AS uuid; CREATE DOMAIN own_lead AS lead;
+            CREATE DOMAIN euros AS numeric(10, 2); CREATE DOMAIN fee AS euros CHECK (value > 0);
+            CREATE DOMAIN huge AS numeric(600, 2); CREATE DOMAIN any_number AS numeric;
+            CREATE DOMAIN tint AS colour; CREATE DOMAIN own_tint AS tint; CREATE DOMAIN ref AS varchar(9);
+            CREATE DOMAIN own_ref AS ref;
+            CREATE TABLE domains (
+                lead_id own_lead, external_ref own_ref, fee fee, huge huge, any_number any_number,
+                tint own_tint
+            );
+            INSERT INTO domains VALUES ('{A}', 'ref', 2.5, 1e500, 3, 'red')
+        """)
+        types = fetch_types(connection, "domains")
+    assert types == {
+        "lead_id": "uuid", "external_ref": "varchar", "fee": "decimal", "huge": "numeric",
+        "any_number": "numeric", "tint": "enum",
+    }  # fmt: skip
+    columns = [InputColumn(name, "number") for name in ("fee", "huge", "any_number")]
+    for asked in (A, "ref"):
+        found = await fetch_at_once(connect(url, "domains"), [asked], [*columns, InputColumn("tint", "text")])
+        values = [found.leads.columns[name].values[found.row_of[0]] for name in found.leads.columns]
+        assert sorted(map(str, values)) == ["2.5", "3.0", "inf", "red"]
+    [page] = read_pages(url, "domains", columns, after=None)
+    assert page.external_refs == [b"ref"]
+
+
 async def test_a_uuid_is_no_reference_whatever_type_it_has(url: str, connect: Connect) -> None:
     with psycopg.connect(url) as connection:
         connection.execute("CREATE TABLE refs (lead_id uuid, external_ref uuid, created_at date)")

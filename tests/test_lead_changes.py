@@ -1,10 +1,16 @@
 """What the database says of its changes: the triggers of the migration, heard over a real connection."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+
+from app.db.embedded import open_embedded
+from app.db.migrations import upgrade
+from tests.test_db_migrations import downgrade
 
 CHANNEL = "lead_scoring_changes"
 EVERYTHING = "*"
@@ -168,6 +174,46 @@ def test_a_column_that_cannot_hold_lead_ids_is_refused(
 ) -> None:
     with pytest.raises(psycopg.errors.RaiseException, match="no column"):
         own_table(f"'{column}'")
+
+
+def test_a_lead_id_may_be_a_domain_over_another(crm: Crm) -> None:
+    crm.change("CREATE DOMAIN lead AS uuid")
+    crm.change("CREATE DOMAIN own_lead AS lead")
+    crm.change("CREATE TABLE leads (plain lead, own own_lead)")
+    for column in ("plain", "own"):
+        crm.change("SELECT lead_scoring_watch('leads', %s)", column)
+        new = uuid4()
+        assert ids(crm.change(f"INSERT INTO leads ({column}) VALUES (%s)", new)) == {new}
+    downgrade(crm.url, "0008")
+    with pytest.raises(psycopg.errors.RaiseException, match="no column"):
+        crm.change("SELECT lead_scoring_watch('leads', 'own')")
+
+
+def test_whoever_watches_where_transactions_can_be_prepared_is_warned(tmp_path: Path) -> None:
+    with open_embedded(tmp_path) as url, psycopg.connect(url, autocommit=True) as administrator:
+        administrator.execute("ALTER SYSTEM SET max_prepared_transactions = 1")
+    heard: list[object] = []
+    with open_embedded(tmp_path) as url, psycopg.connect(url, autocommit=True) as connection:
+        upgrade(url)
+        connection.execute("CREATE TABLE leads (lead_id uuid)")
+        connection.add_notice_handler(lambda notice: heard.append(notice.message_primary))
+        connection.execute("SELECT lead_scoring_watch('leads', 'lead_id')")
+        assert heard[0] == "PREPARE TRANSACTION fails from now on for transactions that write to leads"
+        # What it warns of, and what it says to do.
+        for unwatch, refused in (("", True), ("SELECT lead_scoring_unwatch('leads')", False)):
+            connection.execute(unwatch)
+            connection.execute("BEGIN; INSERT INTO leads VALUES (gen_random_uuid())")
+            with pytest.raises(psycopg.errors.FeatureNotSupported) if refused else nullcontext():
+                connection.execute("PREPARE TRANSACTION 'two phases'")
+        connection.execute("ROLLBACK PREPARED 'two phases'")
+
+
+def test_where_no_transaction_can_be_prepared_nobody_is_warned(database_url: str) -> None:
+    heard: list[object] = []
+    with psycopg.connect(database_url) as connection:
+        connection.add_notice_handler(lambda notice: heard.append(notice.message_primary))
+        connection.execute("CREATE TABLE leads (lead_id uuid); SELECT lead_scoring_watch('leads', 'lead_id')")
+    assert not [message for message in heard if "PREPARE" in str(message)]
 
 
 def test_a_watched_column_that_is_renamed_never_costs_the_crm_its_write(

@@ -31,16 +31,23 @@ ColumnTypes = Mapping[str, str]
 """
 
 COLUMN_TYPES = """
-    SELECT a.attname, CASE
+    -- A domain may be over another one; only one of them declares the digits of a numeric.
+    WITH RECURSIVE base (attnum, attname, type, modifier) AS (
+        SELECT attnum, attname, atttypid, atttypmod FROM pg_attribute
+        WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped
+        UNION ALL
+        SELECT attnum, attname, t.typbasetype, greatest(modifier, t.typtypmod)
+        FROM base JOIN pg_type t ON t.oid = base.type WHERE t.typtype = 'd'
+    )
+    SELECT base.attname, CASE
         WHEN t.typtype = 'e' THEN 'enum'
-        WHEN coalesce(b.typname, t.typname) = 'numeric' AND declared.digits <= 300 AND declared.scale <= 300
-            THEN 'decimal'
-        ELSE coalesce(b.typname, t.typname) END
-    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_type b ON b.oid = t.typbasetype
+        WHEN t.typname = 'numeric' AND declared.digits <= 300 AND declared.scale <= 300 THEN 'decimal'
+        ELSE t.typname END
+    FROM base JOIN pg_type t ON t.oid = base.type
     -- The modifier of a numeric is its digits, shifted by 16 bits, and its scale, and 4 more.
-    CROSS JOIN LATERAL (SELECT nullif(greatest(a.atttypmod, t.typtypmod), -1) - 4 AS packed) AS modifier
+    CROSS JOIN LATERAL (SELECT nullif(base.modifier, -1) - 4 AS packed) AS modifier
     CROSS JOIN LATERAL (SELECT packed >> 16 AS digits, packed & 2047 AS scale) AS declared
-    WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+    WHERE t.typtype <> 'd' ORDER BY base.attnum
 """
 """The statement that reads `ColumnTypes`; its parameter is `quoted_relation`."""
 
