@@ -262,6 +262,26 @@ async def test_references_of_any_type_are_asked_by_as_text(
     assert page.external_refs == [ref.encode(), None]
 
 
+async def test_texts_are_read_the_same_where_a_backslash_begins_an_escape(url: str, connect: Connect) -> None:
+    before = await fetch_at_once(connect(url), [A, "lead_2", C], COLUMNS)
+    with psycopg.connect(url) as connection:
+        connection.execute(f"ALTER DATABASE {connection.info.dbname} SET standard_conforming_strings = off")
+    [chunk] = fetch_all_chunks(url, "leads", COLUMNS)
+    [page] = read_pages(url, "leads", COLUMNS, after=None)
+    after = await fetch_at_once(connect(url), [A, "lead_2", C], COLUMNS)
+    many = await fetch_at_once(
+        connect(url), [A, B, C, D, *(str(UUID(int=n)) for n in range(16, 30))], COLUMNS
+    )
+    assert after.row_of.tolist() == before.row_of.tolist()
+    assert page.external_refs == chunk.external_refs == [b"lead_1", b"lead_2", b"twice", b"twice"]
+    for name in before.leads.columns:
+        expected = repr(before.leads.columns[name].values[before.row_of].tolist())
+        assert repr(after.leads.columns[name].values[after.row_of].tolist()) == expected
+        for leads in (chunk.leads, page.leads):
+            assert repr(leads.columns[name].values[:3].tolist()) == expected
+        assert repr(many.leads.columns[name].values[many.row_of[:3]].tolist()) == expected
+
+
 async def test_domains_are_what_they_are_at_last_made_of(url: str, connect: Connect) -> None:
     with psycopg.connect(url) as connection:
         connection.execute(f"""

@@ -69,10 +69,11 @@ _REF_CONDITION: Mapping[str, str] = {
 }
 _is_number = re.compile(r"[0-9]+(\.[0-9]+)?").fullmatch
 
-_NULL_NUMBER_SQL = sql.SQL(f"'\\x{int(NULL_NUMBER):016x}'::bytea")
-_NULL_TEXT_SQL = sql.SQL(f"'\\x{NULL_TEXT.hex()}'::bytea")
+# E: databases and roles may say that a backslash in a text is always an escape, as it was long ago.
+_NULL_NUMBER_SQL = sql.SQL(rf"E'\\x{int(NULL_NUMBER):016x}'::bytea")
+_NULL_TEXT_SQL = sql.SQL(rf"E'\\x{NULL_TEXT.hex()}'::bytea")
 # A character that a PostgreSQL text never has.
-_SEPARATOR_SQL, _SEPARATOR = sql.SQL("'\\x00'::bytea"), b"\0"
+_SEPARATOR_SQL, _SEPARATOR = sql.SQL(r"E'\\x00'::bytea"), b"\0"
 
 
 class LeadChunk(NamedTuple):
@@ -200,7 +201,7 @@ def _of_each_lead(types: ColumnTypes, columns: Sequence[InputColumn], *, with_re
     texts += [_cell(column, types) for column in columns if column.kind == "text"]
     return sql.SQL("{}, {}").format(
         sql.SQL(" || ").join(numbers or [sql.SQL("''::bytea")]),
-        sql.SQL(" || '\\x00'::bytea || ").join(texts),
+        sql.SQL(r" || E'\\x00'::bytea || ").join(texts),
     )
 
 
