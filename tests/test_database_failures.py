@@ -143,6 +143,6 @@ def test_scores_that_cannot_be_written_are_named_with_the_sqlstate(database_url:
 
 
 def test_a_migration_that_fails_says_the_sqlstate_and_no_sql(empty_database_url: str, refuse: Refuse) -> None:
-    execute(empty_database_url, "CREATE TABLE people ()")
+    execute(empty_database_url, "CREATE DOMAIN people AS integer")
     line = refuse(empty_database_url, "db upgrade")
-    assert line == "Error: the migrations cannot be applied (SQLSTATE 42P07)"
+    assert line == "Error: the migrations cannot be applied (SQLSTATE 42710)"

@@ -7,10 +7,17 @@ import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
 
+from app.ai.domain import InputColumn
 from app.db import migrations
+from app.db.ai_events import PostgresEventSink
+from app.db.change_listener import ChangeListener
+from app.db.engine import Database
+from app.db.leads import PostgresLeadSource
 from app.db.migrations import upgrade
 from app.db.schema_state import check_lead_source, current_state, known_revisions
 from app.errors import CommandError, DatabaseUnavailableError
+from tests.fakes import fetch_at_once
+from tests.test_change_listener import Observer
 
 
 def downgrade(url: str, revision: str) -> None:
@@ -55,6 +62,47 @@ def test_a_database_of_another_version_is_left_alone(database_url: str) -> None:
     assert current_state(database_url) == "unknown"
     with pytest.raises(CommandError, match="another version"):
         upgrade(database_url)
+
+
+_CRM = """
+    CREATE TABLE people (id uuid PRIMARY KEY, external_ref text UNIQUE, gpa numeric, created_at timestamptz);
+    INSERT INTO people VALUES ('00000000-0000-0000-0000-00000000000a', 'crm-1', 2.5, now());
+    CREATE VIEW leads AS SELECT id AS lead_id, external_ref, gpa, created_at FROM people;
+"""
+
+
+@pytest.mark.parametrize("more", ["", "CREATE TABLE alembic_version AS SELECT 'a1b2c3'::text AS version_num"])
+async def test_beside_a_crm_whose_names_are_ours_the_service_lives_in_a_schema_of_its_own(
+    empty_database_url: str, more: str
+) -> None:
+    with psycopg.connect(empty_database_url) as connection:
+        connection.execute(_CRM + more)
+    with pytest.raises(CommandError, match=r'a schema of its own, see README\.md, "Your own CRM"'):
+        upgrade(empty_database_url)
+    # What the README says.
+    with psycopg.connect(empty_database_url) as connection:
+        connection.execute("CREATE SCHEMA leadscore")
+    url = f"{empty_database_url}&options=-csearch_path%3Dleadscore"
+    upgrade(url)
+    assert current_state(url) == "current"
+    check_lead_source(url, "public.leads")
+    with psycopg.connect(empty_database_url, autocommit=True) as connection:
+        connection.execute("SELECT leadscore.lead_scoring_watch('people', 'id')")
+        connection.execute("UPDATE people SET gpa = 3")
+        tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1"
+        assert connection.execute(tables).fetchall() == [("alembic_version",)] * bool(more) + [("people",)]
+    database = Database(url, pool_size=1, deadline_seconds=5)
+    listener = ChangeListener(url, "public.leads", Observer(), deadline_seconds=5)
+    listener.start()
+    try:
+        source = PostgresLeadSource(database, "public.leads")
+        found = await fetch_at_once(source, ["crm-1"], [InputColumn("gpa", "number")])
+        assert found.leads.columns["gpa"].values.tolist() == [3.0]
+        await PostgresEventSink(database).write_events([])
+        assert listener.hears_everything()
+    finally:
+        listener.close()
+        await database.close()
 
 
 def test_a_database_that_is_not_there_is_unavailable(server_url: str) -> None:

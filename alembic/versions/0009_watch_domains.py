@@ -1,5 +1,7 @@
 """What may be watched: a column whose type is a domain over uuid, too, and a warning where it costs writes.
 
+It finds the functions it calls also where they are in a schema that its caller does not look into.
+
 A transaction that notifies cannot be prepared (`PREPARE TRANSACTION`), whatever a trigger does about it, so
 whoever watches a table on a server that allows prepared transactions is told.
 
@@ -16,7 +18,7 @@ depends_on = None
 
 _WATCH = """
 CREATE OR REPLACE FUNCTION lead_scoring_watch(watched regclass, lead_column name DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql{path} AS $$
 DECLARE
     argument text := coalesce(quote_literal(lead_column), '');
 BEGIN
@@ -59,8 +61,8 @@ _WARN = """
 
 
 def upgrade() -> None:
-    op.execute(_WATCH.format(is_uuid=_IS_UUID, warn=_WARN))
+    op.execute(_WATCH.format(is_uuid=_IS_UUID, warn=_WARN, path=" SET search_path FROM CURRENT"))
 
 
 def downgrade() -> None:
-    op.execute(_WATCH.format(is_uuid=_IS_UUID_BEFORE, warn=""))
+    op.execute(_WATCH.format(is_uuid=_IS_UUID_BEFORE, warn="", path=""))

@@ -22,6 +22,7 @@ from app.db.schema_state import CONNECT_SECONDS, REVISIONS
 from app.errors import CommandError
 
 _NEEDS = "CREATE on the schema public, and to own the tables it made before"
+_OWN_SCHEMA = 'a schema of its own, see README.md, "Your own CRM"'
 _LOCK = 0x6C656164  # any number, as long as every release uses this one
 
 
@@ -31,7 +32,8 @@ def upgrade(url: str) -> None:
     Raises:
         DatabaseUnavailableError: the database cannot be reached.
         CommandError: another session held a table for longer than the migration may wait, the database was
-            migrated by a newer version of this program, or a statement failed.
+            migrated by a newer version of this program or by another program, it has tables of the same names
+            as ours, or a statement failed.
         MissingRightError: the database user may not make or change the tables.
     """
     with _connect(url) as connection:
@@ -42,7 +44,10 @@ def upgrade(url: str) -> None:
         try:
             command.upgrade(config, "head")
         except AlembicError as exc:
-            raise CommandError("the database was migrated by another version of this program") from exc
+            raise CommandError(
+                "the database was migrated by another version of this program; or by another program, beside"
+                f" which this one needs {_OWN_SCHEMA}"
+            ) from exc
 
 
 def _config() -> Config:
@@ -68,6 +73,10 @@ def _connect(url: str) -> Iterator[Connection]:
         if isinstance(exc.orig, psycopg.errors.LockNotAvailable):
             raise CommandError(
                 "another session keeps a table locked; end it and run `leadscore db upgrade` again"
+            ) from exc
+        if isinstance(exc.orig, psycopg.errors.DuplicateTable):
+            raise CommandError(
+                f"there are tables of the same names as the service's; beside them it needs {_OWN_SCHEMA}"
             ) from exc
         if not isinstance(exc.orig, psycopg.Error):
             raise
