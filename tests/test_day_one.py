@@ -179,6 +179,22 @@ def test_twenty_outcomes_count_for_half_however_clear_they_seem() -> None:
     assert 0.8 < fit.weights[0] < 2.65 / 2
 
 
+@pytest.mark.parametrize(
+    ("flagged", "won", "others", "others_won"), [(16, 10, 144, 2), (8, 5, 150, 2), (12, 11, 180, 4)]
+)
+def test_a_rare_flag_that_tells_much_is_believed_about_as_far_as_it_goes(
+    flagged: int, won: int, others: int, others_won: int
+) -> None:
+    flag = np.repeat([1.0, 0.0], [flagged, others])
+    outcome = np.repeat([1, 0, 1, 0], [won, flagged - won, others_won, others - others_won])
+    base_rate = estimate_base_rate(outcome, None)
+    fit = fit_shrunk((flag - flag.mean())[:, None] / flag.std(), outcome, base_rate)
+    with_it, without = expit(fit.log_odds((np.array([1.0, 0.0]) - flag.mean())[:, None] / flag.std()))
+    assert fit.evidence > 0.95
+    assert abs(with_it - won / flagged) < abs(with_it - base_rate), "nearer to what was seen than to all"
+    assert abs(without - others_won / others) < 0.06
+
+
 def test_a_score_out_of_fold_does_not_know_its_own_outcome() -> None:
     random = np.random.default_rng(3)
     values = random.normal(size=(40, 4))

@@ -22,7 +22,8 @@ BELIEF_IN_NOTHING = 0.8
 CREDIBILITY_ROWS = 20.0
 """Outcomes at which the weights count for half."""
 
-_STEPS, _CLOSE_ENOUGH = 50, 1e-8
+_STEPS, _CLOSE_ENOUGH, _RISE = 50, 1e-8, 1e-4
+"""Newton's method: steps at most, the size of the last one, the share of the promised rise to reach."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,19 +73,30 @@ def fit_shrunk(values: FloatArray, outcome: IntArray, base_rate: float) -> Shrun
 def _fit(values: FloatArray, outcome: IntArray, start: float, precision: float) -> tuple[FloatArray, float]:
     """Returns the most probable weights under a normal prior of this precision, and the log-evidence."""
     features = values.shape[1]
-    weights, penalty = np.zeros(features), precision * np.eye(features)
-    hessian = penalty
-    # Newton's method; the posterior is log-concave, and steps from 0 under such a prior do not overshoot.
-    for _ in range(_STEPS):
+
+    def log_posterior(weights: FloatArray) -> float:
+        return _log_likelihood(start + values @ weights, outcome) - precision * float(weights @ weights) / 2
+
+    def curvature(weights: FloatArray) -> FloatArray:
         rate = expit(start + values @ weights)
-        hessian = (values.T * (rate * (1 - rate))) @ values + penalty
-        step = np.linalg.solve(hessian, values.T @ (outcome - rate) - precision * weights)
+        bent: FloatArray = (values.T * (rate * (1 - rate))) @ values + precision * np.eye(features)
+        return bent
+
+    weights = np.zeros(features)
+    for _ in range(_STEPS):
+        gradient = values.T @ (outcome - expit(start + values @ weights)) - precision * weights
+        step = np.linalg.solve(curvature(weights), gradient)
+        # A full step overshoots where a rare feature tells much: where it starts, the curve is flat.
+        while (
+            np.abs(step).max() >= _CLOSE_ENOUGH
+            and log_posterior(weights + step) < log_posterior(weights) + _RISE * gradient @ step
+        ):
+            step = step / 2
         weights = weights + step
         if np.abs(step).max() < _CLOSE_ENOUGH:
             break
-    spread = np.linalg.slogdet(hessian)[1] - features * np.log(precision)
-    likelihood = _log_likelihood(start + values @ weights, outcome)
-    return weights, float(likelihood - (precision * weights @ weights + spread) / 2)
+    spread = np.linalg.slogdet(curvature(weights))[1] - features * np.log(precision)
+    return weights, float(log_posterior(weights) - spread / 2)
 
 
 def _log_likelihood(log_odds: FloatArray, outcome: IntArray) -> float:
