@@ -14,8 +14,10 @@ from app.training.candidates import CANDIDATES, Candidate, list_candidates
 from app.training.choose import Trial, choose_model, run_trials
 from app.training.derive import derive_features
 from app.training.fit import CalibratedModel, choose_threshold, fit_model
+from app.training.recency import recency_weights
 from app.training.rows import TrainingRows
 from app.training.splits import build_folds
+from app.training.verdict import measure_abstain_below, measure_rule
 from tests.fakes import build_columns
 
 COLUMNS = tuple(InputColumn(name, "number") for name in ("a", "b", "c"))
@@ -132,6 +134,56 @@ def test_leads_in_order_are_compared_on_later_ones_only() -> None:
     assert told["roc_auc"] < 0.5
     # Nobody can say of the first leads what a model without them says.
     assert len(in_order.out_of_fold.raw) < n
+
+
+def test_the_base_rate_is_that_of_all_leads_where_recency_is_off(linear: CalibratedModel) -> None:
+    numbers = np.random.default_rng(1).normal(size=(500, 3))
+    rows = build_rows(numbers, numbers @ [1.5, -1.0, 0.5], seed=2)
+    assert linear.base_rate == rows.outcome.mean()
+    still = choose(replace(rows, order=np.arange(500.0)), [LOGISTIC])
+    assert not still.choice["recency"]["half_life"]
+    assert not still.choice["recency"]["intercept"]
+    assert still.base_rate == rows.outcome.mean()
+
+
+def test_the_base_rate_moves_with_the_probabilities() -> None:
+    """The rate falls at two thirds of the window: a lead of which nothing is known is told the new one."""
+    n = 3000
+    numbers, order = np.random.default_rng(9).normal(size=(n, 3)), np.arange(float(n))
+    rows = replace(
+        build_rows(numbers, numbers[:, 0] + np.where(order < 2000, 0.6, -1.0), seed=10), order=order
+    )
+    moved = choose(rows, [LOGISTIC])
+    assert moved.choice["recency"]["intercept"]
+    latest = build_folds(rows, 0)[-1].test
+    assert moved.base_rate == rows.outcome[latest].mean() < rows.outcome.mean() - 0.1
+    rule = measure_rule(moved, {"a": 1.0, "b": 0.0, "c": 0.0}, rows, rows, 0)
+    assert rule.base_rate == moved.base_rate
+
+
+def test_with_a_half_life_alone_the_base_rate_is_weighed_as_the_leads_are() -> None:
+    n = 2000
+    numbers, order = np.random.default_rng(11).normal(size=(n, 3)), np.arange(float(n))
+    turned = 4 * (order / n - 0.35) * numbers[:, 0] - 0.5 * order / n
+    rows = replace(build_rows(numbers, turned, seed=12), order=order)
+    weighed = choose(rows, [LOGISTIC])
+    half_life = weighed.choice["recency"]["half_life"]
+    assert half_life
+    assert not weighed.choice["recency"]["intercept"]
+    weights = recency_weights(order, half_life)
+    assert weighed.base_rate == pytest.approx((weights * rows.outcome).sum() / n)
+    assert weighed.base_rate < rows.outcome.mean()
+
+
+def test_the_threshold_of_abstaining_is_measured_with_the_base_rate_that_is_answered() -> None:
+    numbers = np.random.default_rng(13).normal(size=(1000, 3))
+    rows = build_rows(numbers, 0.1 * numbers[:, 0] - 2, seed=14)
+    model = choose(rows, [LOGISTIC])
+    told = measure_abstain_below(model, [0.6, 0.2, 0.2], rows, rows, 0)
+    far_off = measure_abstain_below(replace(model, base_rate=0.9), [0.6, 0.2, 0.2], rows, rows, 0)
+    assert told is not None
+    assert told > 0
+    assert far_off == 0, "no lead is better answered by a rate that is not theirs"
 
 
 def test_knowing_identical_leads_by_heart_does_not_help() -> None:

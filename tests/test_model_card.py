@@ -292,6 +292,20 @@ def test_a_part_the_model_is_wrong_about_is_found_and_others_are_not(held_out: H
     assert find_off_slices(build_divisions(wrong))[0][1].name == "fair"
 
 
+@pytest.mark.parametrize(("half_life", "intercept"), [(None, False), (0.5, False), (None, True)])
+def test_a_rate_that_recency_has_moved_is_not_told_as_that_of_all_leads(
+    half_life: float | None, intercept: bool, manifest: ModelManifest, held_out: HeldOut
+) -> None:
+    recency = {"half_life": half_life, "intercept": intercept, "tried": []}
+    told = msgspec.structs.replace(
+        manifest, report={**manifest.report, "choice": {**CHOICE, "recency": recency}}
+    )
+    page = render(told, held_out, charts=False)[1]
+    late = " of late" if half_life or intercept else ""
+    assert f"{told.base_rate:.1%} reached the outcome{late}\n" in page
+    assert f"| outcome rate{late} | {told.base_rate:.1%} |" in page
+
+
 # Limits
 
 
@@ -318,6 +332,7 @@ def test_limits_are_those_of_this_model(manifest: ModelManifest, held_out: HeldO
     assert "nothing was learnt from, the most recent ones." in render(dated, held_out, charts=False)[1]
     moved = msgspec.structs.replace(manifest, base_rate=manifest.base_rate + 0.1)
     assert "The outcome rate moved" in limits_of(moved, held_out)
+    assert f"it goes by {moved.base_rate:.1%}" in limits_of(moved, held_out)
     drifting = replace(held_out, drift={"source": "drifting", "opted_in": "stable"})
     assert "the values changed in: source." in limits_of(manifest, drifting)
     fair = held_out.columns["source"].values == "fair"

@@ -63,7 +63,8 @@ class Receipt(_Message):
     """How the probability comes about: everything here added up is `probability`, to 1e-9."""
 
     base_rate: Share
-    """The share of training leads that applied."""
+    """What is said of a lead of which nothing is known: the share of training leads that applied, or of the
+    recent ones where it has moved."""
     contributions: list[Contribution]
     """Shapley values of the raw score; all 0 for the verdict `abstain`."""
     calibration: Annotated[float, Field(ge=-2, le=2)]

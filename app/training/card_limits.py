@@ -77,8 +77,8 @@ def _base_rate(manifest: ModelManifest, held_out: HeldOut) -> str:
     if abs(now - before) <= NINETY_FIVE_PERCENT * spread**0.5:
         return ""
     return (
-        f"The outcome rate moved: {before:.1%} of the leads it learnt from, {now:.1%} of the held-out ones. "
-        "If it goes on moving, the probabilities will be off by as much."
+        f"The outcome rate moved: it goes by {before:.1%}, and {now:.1%} of the held-out leads reached the "
+        "outcome. If it goes on moving, the probabilities will be off by as much."
     )
 
 

@@ -31,7 +31,15 @@ from app.training.fit import (
     fit_model,
     learn_features,
 )
-from app.training.recency import HALF_LIVES, NEVER, Recency, choose_recency, fit_recent_shift, shift_table
+from app.training.recency import (
+    HALF_LIVES,
+    NEVER,
+    Recency,
+    choose_recency,
+    fit_recent_shift,
+    measure_base_rate,
+    shift_table,
+)
 from app.training.rows import TrainingRows
 from app.training.splits import Fold, build_folds
 
@@ -101,6 +109,7 @@ def choose_model(
         calibrator=choice.calibrator,
         threshold=choose_threshold(choice.probability, won.outcome),
         venn_abers=build_table(won.raw, won.outcome),
+        base_rate=measure_base_rate(rows.outcome, rows.order, recency.half_life),
         out_of_fold=OutOfFold(
             np.concatenate([fold.test for fold in folds]), won.raw, choice.probability, won.outcome
         ),
@@ -186,7 +195,7 @@ def _ask_recency(
 
 
 def _set_level_anew(model: CalibratedModel, fold: IntArray) -> CalibratedModel:
-    """Returns the model with probabilities, threshold and intervals at the level of the latest fold."""
+    """Returns the model with all that it answers at the level of the latest fold, the base rate included."""
     told = model.out_of_fold
     shift = fit_recent_shift(model.calibrator, told.raw, told.outcome, fold)
     probability = shift_log_odds(told.probability, shift)
@@ -195,6 +204,8 @@ def _set_level_anew(model: CalibratedModel, fold: IntArray) -> CalibratedModel:
         calibrator=replace(model.calibrator, shift=shift),
         threshold=choose_threshold(probability, told.outcome),
         venn_abers=shift_table(model.venn_abers, shift),
+        # Counted, not shifted: the shift starts from the level of the calibrator, not from that of all leads.
+        base_rate=float(told.outcome[fold == fold.max()].mean()),
         out_of_fold=replace(told, probability=probability),
     )
 

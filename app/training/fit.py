@@ -63,14 +63,16 @@ class OutOfFold:
 class CalibratedModel:
     """A fitted model, the calibrator of its scores, and the probability from which on a lead is positive.
 
-    Calibrator, threshold and the table `venn_abers` rest on the scores `out_of_fold`. `choice` is what was
-    compared on the way and how it came out, for the manifest.
+    Calibrator, threshold and the table `venn_abers` rest on the scores `out_of_fold`. `base_rate` is the rate
+    of the outcome at the level of the probabilities, to answer a lead of which nothing is known. `choice` is
+    what was compared on the way and how it came out, for the manifest.
     """
 
     fitted: FittedCandidate
     calibrator: Calibrator
     threshold: float
     venn_abers: VennAbersTable
+    base_rate: float
     out_of_fold: OutOfFold
     choice: JsonObject
 

@@ -19,7 +19,7 @@ from app.training.card_sections import (
     describe_slices,
 )
 from app.training.held_out import HeldOut
-from app.training.report import describe_data
+from app.training.report import describe_data, rate_of_when
 
 
 def build_cards(manifest: ModelManifest, held_out: HeldOut | None) -> dict[CardForm, str]:
@@ -54,7 +54,11 @@ def _glance(manifest: ModelManifest) -> list[tuple[str, str, str]]:
     training, metrics = manifest.training, manifest.metrics
     tiles = [
         ("Version", manifest.version, f"made {manifest.created_at}"),
-        ("Learnt from", f"{training.train_rows:,} leads", f"{manifest.base_rate:.1%} reached the outcome"),
+        (
+            "Learnt from",
+            f"{training.train_rows:,} leads",
+            f"{manifest.base_rate:.1%} reached the outcome{rate_of_when(manifest)}",
+        ),
     ]
     if "roc_auc" in metrics:
         remark = "of two leads with different outcomes, how often it puts the right one first"

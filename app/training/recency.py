@@ -77,6 +77,12 @@ def recency_weights(order: FloatArray, half_life: float) -> FloatArray:
     return weights
 
 
+def measure_base_rate(outcome: IntArray, order: FloatArray | None, half_life: float | None) -> float:
+    """Returns the rate of outcomes (n,), each lead counting as in a fit with this half-life, or all alike."""
+    weights = recency_weights(order, half_life) if half_life and order is not None else None
+    return float(np.average(outcome, weights=weights))
+
+
 def fit_shift(probability: FloatArray, outcome: IntArray) -> float:
     """Returns the log-odds to add to probabilities (n,), none 0 or 1, to suit 0/1 outcomes (n,) best.
 

@@ -59,7 +59,7 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
         ("source", manifest.source),
         ("outcome", manifest.label),
         ("leads", f"{training.train_rows:,} to fit and calibrate, {training.test_rows:,} to test{how}"),
-        ("outcome rate", f"{manifest.base_rate:.1%}"),
+        (f"outcome rate{rate_of_when(manifest)}", f"{manifest.base_rate:.1%}"),
         ("features", str(len(manifest.feature_set))),
         ("calibration", str(manifest.calibrator["method"])),
         ("decision threshold", f"{manifest.threshold:.3f}"),
@@ -74,6 +74,12 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
     if "day_one" in manifest.report:
         rows.insert(0, ("day-one model", describe_day_one(manifest.report["day_one"])))
     return rows
+
+
+def rate_of_when(manifest: ModelManifest) -> str:
+    """Returns " of late" where recent leads count for more in the base rate (decision 11), otherwise ""."""
+    recency = manifest.report.get("choice", {}).get("recency", {})
+    return " of late" if recency.get("half_life") or recency.get("intercept") else ""
 
 
 def describe_day_one(known: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ def measure_rule(
     """Measures the rule of a model that has learnt from `learnt`; for `importance` see `build_weights`."""
     weights = build_weights(importance, model.fitted.feature_set)
     return VerdictRule(
-        base_rate=float(learnt.outcome.mean()),
+        base_rate=model.base_rate,
         weights=weights,
         abstain_below=measure_abstain_below(model, weights, learnt, held_out, seed),
     )
@@ -79,12 +79,12 @@ def measure_abstain_below(
     """
     if held_out.leads.n < _MIN_ROWS:
         return None
-    fitted, told, base_rate = model.fitted, model.out_of_fold, learnt.outcome.mean()
+    fitted, told = model.fitted, model.out_of_fold
 
     def lose(matrix: FeatureMatrix, probability: FloatArray, outcome: IntArray) -> FloatArray:
         """Returns what each lead loses under each threshold (n, t) by getting the base rate."""
         coverage = check_features(matrix, fitted.feature_set, fitted.statistics, weights).weighted_coverage
-        loss = (base_rate - outcome) ** 2 - (probability - outcome) ** 2
+        loss = (model.base_rate - outcome) ** 2 - (probability - outcome) ** 2
         # A lead of which nothing is known gets the base rate under any threshold, so it is for none.
         loss[coverage == 0] = 0.0
         return np.where(coverage[:, None] < _THRESHOLDS, loss[:, None], 0.0)
