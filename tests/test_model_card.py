@@ -306,6 +306,37 @@ def test_a_rate_that_recency_has_moved_is_not_told_as_that_of_all_leads(
     assert f"| outcome rate{late} | {told.base_rate:.1%} |" in page
 
 
+@pytest.mark.parametrize(("outcomes", "positives", "expected"), [(0, 0, 0.1), (20, 0, 0.023), (10, 1, 0.3)])
+def test_a_day_one_card_tells_what_was_seen_from_what_is_expected(
+    outcomes: int, positives: int, expected: float, tmp_path: Path
+) -> None:
+    known = {
+        "outcomes": outcomes,
+        "positives": positives,
+        "evidence": 0.2,
+        "enough": 200,
+        "enough_of_each": 40,
+    }
+    manifest = build_manifest(tmp_path, None, day_one=known)
+    training = msgspec.structs.replace(
+        manifest.training,
+        train_rows=outcomes,
+        test_rows=0,
+        positives=positives,
+        as_of_from=None,
+        as_of_to=None,
+    )
+    manifest = msgspec.structs.replace(manifest, training=training, base_rate=expected)
+    page = build_markdown(build_card(manifest, None, charts=False))
+    assert (
+        f"**{outcomes} leads** {positives} of them reached the outcome, {expected:.1%} are expected to"
+        in page
+    )
+    assert f"| expected rate | {expected:.1%} |" in page
+    assert "outcome rate" not in page
+    assert "does not say when leads came" not in page, "nobody asked: there is nothing to measure in order"
+
+
 # Limits
 
 

@@ -27,7 +27,7 @@ def describe_data_limits(manifest: ModelManifest) -> list[str]:
             f"It has seen leads from {str(training.as_of_from)[:10]} to {str(training.as_of_to)[:10]}; what "
             "changed after that it cannot know."
         )
-    elif report.get("split") != "time":
+    elif report.get("split") != "time" and "day_one" not in report:
         limits.append(
             "The source does not say when leads came, so nothing is known of how the model keeps up with "
             "change: newer leads may behave otherwise."

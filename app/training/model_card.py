@@ -54,11 +54,7 @@ def _glance(manifest: ModelManifest) -> list[tuple[str, str, str]]:
     training, metrics = manifest.training, manifest.metrics
     tiles = [
         ("Version", manifest.version, f"made {manifest.created_at}"),
-        (
-            "Learnt from",
-            f"{training.train_rows:,} leads",
-            f"{manifest.base_rate:.1%} reached the outcome{rate_of_when(manifest)}",
-        ),
+        ("Learnt from", f"{training.train_rows:,} leads", _outcomes(manifest)),
     ]
     if "roc_auc" in metrics:
         remark = "of two leads with different outcomes, how often it puts the right one first"
@@ -67,6 +63,13 @@ def _glance(manifest: ModelManifest) -> list[tuple[str, str, str]]:
         remark = f"a perfect model would show {metrics['ece_floor']:.1%} by chance"
         tiles.append(("Probabilities are off by", f"{metrics['ece']:.1%}", remark))
     return tiles
+
+
+def _outcomes(manifest: ModelManifest) -> str:
+    if "day_one" in manifest.report:
+        seen = f"{manifest.training.positives:,} of them reached the outcome"
+        return f"{seen}, {manifest.base_rate:.1%} are expected to"
+    return f"{manifest.base_rate:.1%} reached the outcome{rate_of_when(manifest)}"
 
 
 def _purpose(manifest: ModelManifest) -> list[Section]:

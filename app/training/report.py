@@ -59,7 +59,10 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
         ("source", manifest.source),
         ("outcome", manifest.label),
         ("leads", f"{training.train_rows:,} to fit and calibrate, {training.test_rows:,} to test{how}"),
-        (f"outcome rate{rate_of_when(manifest)}", f"{manifest.base_rate:.1%}"),
+        (
+            "expected rate" if "day_one" in manifest.report else f"outcome rate{rate_of_when(manifest)}",
+            f"{manifest.base_rate:.1%}",
+        ),
         ("features", str(len(manifest.feature_set))),
         ("calibration", str(manifest.calibrator["method"])),
         ("decision threshold", f"{manifest.threshold:.3f}"),
