@@ -38,21 +38,31 @@ def days_ago(*days: float | None) -> Column:
 @pytest.mark.parametrize(
     ("days", "said"),
     [
-        (0, "today"), (0.9, "today"), (-3, "today"), (1, "1 day ago"), (41.7, "41 days ago"),
-        (59.9, "59 days ago"), (60, "2 months ago"), (400, "13 months ago"), (731, "2 years ago"),
+        (0, "today"), (-0.4, "today"), (-3, "today"), (1e-6, "1 day ago"), (0.9, "1 day ago"),
+        (1, "1 day ago"), (1.1, "2 days ago"), (41, "41 days ago"), (41.7, "42 days ago"),
+        (59, "59 days ago"), (59.1, "2 months ago"), (400, "13 months ago"), (731, "2 years ago"),
         (43_461, "119 years ago"), (None, "unknown"), (INF, "not usable"),
     ],
 )  # fmt: skip
 def test_a_time_that_lies_back_is_told_in_days_then_in_months_and_years(
     days: float | None, said: str
 ) -> None:
+    """The as-of time is the midnight that today begins with: an hour before it was yesterday."""
     assert say_one("age_days", days_ago(days)) == [said]
+
+
+def test_a_midnight_is_as_many_days_ago_as_lie_between() -> None:
+    days = range(1, 60)
+    assert say_one("age_days", days_ago(*days))[1:] == [f"{count} days ago" for count in days[1:]]
 
 
 @pytest.mark.parametrize(
     ("days", "said"),
-    [(-30, "in 30 days"), (-1, "in 1 day"), (-0.5, "today"), (5, "5 days ago"), (-100, "in 3 months")],
-)
+    [
+        (-30, "in 30 days"), (-1.9, "in 1 day"), (-1, "in 1 day"), (-0.9, "today"), (0, "today"),
+        (0.5, "1 day ago"), (4.2, "5 days ago"), (5, "5 days ago"), (-100, "in 3 months"),
+    ],
+)  # fmt: skip
 def test_a_time_to_come_is_told_as_one(days: float, said: str) -> None:
     assert say_one("days_until", days_ago(days)) == [said]
 

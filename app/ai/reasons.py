@@ -7,7 +7,7 @@ by `explanation`, for a hundred leads or so at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import expm1
+from math import ceil, expm1
 from typing import NamedTuple
 
 import numpy as np
@@ -108,11 +108,12 @@ def _say_number(value: float) -> str:
 
 
 def _say_age(days: float) -> str:
-    return "today" if abs(days) < 1 else f"{_say_span(days)} ago"
+    # Counted from the midnight that today begins with: an hour before it was yesterday.
+    return "today" if days <= 0 else f"{_say_span(ceil(days))} ago"
 
 
 def _say_until(days: float) -> str:
-    return f"in {_say_span(days)}" if days >= 1 else _say_age(days)
+    return f"in {_say_span(days)}" if days >= 1 else _say_age(-days)
 
 
 def _say_span(days: float) -> str:
