@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from app.ai.domain import FloatArray, IntArray
+from app.ai.domain import FloatArray, InputColumn, IntArray
 from app.cli import cli
 from app.db.csv_import import import_csv
 from app.errors import TrainingError
@@ -18,7 +18,7 @@ from app.training.options import TrainingOptions
 from app.training.report import describe_data
 from app.training.rows import TrainingRows, choose_columns, fetch_rows
 from app.training.splits import Fold, build_folds, group_rows, split_rows
-from app.training.train import train
+from app.training.train import choose_features, train
 from tests.builders import AS_OF, column, leads
 from tests.real_leads import CSV, TRAPS, needs_real_leads
 
@@ -166,6 +166,64 @@ def test_a_large_group_does_not_change_how_often_the_leads_beside_it_apply() -> 
     assert held_the_group
 
 
+def build_snapshots(order: FloatArray | None, *, alike: bool = False) -> TrainingRows:
+    """Six rows of each of 300 leads: what it visits grows by its own number; `alike` ones begin with none."""
+    random = np.random.default_rng(7)
+    lead, turn = np.repeat(np.arange(300), 6), np.tile(np.arange(6.0), 300)
+    visits = turn * random.normal(size=300)[lead] + (0.0 if alike else random.normal(size=1800))
+    columns = leads(
+        visits=column("number", *visits.tolist()),
+        height=column("number", *random.normal(size=300)[lead].tolist()),
+        weight=column("number", *random.normal(size=300)[lead].tolist()),
+        name=column("text", *(f"lead {number}" for number in lead.tolist())),
+    )
+    return TrainingRows(columns, (random.random(300) < 0.3)[lead].astype(np.int64), np.full(1800, AS_OF),
+                        order, random.permutation(300)[lead])  # fmt: skip
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["apart", "alike at first"])
+@pytest.mark.parametrize(
+    "order", [None, np.arange(1800.0), np.tile(np.arange(6.0), 300)], ids=["drawn", "in turn", "at once"]
+)
+def test_the_rows_of_one_lead_never_sit_on_both_sides(order: FloatArray | None, alike: bool) -> None:
+    rows = build_snapshots(order, alike=alike)
+    learnt, measured = split_rows(rows, seed=0)
+    assert measured.leads.n > 300
+    folds = [(learnt.take(fold.train), learnt.take(fold.test)) for fold in build_folds(learnt, seed=0)]
+    assert len(folds) == 5
+    for known, stranger in ((learnt, measured), *folds):
+        assert known.lead is not None
+        assert stranger.lead is not None
+        assert not set(known.lead.tolist()) & set(stranger.lead.tolist())
+
+
+def test_rows_equal_to_one_of_another_lead_keep_both_leads_together() -> None:
+    rows = build_snapshots(None)
+    for cells in rows.leads.columns.values():
+        cells.values[6] = cells.values[0]
+    group = group_rows(rows)
+    assert set(group[:12].tolist()) == {group[0]}
+    assert len(set(group.tolist())) == 299
+
+
+def test_leads_of_one_row_each_are_parted_as_if_nobody_had_numbered_them() -> None:
+    for order in (None, np.arange(N, dtype=float)):
+        rows = build_rows(order)
+        numbered = replace(rows, lead=np.random.default_rng(0).permutation(N))
+        assert group_rows(numbered).tolist() == group_rows(rows).tolist()
+        assert numbered.take_one_a_lead() is numbered
+
+
+def test_what_names_a_lead_is_no_feature_and_says_nothing_of_another_column(tmp_path: Path) -> None:
+    rows = build_snapshots(None)
+    columns = tuple(InputColumn(name, cells.kind) for name, cells in rows.leads.columns.items())
+    build, dropped = choose_features(
+        TrainingOptions(url="", model_dir=tmp_path, source="leads"), columns, rows
+    )
+    assert {spec.name for spec in build(rows).specs} == {"visits", "height", "weight"}
+    assert list(dropped) == ["name"]
+
+
 @pytest.fixture
 def timed(database_url: str, tmp_path: Path) -> Callable[..., TrainingOptions]:
     """Options for `timed`: 600 leads, one an hour from 1 January 2026, numbered downwards."""
@@ -254,6 +312,25 @@ def test_the_manifest_says_how_the_test_part_was_chosen(timed: Callable[..., Tra
     ordered = train(timed(source="timeless", order_by="countdown", version="20260101_000001")).manifest
     assert ordered.report["split"] == "time"
     assert {spec["name"] for spec in ordered.feature_set} == {"signal"}
+
+
+def test_rows_of_a_source_of_past_moments_carry_the_number_of_their_lead(
+    timed: Callable[..., TrainingOptions],
+) -> None:
+    with psycopg.connect(timed().url) as connection:
+        connection.execute(
+            "CREATE VIEW moments AS SELECT t.lead_id, t.won, t.signal + n * sin(t.countdown) AS signal,"
+            " t.created_at + n * interval '1 day' AS as_of, t.countdown AS of_lead"
+            " FROM timed t, generate_series(1, 4) n"
+        )
+    rows = read(timed(source="moments", exclude=()))
+    assert rows.lead is not None
+    of_lead = rows.leads.columns["of_lead"].values
+    numbers = set(zip(rows.lead.tolist(), of_lead.tolist(), strict=True))
+    assert len(numbers) == len(set(rows.lead.tolist())) == len(set(of_lead.tolist())) == 600
+    assert rows.take_one_a_lead().leads.n == 600
+    names = {spec["name"] for spec in train(timed(source="moments", exclude=())).manifest.feature_set}
+    assert names == {"signal"}, "the number of a lead is none of its features"
 
 
 @needs_real_leads

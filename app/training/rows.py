@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from operator import ne
 
 import numpy as np
 
@@ -37,13 +38,15 @@ class TrainingRows:
     """`n` decided leads: their columns, outcomes (n,) as 0 or 1, and as-of times (n,) in seconds UTC.
 
     `order` (n,) rises in the order in which the leads came to be: seconds UTC, or any number; None if the
-    source does not say.
+    source does not say. A source of past moments has several rows of a lead; `lead` (n,) numbers the leads,
+    None if each row is one of its own.
     """
 
     leads: LeadColumns
     outcome: IntArray
     as_of: FloatArray
     order: FloatArray | None = None
+    lead: IntArray | None = None
 
     def take(self, rows: BoolArray | IntArray) -> "TrainingRows":
         """Returns these rows, by mask or by index."""
@@ -53,7 +56,19 @@ class TrainingRows:
         }
         outcome = self.outcome[rows]
         order = None if self.order is None else self.order[rows]
-        return TrainingRows(LeadColumns(len(outcome), columns), outcome, self.as_of[rows], order)
+        lead = None if self.lead is None else self.lead[rows]
+        return TrainingRows(LeadColumns(len(outcome), columns), outcome, self.as_of[rows], order, lead)
+
+    def take_one_a_lead(self) -> "TrainingRows":
+        """Returns one row of each lead: what several rows of a lead share is no evidence of any pattern.
+
+        Drawn, always the same: what leads gather over time would be missing from the first rows of all.
+        """
+        if self.lead is None:
+            return self
+        drawn = np.random.default_rng(0).permutation(len(self.lead))
+        firsts = drawn[np.unique(self.lead[drawn], return_index=True)[1]]
+        return self if len(firsts) == len(self.lead) else self.take(np.sort(firsts))
 
 
 def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], dict[str, str]]:
@@ -106,14 +121,15 @@ def fetch_rows(
         DatabaseUnavailableError: the database does not answer.
     """
     extra = _extra_columns(options, fetch_columns(options.url, options.source))
-    leads = _read_all(options, [*columns, *(column for column in extra if column not in columns)], progress)
+    wanted = [*columns, *(column for column in extra if column not in columns)]
+    leads, lead = _read_all(options, wanted, progress)
     as_of = _as_of(options, leads)
     outcome, decided = _labels(options, leads) if options.label else _outcomes(options, leads, as_of)
     features = LeadColumns(leads.n, {column.name: leads.columns[column.name] for column in columns})
     recent = _recent(options, leads)
     if not recent.any():
         raise TrainingError(f"{options.source} has no leads since {options.since:%Y-%m-%d}.")
-    everyone = TrainingRows(features, outcome, as_of, _order(options, leads))
+    everyone = TrainingRows(features, outcome, as_of, _order(options, leads), lead)
     return everyone.take(decided & recent), everyone.take(recent)
 
 
@@ -141,9 +157,17 @@ def _start_column(kinds: Mapping[str, ColumnKind]) -> str:
     return _CREATED_AT if _AS_OF not in kinds and _CREATED_AT in kinds else _AS_OF
 
 
-def _read_all(options: TrainingOptions, columns: Sequence[InputColumn], progress: Progress) -> LeadColumns:
+def _read_all(
+    options: TrainingOptions, columns: Sequence[InputColumn], progress: Progress
+) -> tuple[LeadColumns, IntArray]:
+    """Returns all rows, and the number of each one's lead (n,)."""
     pages: list[LeadColumns] = []
+    another: list[bool] = []
+    before = ""
     for chunk in fetch_all_chunks(options.url, options.source, columns):
+        # They come in the order of their IDs.
+        another += map(ne, chunk.lead_ids, [before, *chunk.lead_ids])
+        before = chunk.lead_ids[-1]
         pages.append(chunk.leads)
         progress("read", sum(page.n for page in pages), 0)
     if not pages:
@@ -154,7 +178,7 @@ def _read_all(options: TrainingOptions, columns: Sequence[InputColumn], progress
             np.concatenate([page.columns[column.name].values for page in pages]),
             np.concatenate([page.columns[column.name].present for page in pages]),
         ) for column in columns
-    })  # fmt: skip
+    }), np.cumsum(another)  # fmt: skip
 
 
 def _as_of(options: TrainingOptions, leads: LeadColumns) -> FloatArray:

@@ -2,8 +2,8 @@
 
 Where the source says in which order leads came to be, the past foretells the future: no training row is later
 than a test row. Elsewhere rows are drawn, both classes evenly. Rows that are equal in every column a
-feature could read never sit on both sides: a model may know such a row by heart. Pure, and the seed is a
-parameter. Called by `app.training.train` and wherever a fit is cross-validated.
+feature could read never sit on both sides, nor do rows of one lead: a model may know them by heart. Pure,
+and the seed is a parameter. Called by `app.training.train` and wherever a fit is cross-validated.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from app.ai.domain import FloatArray, IntArray
 from app.errors import TrainingError
@@ -90,17 +92,33 @@ def build_folds(rows: TrainingRows, seed: int) -> list[Fold]:
 
 
 def group_rows(rows: TrainingRows) -> IntArray:
-    """Numbers the distinct feature rows: two rows (n,) have one number if they are equal in every column.
+    """Numbers the groups of rows (n,) that stay together: those equal in every column, and those of one lead.
 
     Columns that could never become a feature, as they number the leads or name them, do not count.
     """
     group, told_apart = np.zeros(rows.leads.n, dtype=np.int64), False
-    for cells in rows.leads.columns.values():
-        if reason_to_drop(cells) is None:
+    one_a_lead = rows.take_one_a_lead().leads.columns
+    for name, cells in rows.leads.columns.items():
+        if reason_to_drop(one_a_lead[name]) is None:
             codes = distinct_codes(cells)
             group = np.unique(group * (codes.max() + 1) + codes, return_inverse=True)[1]
             told_apart = True
-    return group if told_apart else np.arange(rows.leads.n)
+    group = group if told_apart else np.arange(rows.leads.n)
+    return group if rows.lead is None else _join_leads(group, rows.lead)
+
+
+def _join_leads(group: IntArray, lead: IntArray) -> IntArray:
+    """Joins groups (n,) that have rows of one lead in common; `lead` (n,) numbers the leads.
+
+    Leads that begin alike may hang together until no fold could hold them: then only the leads count.
+    """
+    _, lead = np.unique(lead, return_inverse=True)
+    leads, nodes = lead.max(initial=-1) + 1, lead.max(initial=-1) + group.max(initial=-1) + 2
+    if leads == len(lead):
+        return group
+    links = coo_array((np.ones(len(lead)), (lead, leads + group)), shape=(nodes, nodes))
+    joined: IntArray = connected_components(links, directed=False)[1][lead]
+    return joined if np.bincount(joined).max() <= len(lead) / FOLDS else lead
 
 
 def _drawn_folds(group: IntArray, outcome: IntArray, seed: int) -> Iterator[Fold]:

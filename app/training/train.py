@@ -15,7 +15,7 @@ from app.training.candidates import list_candidates
 from app.training.choose import choose_model
 from app.training.day_one import is_day_one
 from app.training.declared import build_declared_features
-from app.training.derive import derive_features
+from app.training.derive import DerivedFeatures, derive_features
 from app.training.describe import Notes, describe_model
 from app.training.describe_day_one import train_day_one
 from app.training.fit import FeatureBuilder
@@ -42,11 +42,12 @@ def train(options: TrainingOptions, progress: Progress = lambda *_: None) -> Tra
     columns, denied = choose_columns(options)
     rows, everyone = fetch_rows(options, columns, progress)
     undecided = everyone.leads.n - rows.leads.n
-    if is_day_one(rows.outcome):
+    one_each = rows.take_one_a_lead()
+    if is_day_one(one_each.outcome):
         notes = Notes(denied, (), undecided)
-        estimator, description = train_day_one(options, columns, rows, everyone, notes)
+        estimator, description = train_day_one(options, columns, one_each, everyone.take_one_a_lead(), notes)
         return _publish(options, estimator, description, lambda _: None, started)
-    suspicious = check_leakage(rows.leads, rows.outcome, rows.as_of, columns, options.allow_leaky)
+    suspicious = check_leakage(one_each.leads, one_each.outcome, one_each.as_of, columns, options.allow_leaky)
     train_part, test_part = split_rows(rows, options.seed)
     build, dropped = choose_features(options, columns, train_part)
     model = choose_model(train_part, build, list_candidates(options.model), options.seed, progress)
@@ -91,11 +92,19 @@ def _name_unused(options: TrainingOptions) -> list[str]:
 def choose_features(
     options: TrainingOptions, columns: tuple[InputColumn, ...], train_part: TrainingRows
 ) -> tuple[FeatureBuilder, dict[str, str]]:
-    """Returns how features are built from any training rows, and what the rows at hand leave out and why."""
+    """Returns how features are built from any training rows, and what the rows at hand leave out and why.
+
+    One row of each lead decides: what names a lead would not be told from what leads have in common.
+    """
+
+    def declare(rows: TrainingRows) -> FeatureSet:
+        one_each = rows.take_one_a_lead()
+        return build_declared_features(one_each.leads, one_each.outcome)
+
+    def derive(rows: TrainingRows) -> DerivedFeatures:
+        one_each = rows.take_one_a_lead()
+        return derive_features(one_each.leads, one_each.outcome, one_each.as_of, columns)
+
     if options.declared:
-        return lambda rows: build_declared_features(rows.leads, rows.outcome), {}
-
-    def build(rows: TrainingRows) -> FeatureSet:
-        return derive_features(rows.leads, rows.outcome, rows.as_of, columns).feature_set
-
-    return build, derive_features(train_part.leads, train_part.outcome, train_part.as_of, columns).dropped
+        return declare, {}
+    return lambda rows: derive(rows).feature_set, derive(train_part).dropped
