@@ -17,6 +17,7 @@ from app.ai.model_registry import ModelRegistry
 from app.ai.predictor import ScoringPolicy, score_leads
 from app.cli import cli
 from app.errors import TrainingError
+from app.training.evaluation import evaluate_model
 from app.training.options import TrainingOptions
 from app.training.rows import choose_columns, fetch_rows
 from app.training.train import train
@@ -122,6 +123,56 @@ def test_each_lead_is_won_lost_or_open_by_its_own_horizon(
     assert by_day == {1: 1, 2: 1, 3: 0, 4: 0}, "in time, the same day, too late, never"
     assert everyone.leads.n - rows.leads.n == 3 * 60, "won before it began; young and won; young and open"
     assert rows.leads.n == 4 * 60
+
+
+def create_visited(url: str) -> None:
+    """Makes `visited`: leads of 2025 with other times; and `moments`, the same with an as-of time."""
+    with psycopg.connect(url) as connection:
+        connection.execute(
+            """
+            CREATE TABLE visited AS SELECT md5(i::text)::uuid AS lead_id, created_at, sin(i) AS signal,
+                created_at + (2 + sin(i * i)) * interval '9 days' AS last_visit_at,
+                (created_at + interval '200 days')::date AS intake_on,
+                CASE WHEN i % 3 = 0 THEN created_at + interval '20 days' END AS won_at
+            FROM generate_series(1, 600) i, LATERAL (
+                SELECT timestamptz '2025-01-01 10:00Z' + i * interval '6 hours') AS began(created_at);
+            CREATE VIEW moments AS SELECT *, created_at + interval '1 day' AS as_of FROM visited;
+            CREATE VIEW only_times AS SELECT lead_id, created_at, last_visit_at, won_at FROM visited
+            """
+        )
+
+
+def test_without_an_as_of_no_time_is_learnt_from_as_training_and_serving_would_count_it_differently(
+    options: Callable[..., TrainingOptions],
+) -> None:
+    create_visited(options().url)
+    manifest = train(options(source="visited")).manifest
+    assert {spec["name"] for spec in manifest.feature_set} == {"signal"}
+    assert set(manifest.report["dropped"]) == {"last_visit_at", "intake_on"}
+    assert "give visited an as_of" in manifest.report["dropped"]["last_visit_at"]
+    at_moments, _ = choose_columns(options(source="moments"))
+    assert {column.name for column in at_moments} == {"created_at", "signal", "last_visit_at", "intake_on"}
+    of_today, _ = choose_columns(options(source="visited", label="signal"))
+    assert {"created_at", "last_visit_at", "intake_on"} <= {column.name for column in of_today}
+    with pytest.raises(TrainingError, match=r"no column left .*last_visit_at: .* give only_times an as_of"):
+        train(options(source="only_times"))
+    with pytest.raises(TrainingError, match="no column as_of"):
+        choose_columns(options(source="visited", features="declared"))
+
+
+def test_an_evaluation_without_an_as_of_says_which_times_the_service_counts_differently(
+    options: Callable[..., TrainingOptions], tmp_path: Path
+) -> None:
+    create_visited(options().url)
+    train(options(source="moments"))
+    bundle = ModelRegistry(ModelCatalogue(tmp_path)).load()
+    policy = ScoringPolicy(0.0, "margin")
+    said = evaluate_model(options(source="visited"), bundle, policy, lambda *_: None).warnings
+    assert any("created_at, intake_on and last_visit_at" in warning for warning in said)
+    assert not any(
+        "last_visit_at" in warning
+        for warning in evaluate_model(options(source="moments"), bundle, policy, lambda *_: None).warnings
+    )
 
 
 def test_a_source_without_any_beginning_is_a_clear_refusal(options: Callable[..., TrainingOptions]) -> None:

@@ -21,7 +21,7 @@ from app.training.interval_coverage import measure_coverage
 from app.training.model_metrics import evaluate
 from app.training.options import TrainingOptions
 from app.training.reliability import describe_reliability
-from app.training.rows import TrainingRows, fetch_rows
+from app.training.rows import TrainingRows, begins_at_creation, fetch_rows
 
 _ROWS_AT_ONCE = 20_000
 _SEED = 0
@@ -79,7 +79,7 @@ def evaluate_model(
     _require_enough(outcome)
     probability = np.ascontiguousarray(answered["probability"])
     manifest = bundle.manifest
-    overlap = _explain_overlap(options, bundle, rows)
+    warnings = (_explain_overlap(options, bundle, rows), _explain_times(options, bundle))
     return Evaluation(
         model_id=manifest.model_id,
         version=manifest.version,
@@ -99,7 +99,7 @@ def evaluate_model(
             else None
         ),
         reliability=describe_reliability(probability, outcome),
-        warnings=() if overlap is None else (overlap,),
+        warnings=tuple(warning for warning in warnings if warning),
     )
 
 
@@ -180,6 +180,18 @@ def _explain_overlap(options: TrainingOptions, bundle: ModelBundle, rows: Traini
     return (
         f"{within:,} of {rows.leads.n:,} leads are of the time model {manifest.version} was trained on "
         f"({window}): if it has learnt from them, it will do worse on new ones."
+    )
+
+
+def _explain_times(options: TrainingOptions, bundle: ModelBundle) -> str | None:
+    """Says which columns the service would read otherwise, as it does not take leads as of their creation."""
+    times = sorted(column.name for column in bundle.input_columns if column.kind == "timestamp")
+    if not times or not begins_at_creation(options, fetch_columns(options.url, options.source)):
+        return None
+    named = " and ".join(filter(None, (", ".join(times[:-1]), times[-1])))
+    return (
+        f"{options.source} has no as_of, so {named} count from created_at here and from today in serving: "
+        "the model will do otherwise on the same leads."
     )
 
 

@@ -72,9 +72,10 @@ class TrainingRows:
 
 
 def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], dict[str, str]]:
-    """Returns the columns that may feed features, and a reason for each that the deny-list keeps out.
+    """Returns the columns that may feed features, and a reason for each that is kept out.
 
-    Identity, as-of time, outcome and the column to order by never feed a feature.
+    Identity, as-of time, outcome and the column to order by never feed a feature; nor does a time where the
+    source has no `as_of` and leads begin with `created_at`: its age would be another one in serving.
 
     Raises:
         TrainingError: a column the options name is not there, or the declared set needs one that is excluded.
@@ -85,7 +86,7 @@ def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], d
     _require_columns(options.source, known, [*options.exclude, *options.allow_leaky, *ordering])
     if options.declared:
         needed = [column.name for column in DECLARED_COLUMNS]
-        _require_columns(options.source, known, needed)
+        _require_columns(options.source, known, needed if options.label else [_AS_OF, *needed])
         excluded = sorted({*options.exclude, *ordering} & set(needed))
         if excluded:
             raise TrainingError(
@@ -97,10 +98,23 @@ def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], d
         reserved.add(_start_column(kinds))
     free = [name for name in kinds if name not in reserved]
     denied = {name: "on the deny-list: it knows the outcome" for name in free if is_denied(name)}
+    if begins_at_creation(options, kinds):
+        reason = (
+            "a time, which would count from created_at in training and from today in serving; give "
+            f"{options.source} an as_of to learn from it"
+        )
+        denied |= {name: reason for name in free if kinds[name] == "timestamp" and name not in denied}
     columns = tuple(InputColumn(name, kinds[name]) for name in free if name not in denied)
     if not columns:
-        raise TrainingError(f"{options.source} has no column left to learn from.")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in denied.items())
+        because = f" ({reasons})" if denied else ""
+        raise TrainingError(f"{options.source} has no column left to learn from{because}.")
     return columns, denied
+
+
+def begins_at_creation(options: TrainingOptions, kinds: Mapping[str, ColumnKind]) -> bool:
+    """Tells whether leads are taken as of their creation, which serving never does."""
+    return options.label is None and _start_column(kinds) == _CREATED_AT
 
 
 def fetch_rows(
