@@ -197,7 +197,7 @@ def test_the_figures_of_a_training_are_those_of_what_the_held_out_leads_are_answ
     options = replace(crm, source="patchy", exclude=(), model_dir=tmp_path, seed=SEED_HOLDING_OUT_EMPTY_LEADS)
     report = train(options)
     bundle = ModelRegistry(ModelCatalogue(tmp_path)).load()
-    rows, _ = fetch_rows(options, choose_columns(options)[0], lambda *_: None)
+    rows, *_ = fetch_rows(options, choose_columns(options)[0], lambda *_: None)
     _, held_out = split_rows(rows, options.seed)
     answers = score_leads(bundle, held_out.leads, held_out.as_of, POLICY).answers
     probability, outcome = np.ascontiguousarray(answers["probability"]), held_out.outcome

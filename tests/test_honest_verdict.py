@@ -178,7 +178,7 @@ def test_later_real_leads_with_telling_gaps_are_answered_by_the_model(
     options = replace(real_options, model_dir=tmp_path, model="logistic_regression", order_by="lead_number")
     metrics = train(options).manifest.metrics
     bundle = ModelRegistry(ModelCatalogue(tmp_path)).load()
-    rows, _ = fetch_rows(options, choose_columns(options)[0], lambda *_: None)
+    rows, *_ = fetch_rows(options, choose_columns(options)[0], lambda *_: None)
     _, later = split_rows(rows, options.seed)
     answers = score_leads(bundle, later.leads, later.as_of, POLICY).answers
     record_property("abstain", int((answers["verdict"] == ABSTAIN).sum()))
@@ -202,7 +202,7 @@ def test_where_no_feature_is_worth_anything_all_weigh_the_same() -> None:
 def test_cells_are_only_ever_taken_away_and_each_lead_loses_a_share_of_its_own(
     demo_options: TrainingOptions,
 ) -> None:
-    rows, _ = fetch_rows(demo_options, choose_columns(demo_options)[0], lambda *_: None)
+    rows, *_ = fetch_rows(demo_options, choose_columns(demo_options)[0], lambda *_: None)
     before = {name: cells.values.copy() for name, cells in rows.leads.columns.items()}
     left = remove_cells(rows.leads, np.random.default_rng(0))
     for name, cells in left.columns.items():

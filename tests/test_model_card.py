@@ -374,10 +374,12 @@ def test_limits_are_those_of_this_model(manifest: ModelManifest, held_out: HeldO
 
 
 def test_what_was_left_out_or_looks_odd_is_said(held_out: HeldOut, tmp_path: Path) -> None:
-    report = {"undecided": 1234, "warnings": ["tags: separates 0.98"], "dropped": {"city": "constant"},
-              "excluded": ["owner"]}  # fmt: skip
+    report = {"undecided": 1234, "beforehand": 5678, "warnings": ["tags: separates 0.98"],
+              "dropped": {"city": "constant"}, "excluded": ["owner"]}  # fmt: skip
     for text in render(build_manifest(tmp_path, held_out, **report), held_out, charts=False):
         assert "1,234 leads whose outcome was still open" in text
+        assert "5,678 leads that had the outcome before their as-of time" in text
+        assert "left out, outcome before the as-of time" in text
         assert "Suspicious column: tags: separates 0.98" in text
         assert all(word in text for word in ("Columns left out", "city", "constant", "owner", "by hand"))
 

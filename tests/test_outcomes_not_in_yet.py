@@ -115,14 +115,44 @@ def test_each_lead_is_won_lost_or_open_by_its_own_horizon(
         time,
     )
     asked = options()
-    rows, everyone = fetch_rows(asked, choose_columns(asked)[0], lambda *_: None)
+    rows, everyone, left_out = fetch_rows(asked, choose_columns(asked)[0], lambda *_: None)
     by_day = {
         datetime.fromtimestamp(moment, UTC).day: int(won)
         for moment, won in zip(rows.as_of, rows.outcome, strict=True)
     }
     assert by_day == {1: 1, 2: 1, 3: 0, 4: 0}, "in time, the same day, too late, never"
-    assert everyone.leads.n - rows.leads.n == 3 * 60, "won before it began; young and won; young and open"
+    assert left_out == (2 * 60, 60), "young and won, young and open; won before it began"
     assert rows.leads.n == 4 * 60
+    assert everyone.leads.n == 7 * 60
+
+
+@pytest.mark.parametrize(
+    ("kind", "won", "decided"),
+    [
+        ("date", "2026-01-01", {1: 1, 2: 0, 3: 0}),
+        ("timestamptz", "2026-01-01", {1: 1, 2: 0, 3: 0}),
+        ("timestamptz", "2026-01-01 11:59", {2: 0, 3: 0}),
+        ("timestamptz", "2026-01-01 12:01", {1: 1, 2: 0, 3: 0}),
+        ("date", "2025-12-31", {2: 0, 3: 0}),
+    ],
+)
+def test_an_outcome_of_which_only_the_date_is_known_came_after_a_beginning_of_the_same_day(
+    options: Callable[..., TrainingOptions], kind: str, won: str, decided: dict[int, int]
+) -> None:
+    create_few(
+        options().url,
+        f"('2026-01-01 12:00', '{won}'), ('2026-01-02 12:00', '2026-06-01'), ('2026-01-03 12:00', NULL)",
+    )
+    with psycopg.connect(options().url) as connection:
+        connection.execute(f"ALTER TABLE delayed ALTER won_at TYPE {kind}")
+    asked = options()
+    rows, _, left_out = fetch_rows(asked, choose_columns(asked)[0], lambda *_: None)
+    by_day = {
+        datetime.fromtimestamp(moment, UTC).day: int(outcome)
+        for moment, outcome in zip(rows.as_of, rows.outcome, strict=True)
+    }
+    assert by_day == decided
+    assert left_out == (0, 60 * (3 - len(decided)))
 
 
 def create_visited(url: str) -> None:

@@ -129,9 +129,10 @@ async def test_training_rows_equal_serving_rows_bit_for_bit(demo_url: str) -> No
 def test_a_lead_is_decided_only_when_its_whole_horizon_has_passed(demo_url: str, tmp_path: Path) -> None:
     options = build_options(demo_url, tmp_path)
     columns, _ = choose_columns(options)
-    rows, everyone = fetch_rows(options, columns, lambda *_: None)
+    rows, everyone, left_out = fetch_rows(options, columns, lambda *_: None)
     assert rows.as_of.max() + 90 * DAY <= DEMO_UNTIL.timestamp()
-    assert everyone.leads.n > rows.leads.n
+    assert everyone.leads.n == rows.leads.n + sum(left_out)
+    assert left_out.undecided > 0
     with psycopg.connect(demo_url) as connection:
         (expected, positives) = connection.execute(
             """
@@ -148,7 +149,7 @@ def test_an_outcome_that_comes_later_than_the_moment_of_training_is_not_known_ye
     report: TrainingReport, demo_url: str, tmp_path: Path
 ) -> None:
     earlier = build_options(demo_url, tmp_path, as_of=DEMO_UNTIL - timedelta(days=120))
-    rows, _ = fetch_rows(earlier, choose_columns(earlier)[0], lambda *_: None)
+    rows, *_ = fetch_rows(earlier, choose_columns(earlier)[0], lambda *_: None)
     assert rows.leads.n < report.manifest.training.train_rows + report.manifest.training.test_rows
     assert rows.as_of.max() + 90 * DAY <= (DEMO_UNTIL - timedelta(days=120)).timestamp()
 
@@ -324,7 +325,7 @@ def test_base_rate_and_calibrated_probabilities_agree_on_training_leads(
 ) -> None:
     bundle = load_only(report.manifest_path.parent)
     options = build_options(demo_url, Path())
-    rows, _ = fetch_rows(options, choose_columns(options)[0], lambda *_: None)
+    rows, *_ = fetch_rows(options, choose_columns(options)[0], lambda *_: None)
     matrix = build_features(rows.leads, bundle.feature_set, rows.as_of)
     values = check_features(matrix, bundle.feature_set, bundle.statistics).values
     probability = calibrate(bundle.scorer(values), bundle.calibrator)

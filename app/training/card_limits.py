@@ -37,6 +37,11 @@ def describe_data_limits(manifest: ModelManifest) -> list[str]:
             f"{report['undecided']:,} leads whose outcome was still open were left out; it has learnt from "
             "finished stories only."
         )
+    if report.get("beforehand"):
+        limits.append(
+            f"{report['beforehand']:,} leads that had the outcome before their as-of time were left out: "
+            "there was nothing left to foretell."
+        )
     if training.train_rows < _FEW_ROWS:
         limits.append(f"It has learnt from only {training.train_rows:,} leads; more would make it better.")
     limits += [f"Suspicious column: {warning}" for warning in report.get("warnings", ())]

@@ -19,7 +19,7 @@ from app.training.interval_coverage import measure_coverage
 from app.training.model_metrics import evaluate, measure_importance
 from app.training.options import TrainingOptions
 from app.training.reliability import describe_reliability
-from app.training.rows import TrainingRows
+from app.training.rows import LeftOut, TrainingRows
 from app.training.verdict import measure_rule
 
 GOLDEN_ROWS = 32
@@ -28,11 +28,11 @@ GOLDEN_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """What was noticed on the way: columns left out and why, warnings, leads whose outcome is still open."""
+    """What was noticed on the way: columns left out and why, warnings, leads that are not learnt from."""
 
     dropped: dict[str, str]
     warnings: tuple[str, ...]
-    undecided: int
+    left_out: LeftOut
 
 
 def describe_model(
@@ -95,7 +95,7 @@ def build_notes(options: TrainingOptions, notes: Notes) -> JsonObject:
         "dropped": notes.dropped,
         "excluded": sorted(options.exclude),
         "warnings": list(notes.warnings),
-        "undecided": notes.undecided,
+        **notes.left_out._asdict(),
         "since": to_moment(options.since.timestamp()) if options.since else None,
     }
 

@@ -46,6 +46,7 @@ class Evaluation:
     leads: int
     positives: int
     undecided: int
+    beforehand: int
     rejected: int
     metrics: dict[str, float]
     intervals: dict[str, list[float]]
@@ -72,7 +73,7 @@ def evaluate_model(
         DatabaseUnavailableError: the database does not answer.
     """
     _require_columns(options, bundle)
-    rows, everyone = fetch_rows(options, bundle.input_columns, progress)
+    rows, _, left_out = fetch_rows(options, bundle.input_columns, progress)
     _require_enough(rows.outcome)
     answers, rejected = _answer(bundle, rows, policy, progress)
     answered, outcome = answers[~rejected], rows.outcome[~rejected]
@@ -88,7 +89,8 @@ def evaluate_model(
         outcome=options.label or options.outcome,
         leads=len(outcome),
         positives=int(outcome.sum()),
-        undecided=everyone.leads.n - rows.leads.n,
+        undecided=left_out.undecided,
+        beforehand=left_out.beforehand,
         rejected=int(rejected.sum()),
         metrics=evaluate(probability, outcome, manifest.threshold),
         intervals=bootstrap_intervals(probability, outcome, _SEED),

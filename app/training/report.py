@@ -72,8 +72,7 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
         rows.insert(2, ("as-of times", f"{training.as_of_from} to {training.as_of_to}"))
     if manifest.report.get("since"):
         rows.insert(2, ("no lead from before", manifest.report["since"]))
-    if manifest.report.get("undecided"):
-        rows.insert(3, ("left out as undecided", f"{manifest.report['undecided']:,} leads"))
+    rows[3:3] = _describe_left_out(manifest.report.get("undecided", 0), manifest.report.get("beforehand", 0))
     if "day_one" in manifest.report:
         rows.insert(0, ("day-one model", describe_day_one(manifest.report["day_one"])))
     return rows
@@ -182,11 +181,18 @@ def _describe_evaluated(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("outcome", evaluation.outcome),
         ("leads", f"{evaluation.leads:,}, {rate:.1%} of them with the outcome"),
     ]
-    if evaluation.undecided:
-        rows.append(("left out as undecided", f"{evaluation.undecided:,} leads"))
+    rows += _describe_left_out(evaluation.undecided, evaluation.beforehand)
     if evaluation.rejected:
         rows.append(("not answered", f"{evaluation.rejected:,} leads, rejected by feature safety"))
     return rows
+
+
+def _describe_left_out(undecided: int, beforehand: int) -> list[tuple[str, str]]:
+    counts = (
+        ("left out as undecided", undecided),
+        ("left out, outcome before the as-of time", beforehand),
+    )
+    return [(heading, f"{leads:,} leads") for heading, leads in counts if leads]
 
 
 def _candidates_table(choice: Mapping[str, Any]) -> Table:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from operator import ne
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,6 +72,13 @@ class TrainingRows:
         return self if len(firsts) == len(self.lead) else self.take(np.sort(firsts))
 
 
+class LeftOut(NamedTuple):
+    """How many leads are not learnt from: no outcome yet, and an outcome before their as-of time."""
+
+    undecided: int
+    beforehand: int
+
+
 def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], dict[str, str]]:
     """Returns the columns that may feed features, and a reason for each that is kept out.
 
@@ -119,15 +127,16 @@ def begins_at_creation(options: TrainingOptions, kinds: Mapping[str, ColumnKind]
 
 def fetch_rows(
     options: TrainingOptions, columns: Sequence[InputColumn], progress: Progress
-) -> tuple[TrainingRows, TrainingRows]:
-    """Reads the decided leads in the order of their IDs, and with them everyone, decided or not.
+) -> tuple[TrainingRows, TrainingRows, LeftOut]:
+    """Reads the decided leads in the order of their IDs, and everyone, decided or not; counts the rest.
 
-    The outcomes of `everyone`, the second of the two, mean nothing where a lead is not decided.
+    The outcomes of `everyone`, the second of the three, mean nothing where a lead is not decided.
 
     With a label, a lead without one is undecided. Otherwise it is decided once its whole horizon has passed,
     also when its outcome came early: taking young leads that applied, and not those that may yet, would make
     applications look more frequent than they are. A lead whose outcome came before its as-of time is left
-    out too: there was nothing left to predict. Leads of a time before `options.since` do not count at all.
+    out too: there was nothing left to predict. Where all outcomes are dates (midnights), one of the same day
+    came after it. Leads of a time before `options.since` do not count at all.
 
     Raises:
         TrainingError: there are no leads, or a label is not 0 or 1, or the options ask for an order or a time
@@ -138,13 +147,16 @@ def fetch_rows(
     wanted = [*columns, *(column for column in extra if column not in columns)]
     leads, lead = _read_all(options, wanted, progress)
     as_of = _as_of(options, leads)
-    outcome, decided = _labels(options, leads) if options.label else _outcomes(options, leads, as_of)
+    outcome, decided, beforehand = (
+        _labels(options, leads) if options.label else _outcomes(options, leads, as_of)
+    )
     features = LeadColumns(leads.n, {column.name: leads.columns[column.name] for column in columns})
     recent = _recent(options, leads)
     if not recent.any():
         raise TrainingError(f"{options.source} has no leads since {options.since:%Y-%m-%d}.")
     everyone = TrainingRows(features, outcome, as_of, _order(options, leads), lead)
-    return everyone.take(decided & recent), everyone.take(recent)
+    left_out = LeftOut(int((recent & ~decided & ~beforehand).sum()), int((recent & beforehand).sum()))
+    return everyone.take(decided & recent), everyone.take(recent), left_out
 
 
 def _extra_columns(options: TrainingOptions, kinds: Mapping[str, ColumnKind]) -> list[InputColumn]:
@@ -248,20 +260,24 @@ def _recent(options: TrainingOptions, leads: LeadColumns) -> BoolArray:
     return recent
 
 
-def _labels(options: TrainingOptions, leads: LeadColumns) -> tuple[IntArray, BoolArray]:
+def _labels(options: TrainingOptions, leads: LeadColumns) -> tuple[IntArray, BoolArray, BoolArray]:
     label = leads.columns[str(options.label)]
     values = np.asarray(label.values, dtype=np.float64)
     if not np.isin(values[label.present], (0.0, 1.0)).all():
         raise TrainingError(f"the label {options.label} has values other than 0 and 1.")
-    return (label.present & (values == 1)).astype(np.int64), label.present
+    return (label.present & (values == 1)).astype(np.int64), label.present, np.zeros(leads.n, dtype=np.bool_)
 
 
-def _outcomes(options: TrainingOptions, leads: LeadColumns, as_of: FloatArray) -> tuple[IntArray, BoolArray]:
+def _outcomes(
+    options: TrainingOptions, leads: LeadColumns, as_of: FloatArray
+) -> tuple[IntArray, BoolArray, BoolArray]:
+    """Returns outcomes, which of them are decided, and which came before the as-of time; each (n,)."""
     column = leads.columns[options.outcome]
     end = as_of + options.horizon_days * _SECONDS_PER_DAY
     happened = np.where(column.present, np.asarray(column.values, dtype=np.float64), np.inf)
-    decided = (end <= options.known_until) & (happened >= as_of)
-    return (happened <= end).astype(np.int64), decided
+    dates = (happened[np.isfinite(happened)] % _SECONDS_PER_DAY == 0).all()
+    beforehand = happened < (as_of - as_of % _SECONDS_PER_DAY if dates else as_of)
+    return (happened <= end).astype(np.int64), (end <= options.known_until) & ~beforehand, beforehand
 
 
 def _require_columns(source: str, known: Iterable[str], wanted: Iterable[str]) -> None:

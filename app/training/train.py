@@ -40,18 +40,17 @@ def train(options: TrainingOptions, progress: Progress = lambda *_: None) -> Tra
     started = time.monotonic()
     check_writable(options.model_dir)
     columns, denied = choose_columns(options)
-    rows, everyone = fetch_rows(options, columns, progress)
-    undecided = everyone.leads.n - rows.leads.n
+    rows, everyone, left_out = fetch_rows(options, columns, progress)
     one_each = rows.take_one_a_lead()
     if is_day_one(one_each.outcome):
-        notes = Notes(denied, (), undecided)
+        notes = Notes(denied, (), left_out)
         estimator, description = train_day_one(options, columns, one_each, everyone.take_one_a_lead(), notes)
         return _publish(options, estimator, description, lambda _: None, started)
     suspicious = check_leakage(one_each.leads, one_each.outcome, one_each.as_of, columns, options.allow_leaky)
     train_part, test_part = split_rows(rows, options.seed)
     build, dropped = choose_features(options, columns, train_part)
     model = choose_model(train_part, build, list_candidates(options.model), options.seed, progress)
-    notes = Notes({**denied, **dropped}, (*map(str, suspicious), *_name_unused(options)), undecided)
+    notes = Notes({**denied, **dropped}, (*map(str, suspicious), *_name_unused(options)), left_out)
     description = describe_model(options, train_part, test_part, model, notes)
     return _publish(
         options,
