@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +209,26 @@ def test_a_source_without_any_beginning_is_a_clear_refusal(options: Callable[...
     create_few(options().url, "('2026-01-01', '2026-02-01')", "begun_at")
     with pytest.raises(TrainingError, match="no column as_of"):
         train(options())
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_moment_that_has_not_come_is_refused_as_it_would_make_every_young_lead_a_lost_one(
+    options: Callable[..., TrainingOptions], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    with pytest.raises(TrainingError, match="as-of time 2026-06-02"):
+        options(as_of=NOW + timedelta(days=1))
+    options(as_of=NOW)
+    create_visited(options().url)
+    train(options(source="visited"))
+    monkeypatch.setenv("DATABASE_URL", options().url)
+    monkeypatch.setenv("ML_MODEL_DIR", str(options().model_dir))
+    asked = [command, "--source", "visited", "--outcome", "won_at", "--as-of", "9000-01-01"]
+    result = CliRunner().invoke(cli, asked)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        "Error: the as-of time 9000-01-01 has not come yet: a lead whose outcome may still come would count "
+        "as lost."
+    )
 
 
 def test_label_and_outcome_at_once_are_refused_before_anything_is_opened() -> None:

@@ -1,4 +1,4 @@
-"""What a training is asked for. Holds no rule; made by the commands, by `shipped_model` and by tests."""
+"""What a training is asked for; made by the commands, by `shipped_model` and by tests."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -8,6 +8,7 @@ from typing import Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from app.ai.model_manifest import ArtifactFormat
+from app.errors import TrainingError
 
 ModelType = Literal["auto", "random_forest", "logistic_regression", "hist_gradient_boosting"]
 DEFAULT_SOURCE = "lead_training"
@@ -30,6 +31,9 @@ class TrainingOptions:
     `model` is the type to fit, or `auto` for the one that evidence favours. `base_rate` is the share of
     leads expected to reach the outcome, for as long as outcomes are few. With `signing_key` what is
     published is signed. `version` (`YYYYMMDD_HHMMSS`) defaults to `now`.
+
+    Raises:
+        TrainingError: `as_of` is later than `now`.
     """
 
     url: str
@@ -51,6 +55,14 @@ class TrainingOptions:
     signing_key: Ed25519PrivateKey | None = None
     version: str | None = None
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def __post_init__(self) -> None:
+        """Refuses a moment of which nothing can be known."""
+        if self.as_of and self.as_of > self.now:
+            raise TrainingError(
+                f"the as-of time {self.as_of:%Y-%m-%d} has not come yet: a lead whose outcome may still come "
+                "would count as lost."
+            )
 
     @property
     def known_until(self) -> float:
