@@ -1,6 +1,7 @@
 """What training makes of columns: levels, derived and declared features, and the leakage guard."""
 
 import math
+import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from app.training.declared import DECLARED_COLUMNS, build_declared_features
 from app.training.derive import derive_features
 from app.training.leakage import check_leakage, is_denied, measure_separation
 from app.training.levels import learn_levels
+from app.training.repeats import distinct_codes
 from tests.fakes import build_columns
 
 N = 400
@@ -193,6 +195,23 @@ def test_a_declared_column_without_any_text_is_a_clear_refusal() -> None:
 def test_the_commonest_level_is_kept_however_small_the_data() -> None:
     leads, _ = build_leads(["a", "a", "b", None], "text")
     assert list(learn_levels(leads.columns["it"], np.array([1, 0, 0, 1]))["levels"]) == ["a"]
+
+
+def test_one_long_text_takes_no_more_memory_than_it_has() -> None:
+    texts = [None if index % 9 == 0 else f" Level {index % 500}" for index in range(5000)]
+    texts[7] = "x" * 20_000
+    cells = build_leads(texts, "text")[0].columns["it"]
+    known = [text.strip().lower() for text in texts if text is not None]
+    expected = np.zeros(len(texts), dtype=np.int64)
+    expected[cells.present] = [sorted(set(known)).index(text) + 1 for text in known]
+    outcome = (np.arange(len(texts)) % 3 == 0).astype(np.int64)
+    tracemalloc.start()
+    codes = distinct_codes(cells)
+    measure_separation("it", cells, outcome, np.zeros(len(texts)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert codes.tolist() == expected.tolist()
+    assert peak < 5e6
 
 
 def dropped_beside(first: Sequence[object], second: Sequence[object], *kinds: ColumnKind) -> dict[str, str]:

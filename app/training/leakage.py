@@ -12,8 +12,8 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from app.ai.domain import Column, FloatArray, InputColumn, IntArray, LeadColumns
-from app.ai.feature_transforms import normalise_text
 from app.errors import TrainingError
+from app.training.repeats import distinct_codes
 
 REFUSED_AUC, FLAGGED_AUC = 0.90, 0.75
 """Separation by a single column beyond which training stops, and beyond which the report warns."""
@@ -130,21 +130,13 @@ def measure_separation(name: str, column: Column, outcome: IntArray, as_of: Floa
     present = column.present.astype(np.float64)
     emptiness = abs(float(roc_auc_score(outcome, present)) - 0.5) + 0.5
     if column.kind == "text":
-        by_value = float(roc_auc_score(outcome, _rates_of_other_half(_level_codes(column), outcome)))
+        by_value = float(roc_auc_score(outcome, _rates_of_other_half(distinct_codes(column), outcome)))
     else:
         numbers = _filled_numbers(column, as_of)
         by_rank = abs(float(roc_auc_score(outcome, numbers)) - 0.5) + 0.5
         by_bin = float(roc_auc_score(outcome, _rates_of_other_half(_bin_codes(numbers, column), outcome)))
         by_value = max(by_rank, by_bin)
     return Separation(name, max(by_value, emptiness), by_emptiness=emptiness >= by_value - 0.01)
-
-
-def _level_codes(column: Column) -> IntArray:
-    """Numbers the levels of a text (n,); missing cells are 0."""
-    codes = np.zeros(len(column.present), dtype=np.int64)
-    texts = [normalise_text(text) for text in column.values[column.present].tolist()]
-    codes[column.present] = np.unique(np.array(texts, dtype=np.str_), return_inverse=True)[1] + 1
-    return codes
 
 
 def _filled_numbers(column: Column, as_of: FloatArray) -> FloatArray:

@@ -38,9 +38,13 @@ def distinct_codes(cells: Column) -> IntArray:
     """Numbers the distinct cells of a column (n,) in the order of their values; all missing cells are 0."""
     codes = np.zeros(len(cells.present), dtype=np.int64)
     values: Any = cells.values[cells.present]
-    if cells.kind == "text":
-        values = np.array([normalise_text(text) for text in values], dtype=np.str_)
-    codes[cells.present] = np.unique(values, return_inverse=True)[1] + 1
+    if cells.kind != "text":
+        codes[cells.present] = np.unique(values, return_inverse=True)[1] + 1
+        return codes
+    # No array of texts: in one of NumPy's each takes as much as the longest.
+    texts = [normalise_text(text) for text in values]
+    number = {text: place for place, text in enumerate(sorted(set(texts)), 1)}
+    codes[cells.present] = [number[text] for text in texts]
     return codes
 
 
