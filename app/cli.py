@@ -205,7 +205,11 @@ def import_file(
     help="Time or number that rises as leads come in; by default as_of or created_at. Never a feature.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed and data, same model."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Same seed and data, same model.",
 )
 @click.option("--sign-key", type=_existing_file, help="Sign what is published with this private key.")
 @_json_option

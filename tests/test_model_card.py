@@ -358,7 +358,11 @@ def test_limits_are_those_of_this_model(manifest: ModelManifest, held_out: HeldO
         manifest.training, as_of_from="2025-01-01T00:00:00Z", as_of_to="2025-09-30T00:00:00Z"
     )
     dated = msgspec.structs.replace(manifest, training=training, report={**manifest.report, "split": "time"})
-    assert "seen leads from 2025-01-01 to 2025-09-30" in limits_of(dated, held_out)
+    assert "learnt from leads of 2025-01-01 to 2025-09-30; what changed" in limits_of(dated, held_out)
+    tested = msgspec.structs.replace(
+        dated, report={**dated.report, "tested": ["2025-10-01T00:00:00Z", "2025-12-30T00:00:00Z"]}
+    )
+    assert "2025-09-30, and was tested on leads of 2025-10-01 to 2025-12-30;" in limits_of(tested, held_out)
     assert "does not say when" not in limits_of(dated, held_out)
     assert "nothing was learnt from, the most recent ones." in render(dated, held_out, charts=False)[1]
     moved = msgspec.structs.replace(manifest, base_rate=manifest.base_rate + 0.1)

@@ -19,7 +19,7 @@ from app.cli import cli
 from app.errors import TrainingError
 from app.training.evaluation import evaluate_model
 from app.training.options import TrainingOptions
-from app.training.rows import choose_columns, fetch_rows
+from app.training.rows import LeftOut, choose_columns, fetch_rows
 from app.training.train import train
 from tests.builders import DAY, column, leads
 
@@ -121,7 +121,7 @@ def test_each_lead_is_won_lost_or_open_by_its_own_horizon(
         for moment, won in zip(rows.as_of, rows.outcome, strict=True)
     }
     assert by_day == {1: 1, 2: 1, 3: 0, 4: 0}, "in time, the same day, too late, never"
-    assert left_out == (2 * 60, 60), "young and won, young and open; won before it began"
+    assert left_out == LeftOut(2 * 60, 60), "young and won, young and open; won before it began"
     assert rows.leads.n == 4 * 60
     assert everyone.leads.n == 7 * 60
 
@@ -152,7 +152,7 @@ def test_an_outcome_of_which_only_the_date_is_known_came_after_a_beginning_of_th
         for moment, outcome in zip(rows.as_of, rows.outcome, strict=True)
     }
     assert by_day == decided
-    assert left_out == (0, 60 * (3 - len(decided)))
+    assert left_out == LeftOut(0, 60 * (3 - len(decided)))
 
 
 def create_visited(url: str) -> None:
@@ -231,7 +231,14 @@ def test_a_moment_that_has_not_come_is_refused_as_it_would_make_every_young_lead
     )
 
 
-def test_label_and_outcome_at_once_are_refused_before_anything_is_opened() -> None:
-    result = CliRunner().invoke(cli, ["train", "--label", "won", "--outcome", "won_at"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--label", "won", "--outcome", "won_at"), "--label or --outcome"),
+        (("--seed", "4294967296"), "0<=x<=4294967295"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_opened(arguments: tuple[str, ...], said: str) -> None:
+    result = CliRunner().invoke(cli, ["train", *arguments])
     assert result.exit_code == 2
-    assert "--label or --outcome" in result.output
+    assert said in result.output

@@ -38,7 +38,10 @@ FeatureRow = list[float | None]
 
 
 class TrainingFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a model was trained on: the as-of window (RFC 3339), row counts of the three parts, the seed."""
+    """What a model was trained on: the as-of window (RFC 3339) it has learnt from, row counts, the seed.
+
+    `calibrate_rows` are those of `train_rows` that calibrate, and `positives` those with the outcome of all.
+    """
 
     as_of_from: str | None
     as_of_to: str | None

@@ -24,8 +24,9 @@ def describe_data_limits(manifest: ModelManifest) -> list[str]:
     limits = []
     if training.as_of_from != training.as_of_to:
         limits.append(
-            f"It has seen leads from {str(training.as_of_from)[:10]} to {str(training.as_of_to)[:10]}; what "
-            "changed after that it cannot know."
+            f"It has learnt from leads of {_days(training.as_of_from, training.as_of_to)}"
+            + (f", and was tested on leads of {_days(*report['tested'])}" if report.get("tested") else "")
+            + "; what changed after that it cannot know."
         )
     elif report.get("split") != "time" and "day_one" not in report:
         limits.append(
@@ -51,6 +52,10 @@ def describe_data_limits(manifest: ModelManifest) -> list[str]:
             f"It never says less than {lower:.1%} or more than {upper:.1%}: its data do not support more."
         )
     return limits
+
+
+def _days(start: str | None, end: str | None) -> str:
+    return f"{str(start)[:10]} to {str(end)[:10]}"
 
 
 def describe_held_out_limits(

@@ -49,7 +49,6 @@ def describe_model(
     rule = measure_rule(model, importance, train_part, test_part, options.seed)
     answers = answer_leads(model, matrix, rule)
     probability = answers.probability
-    moments = np.concatenate([train_part.as_of, test_part.as_of])
     positives = int(train_part.outcome.sum() + test_part.outcome.sum())
     return ModelDescription(
         model_type=fitted.candidate.model_type,
@@ -64,10 +63,10 @@ def describe_model(
         source=options.source,
         label=options.label or options.outcome,
         training=TrainingFacts(
-            as_of_from=to_moment(moments.min()),
-            as_of_to=to_moment(moments.max()),
+            as_of_from=to_moment(train_part.as_of.min()),
+            as_of_to=to_moment(train_part.as_of.max()),
             train_rows=train_part.leads.n,
-            calibrate_rows=train_part.leads.n,
+            calibrate_rows=len(model.out_of_fold.rows),
             test_rows=test_part.leads.n,
             positives=positives,
             seed=options.seed,
@@ -78,6 +77,7 @@ def describe_model(
         report={
             **build_notes(options, notes),
             "split": "random" if test_part.order is None else "time",
+            "tested": [to_moment(test_part.as_of.min()), to_moment(test_part.as_of.max())],
             "choice": model.choice,
             "importance": importance,
             "reliability": describe_reliability(probability, test_part.outcome),

@@ -55,10 +55,13 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
     """Returns what the model was made from as pairs of heading and text."""
     training = manifest.training
     how = _HOW_TESTED.get(str(manifest.report.get("split")), "")
+    fitted = f"{training.train_rows:,} to fit and calibrate"
+    if training.calibrate_rows != training.train_rows:
+        fitted = f"{training.train_rows:,} to fit, {training.calibrate_rows:,} of them to calibrate"
     rows = [
         ("source", manifest.source),
         ("outcome", manifest.label),
-        ("leads", f"{training.train_rows:,} to fit and calibrate, {training.test_rows:,} to test{how}"),
+        ("leads", f"{fitted}, {training.test_rows:,} to test{how}"),
         (
             "expected rate" if "day_one" in manifest.report else f"outcome rate{rate_of_when(manifest)}",
             f"{manifest.base_rate:.1%}",
@@ -69,10 +72,10 @@ def describe_data(manifest: ModelManifest) -> list[tuple[str, str]]:
         ("artifact", f"{manifest.file_size / 1e3:,.0f} kB, sha256 {manifest.sha256}"),
     ]
     if training.as_of_from:
-        rows.insert(2, ("as-of times", f"{training.as_of_from} to {training.as_of_to}"))
+        rows.insert(2, ("as-of times", _describe_window(manifest)))
     if manifest.report.get("since"):
         rows.insert(2, ("no lead from before", manifest.report["since"]))
-    rows[3:3] = _describe_left_out(manifest.report.get("undecided", 0), manifest.report.get("beforehand", 0))
+    rows[3:3] = _describe_left_out(manifest.report)
     if "day_one" in manifest.report:
         rows.insert(0, ("day-one model", describe_day_one(manifest.report["day_one"])))
     return rows
@@ -181,18 +184,27 @@ def _describe_evaluated(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("outcome", evaluation.outcome),
         ("leads", f"{evaluation.leads:,}, {rate:.1%} of them with the outcome"),
     ]
-    rows += _describe_left_out(evaluation.undecided, evaluation.beforehand)
+    rows += _describe_left_out(evaluation.facts())
     if evaluation.rejected:
         rows.append(("not answered", f"{evaluation.rejected:,} leads, rejected by feature safety"))
     return rows
 
 
-def _describe_left_out(undecided: int, beforehand: int) -> list[tuple[str, str]]:
-    counts = (
-        ("left out as undecided", undecided),
-        ("left out, outcome before the as-of time", beforehand),
-    )
-    return [(heading, f"{leads:,} leads") for heading, leads in counts if leads]
+def _describe_window(manifest: ModelManifest) -> str:
+    training, tested = manifest.training, manifest.report.get("tested")
+    if training.as_of_from == training.as_of_to:
+        return f"{training.as_of_from}, the same for all"
+    learnt = f"learnt from {training.as_of_from} to {training.as_of_to}"
+    return learnt + (", tested on {} to {}".format(*tested) if tested else "")
+
+
+def _describe_left_out(told: Mapping[str, Any]) -> list[tuple[str, str]]:
+    headings = {
+        "undecided": "left out as undecided",
+        "beforehand": "left out, outcome before the as-of time",
+        "repeated": "left out as repeats of earlier leads",
+    }
+    return [(heading, f"{told[name]:,} leads") for name, heading in headings.items() if told.get(name)]
 
 
 def _candidates_table(choice: Mapping[str, Any]) -> Table:

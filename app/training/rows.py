@@ -73,10 +73,14 @@ class TrainingRows:
 
 
 class LeftOut(NamedTuple):
-    """How many leads are not learnt from: no outcome yet, and an outcome before their as-of time."""
+    """How many leads are not learnt from: with no outcome yet, or with one before their as-of time.
+
+    The `repeated` are recent enough to be tested on, but repeat an earlier lead.
+    """
 
     undecided: int
     beforehand: int
+    repeated: int = 0
 
 
 def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], dict[str, str]]:

@@ -38,32 +38,33 @@ class Fold(NamedTuple):
 def split_rows(rows: TrainingRows, seed: int) -> tuple[TrainingRows, TrainingRows]:
     """Returns the part to fit and calibrate on, and the fifth to test on once.
 
-    With an order the test part is the last fifth, less the rows that equal an earlier one, which go to the
-    other part. Otherwise, or where fewer than a quarter of the last fifth are like no earlier one, it is
+    With an order the test part is the last fifth, less the rows that equal an earlier one, which are in
+    neither part. Otherwise, or where fewer than a quarter of the last fifth are like no earlier one, it is
     drawn at random, and neither part has an order.
 
     Raises:
         TrainingError: a part would hold leads of one class only.
     """
-    group, held_out = group_rows(rows), np.zeros(rows.leads.n, dtype=np.bool_)
+    group, learnt = group_rows(rows), np.ones(rows.leads.n, dtype=np.bool_)
     where = "the most recent fifth of the leads, less those identical to an earlier one,"
     if rows.order is not None:
         latest = np.argsort(rows.order, kind="stable")[rows.leads.n - rows.leads.n // FOLDS :]
-        held_out[latest] = True
-        held_out &= ~np.isin(group, group[~held_out])
+        learnt[latest] = False
+        held_out = ~learnt & ~np.isin(group, group[learnt])
         if held_out.sum() < len(latest) * _NEW_SHARE:
             rows = replace(rows, order=None)
     if rows.order is None:
         held_out = _random_folds(group, rows.outcome, np.random.default_rng(seed)) == 0
+        learnt = ~held_out
         where = "the fifth drawn to test on, with identical leads kept together,"
-    for part, name in ((held_out, where), (~held_out, "what is left to learn from")):
+    for part, name in ((held_out, where), (learnt, "what is left to learn from")):
         if not _both_classes(rows.outcome[part]):
             raise TrainingError(
                 f"{name} holds {int(part.sum())} leads, and not both some with the outcome and some without: "
                 "nothing could be measured. More leads are needed, or another order (--order-by) or other "
                 "columns, as these part the outcomes."
             )
-    return rows.take(~held_out), rows.take(held_out)
+    return rows.take(learnt), rows.take(held_out)
 
 
 def build_folds(rows: TrainingRows, seed: int) -> list[Fold]:

@@ -48,6 +48,7 @@ def train(options: TrainingOptions, progress: Progress = lambda *_: None) -> Tra
         return _publish(options, estimator, description, lambda _: None, started)
     suspicious = check_leakage(one_each.leads, one_each.outcome, one_each.as_of, columns, options.allow_leaky)
     train_part, test_part = split_rows(rows, options.seed)
+    left_out = left_out._replace(repeated=rows.leads.n - train_part.leads.n - test_part.leads.n)
     build, dropped = choose_features(options, columns, train_part)
     model = choose_model(train_part, build, list_candidates(options.model), options.seed, progress)
     notes = Notes({**denied, **dropped}, (*map(str, suspicious), *_name_unused(options)), left_out)
