@@ -170,7 +170,7 @@ def test_a_large_group_does_not_change_how_often_the_leads_beside_it_apply() -> 
 
 
 def build_snapshots(order: FloatArray | None, *, alike: bool = False) -> TrainingRows:
-    """Six rows of each of 300 leads: what it visits grows by its own number; `alike` ones begin with none."""
+    """Six rows of each of 300 leads, whose visits grow by a number of their own; or that begin `alike`."""
     random = np.random.default_rng(7)
     lead, turn = np.repeat(np.arange(300), 6), np.tile(np.arange(6.0), 300)
     visits = turn * random.normal(size=300)[lead] + (0.0 if alike else random.normal(size=1800))
@@ -180,6 +180,8 @@ def build_snapshots(order: FloatArray | None, *, alike: bool = False) -> Trainin
         weight=column("number", *random.normal(size=300)[lead].tolist()),
         name=column("text", *(f"lead {number}" for number in lead.tolist())),
     )
+    if alike:
+        columns = leads(visits=columns.columns["visits"])
     return TrainingRows(columns, (random.random(300) < 0.3)[lead].astype(np.int64), np.full(1800, AS_OF),
                         order, random.permutation(300)[lead])  # fmt: skip
 
@@ -207,6 +209,19 @@ def test_rows_equal_to_one_of_another_lead_keep_both_leads_together() -> None:
     group = group_rows(rows)
     assert set(group[:12].tolist()) == {group[0]}
     assert len(set(group.tolist())) == 299
+
+
+def test_leads_that_all_hang_together_by_equal_rows_are_parted_all_the_same() -> None:
+    rows = build_snapshots(None, alike=True)
+    assert len(np.unique(rows.leads.columns["visits"].values[::6])) == 1
+    assert np.bincount(group_rows(rows)).tolist() == [6] * 300
+
+
+def test_many_equal_rows_stay_together_though_a_lead_has_two() -> None:
+    visits = np.where(np.arange(N) < 400, -1.0, np.arange(N))
+    rows = replace(build_rows(), leads=leads(visits=column("number", *visits.tolist())))
+    group = group_rows(replace(rows, lead=np.append(np.arange(N - 1), 0)))
+    assert np.bincount(group).max() == 401, "more than a fold of rows are equal, and one is of the same lead"
 
 
 def test_leads_of_one_row_each_are_parted_as_if_nobody_had_numbered_them() -> None:

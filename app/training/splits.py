@@ -109,17 +109,19 @@ def group_rows(rows: TrainingRows) -> IntArray:
 
 
 def _join_leads(group: IntArray, lead: IntArray) -> IntArray:
-    """Joins groups (n,) that have rows of one lead in common; `lead` (n,) numbers the leads.
+    """Joins groups (n,) of equal rows that have rows of one lead in common; `lead` (n,) numbers the leads.
 
-    Leads that begin alike may hang together until no fold could hold them: then only the leads count.
+    Where leads begin alike, that chains nearly all of them together, and hardly any could be held out: if it
+    adds more than a fold to the largest group, the rows of a lead are a group and nothing else is.
     """
     _, lead = np.unique(lead, return_inverse=True)
-    leads, nodes = lead.max(initial=-1) + 1, lead.max(initial=-1) + group.max(initial=-1) + 2
+    leads, groups = lead.max(initial=-1) + 1, group.max(initial=-1) + 1
     if leads == len(lead):
         return group
-    links = coo_array((np.ones(len(lead)), (lead, leads + group)), shape=(nodes, nodes))
+    links = coo_array((np.ones(len(lead)), (lead, leads + group)), shape=(leads + groups, leads + groups))
     joined: IntArray = connected_components(links, directed=False)[1][lead]
-    return joined if np.bincount(joined).max() <= len(lead) / FOLDS else lead
+    chained = np.bincount(joined).max() - np.bincount(group).max()
+    return joined if chained <= len(lead) / FOLDS else lead
 
 
 def _drawn_folds(group: IntArray, outcome: IntArray, seed: int) -> Iterator[Fold]:
