@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import stat
 import sys
 import threading
@@ -805,15 +806,28 @@ def test_no_damage_keeps_the_log_from_starting_or_lets_a_false_event_out(tmp_pat
     origin.close()
     (path,) = list_segments(tmp_path)
     pristine = path.read_bytes()
+    starts = [mark.start() for mark in re.finditer(b"\xf5\xfeEV", pristine)]
+    ends = [*starts[1:], len(pristine.rstrip(b"\0"))]
+    records = list(zip(events, map(range, starts, ends), strict=True))
     rng = random.Random(1)  # noqa: S311 - a repeatable choice of bits
     for place in range(len(pristine)):
         flipped = bytes([pristine[place] ^ 1 << rng.randrange(8)])
-        for damaged in (pristine[:place], pristine[:place] + flipped + pristine[place + 1 :]):
-            path.write_bytes(damaged)
-            log = TelemetryLog(tmp_path, segment_bytes=1536)
-            kept = ship_all(log)
-            assert set(kept) <= set(events)
-            assert len(damaged) < len(pristine) or len(kept) >= 3
-            log.close()
-            for left in tmp_path.iterdir():
-                left.unlink()
+        path.write_bytes(pristine[:place] + flipped + pristine[place + 1 :])
+        assert ship_damaged(tmp_path) == ([event for event, where in records if place not in where], 1), place
+        path.write_bytes(pristine[:place])
+        whole = [event for event, where in records if where.stop <= place]
+        begun = 0 < place < starts[0] or any(place in where and place > where.start for _, where in records)
+        assert ship_damaged(tmp_path) == (whole, int(begun)), place
+
+
+def ship_damaged(directory: Path) -> tuple[list[StoredEvent], int]:
+    """Returns the events of a log, and how many files were set aside, which the log lines say too."""
+    log = TelemetryLog(directory, segment_bytes=1536)
+    with capture_logs() as lines:
+        kept = ship_all(log)
+    log.close()
+    aside = [left for left in directory.iterdir() if left.name.startswith("damaged-")]
+    assert [line["event"] for line in lines] == ["telemetry_segment_set_aside"] * len(aside)
+    for left in directory.iterdir():
+        left.unlink()
+    return kept, len(aside)
