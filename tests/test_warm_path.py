@@ -1,5 +1,6 @@
 """The warm path is always fresh: the whole service, a real database, and leads that change under it."""
 
+import math
 import os
 import signal
 import time
@@ -75,10 +76,14 @@ def warm_up(client: httpx2.Client, *lead_ids: str) -> dict[str, Any]:
 
 def assert_new_within_the_promise(client: httpx2.Client, old: list[float], *lead_ids: str) -> None:
     """Asks on and on from the commit; whoever asks after the time promised must not get an old answer."""
-    committed = time.monotonic()
-    while (asked := time.monotonic()) < committed + 2 * PROMISE_SECONDS:
+    due = time.monotonic() + PROMISE_SECONDS
+    asked = -math.inf
+    # However slow the machine is, the last one is asked after the time promised.
+    while asked < due + PROMISE_SECONDS:
+        asked = time.monotonic()
         new = coverages(ask(client, *lead_ids))
-        assert asked < committed + PROMISE_SECONDS or all(a != b for a, b in zip(old, new, strict=True))
+        if asked >= due:
+            assert all(a != b for a, b in zip(old, new, strict=True))
 
 
 _CHANGES = [
@@ -148,8 +153,10 @@ def test_a_reference_that_moves_to_another_lead_moves_in_the_cache_too(
     assert coverages(ask(client, "moves", two)) == 2 * coverages(ask(client, "moves"))
     execute(url, "DELETE FROM people WHERE id = %s", two)
     deadline = time.monotonic() + PROMISE_SECONDS
+    asked = time.monotonic()
     while ask(client, "moves", two)["failed_predictions"] < 2:
-        assert time.monotonic() < deadline
+        assert asked < deadline
+        asked = time.monotonic()
 
 
 def test_a_lead_that_was_unknown_is_answered_as_soon_as_it_is_there(url: str, client: httpx2.Client) -> None:
