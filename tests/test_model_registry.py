@@ -469,20 +469,23 @@ def test_a_file_that_changes_while_it_is_read_is_loaded_as_verified_or_not_at_al
             turn += 1
 
     racer = threading.Thread(target=race)
-    racer.start()
     catalogue = ModelCatalogue(models)
     outcomes = []
     deadline = time.monotonic() + 20
-    while (
-        min(outcomes.count("loaded"), outcomes.count("digest_mismatch")) < 50 and time.monotonic() < deadline
-    ):
-        try:
-            catalogue._load(catalogue.find()[0])
-            outcomes.append("loaded")
-        except ArtifactError as exc:
-            outcomes.append(exc.reason)
-    stop.set()
-    racer.join()
+    racer.start()
+    try:
+        while (
+            min(outcomes.count("loaded"), outcomes.count("digest_mismatch")) < 50
+            and time.monotonic() < deadline
+        ):
+            try:
+                catalogue._load(catalogue.find()[0])
+                outcomes.append("loaded")
+            except ArtifactError as exc:
+                outcomes.append(exc.reason)
+    finally:
+        stop.set()
+        racer.join()
     # Never the golden test: whatever was deserialised had the verified digest.
     assert set(outcomes) <= {"loaded", "digest_mismatch", "missing"}
     assert min(outcomes.count("loaded"), outcomes.count("digest_mismatch")) >= 50

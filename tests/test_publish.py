@@ -209,10 +209,12 @@ def test_a_reader_never_sees_half_a_model(tmp_path):
 
     reader = threading.Thread(target=read_on)
     reader.start()
-    for month in range(1, 13):
-        publish(tmp_path, f"2027{month:02}01_000000", "random_forest")
-    done.set()
-    reader.join()
+    try:
+        for month in range(1, 13):
+            publish(tmp_path, f"2027{month:02}01_000000", "random_forest")
+    finally:
+        done.set()
+        reader.join()
     assert {("verified", None)} <= set(seen) <= {("verified", None), ("unverified", "no_manifest")}
 
 
