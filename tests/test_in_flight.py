@@ -84,6 +84,10 @@ async def test_one_more_than_the_limit_is_refused_and_the_place_is_given_back() 
     await limit(build_post(), _arrive, _ignore)
 
 
+def test_whoever_is_refused_is_told_to_come_back_in_a_time_that_is_drawn() -> None:
+    assert {OverloadedError().retry_after for _ in range(200)} == {1, 2, 3}
+
+
 async def test_a_request_that_fails_or_is_given_up_gives_its_place_back() -> None:
     async def fail(_scope: Any, receive: Any, _send: Any) -> None:
         await receive()

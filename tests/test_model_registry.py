@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import inspect
 import os
 import resource
 import sys
@@ -685,12 +686,16 @@ async def test_a_caller_that_gives_up_does_not_take_the_others_with_it(models, o
 
 
 async def test_nobody_waits_for_a_disk_that_hangs_and_what_it_loads_in_the_end_serves(models, open_registry):
+    assert inspect.signature(ModelRegistry).parameters["longest_wait_seconds"].default == 1.0
     publish(models, V1)
     gate = threading.Event()
-    registry = open_registry(incompatible=lambda _: None if gate.wait(30) else "too late")
+    registry = open_registry(
+        longest_wait_seconds=0.05, incompatible=lambda _: None if gate.wait(30) else "too late"
+    )
     try:
         with pytest.raises(ModelNotReadyError) as refused:
-            await registry.active()
+            async with asyncio.timeout(10):  # long before the gate opens by itself
+                await registry.active()
         assert refused.value.retry_after >= 1
     finally:
         gate.set()

@@ -1,6 +1,7 @@
 """Recording is durable before it returns, and every event reaches the database exactly once."""
 
 import asyncio
+import inspect
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -358,6 +359,10 @@ async def test_a_cancelled_request_leaves_exactly_one_event(tmp_path: Path) -> N
         assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
         log.gate.set()
     assert table.request_ids() == [f"req-{n}" for n in range(10)]
+
+
+def test_nobody_waits_longer_for_the_disk_than_two_seconds_unless_told_to() -> None:
+    assert inspect.signature(MlTelemetry).parameters["record_deadline_seconds"].default == 2.0
 
 
 async def test_disk_and_database_gone_give_an_error_in_time_and_no_event_for_it(tmp_path: Path) -> None:

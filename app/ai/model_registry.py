@@ -30,9 +30,6 @@ from app.metrics import observe_model_look
 
 CacheStatus = Literal["hit", "miss", "expired", "error"]
 
-LONGEST_WAIT_SECONDS = 1.0
-"""A request waits no longer than this for the first model."""
-
 _MAX_BACKOFF = 6
 """Looks with nothing to serve are at most this many times `retry_seconds` apart."""
 
@@ -90,9 +87,9 @@ class ModelRegistry:
 
     `served` remembers across processes which versions have served; without it only this process's own is
     known. While `source_is_known` says no, nobody can tell which models suit the lead source: the newest
-    serves for the time being, is not remembered for it, and is looked at again. Seconds are those of
-    `monotonic`. `on_load` is told of every load and of every refusal that is news, on the registry's own
-    thread.
+    serves for the time being, is not remembered for it, and is looked at again. A request waits at most
+    `longest_wait_seconds` for the first model; the other seconds are those of `monotonic`. `on_load` is told
+    of every load and of every refusal that is news, on the registry's own thread.
     """
 
     def __init__(
@@ -104,6 +101,7 @@ class ModelRegistry:
         pinned_version: str | None = None,
         ttl_seconds: float = 3600.0,
         retry_seconds: float = 5.0,
+        longest_wait_seconds: float = 1.0,
         monotonic: Callable[[], float] = time.monotonic,
         utc_now: Callable[[], datetime] = lambda: datetime.now(UTC),
         on_load: Callable[[LoadReport], None] = lambda _: None,
@@ -114,6 +112,7 @@ class ModelRegistry:
         self._pinned = pinned_version
         self._ttl = ttl_seconds
         self._retry = retry_seconds
+        self._longest_wait = longest_wait_seconds
         self._monotonic = monotonic
         self._utc_now = utc_now
         self._on_load = on_load
@@ -139,7 +138,7 @@ class ModelRegistry:
         if loaded is None and look is not None:
             # Shielded: a caller that gives up must not take the others' load with it.
             with suppress(TimeoutError):
-                async with asyncio.timeout(LONGEST_WAIT_SECONDS):
+                async with asyncio.timeout(self._longest_wait):
                     await asyncio.shield(asyncio.wrap_future(look))
         return self._require()
 
