@@ -261,6 +261,35 @@ async def test_a_server_that_admits_nobody_is_an_outage_and_is_used_again_when_i
         assert await asyncio.gather(*(database.run(ask) for _ in range(10))) == [1] * 10
 
 
+async def test_a_server_that_admits_nobody_has_one_caller_at_its_door(connect: Connect) -> None:
+    door = Door()
+    server = await asyncio.start_server(door.refuse, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        database = connect(
+            f"postgresql://x@127.0.0.1:{port}/x?sslmode=disable", pool_size=10, deadline_seconds=10
+        )
+        await refused_in(database)  # nobody knew before
+        await asyncio.gather(*(refused_in(database) for _ in range(10)))
+    assert (door.most_open, door.opened) == (1, 11)
+
+
+class Door:
+    """Lets callers in, makes them wait, and sends them away; counts them."""
+
+    def __init__(self) -> None:
+        self.open = self.most_open = self.opened = 0
+
+    async def refuse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
+        self.opened += 1
+        self.most_open = max(self.most_open, self.open)
+        await reader.read(1)
+        await asyncio.sleep(0.02)  # what a server takes to say no: time for others to come too
+        self.open -= 1
+        writer.close()
+
+
 async def test_a_failed_statement_is_the_callers_matter_and_keeps_the_connection(
     database_url: str, connect: Connect
 ) -> None:
