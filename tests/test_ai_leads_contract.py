@@ -129,6 +129,7 @@ def problem_of(response: httpx2.Response, status: int, code: str) -> dict[str, A
     assert body["type"] == f"urn:lead-scoring:problem:{code}"
     assert (body["status"], body["error_code"]) == (status, code)
     assert body["request_id"] == response.headers["x-request-id"]
+    assert body["timestamp"].endswith("Z")
     assert abs(datetime.fromisoformat(body["timestamp"]).timestamp() - time.time()) < 5
     assert len(response.content) < 4096
     if status == 503:

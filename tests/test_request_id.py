@@ -3,9 +3,12 @@
 import asyncio
 import json
 import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
@@ -218,6 +221,51 @@ async def test_as_of_is_the_start_of_the_utc_day(moment: str) -> None:
     async with client_of(build_app(Journal(), now=now.timestamp)) as client:
         as_of = (await client.get("/livez")).json()["as_of"]
     assert datetime.fromtimestamp(as_of, UTC) == now.replace(hour=0, minute=0, second=0, microsecond=0)
+
+
+CLOCKS = """
+import asyncio, json, os, sys, time
+from pathlib import Path
+from app.ai.ml_telemetry import MlTelemetry
+from app.ai.telemetry_log import TelemetryLog
+from app.error_handlers import Problems
+from app.errors import EmptyBatchError
+from app.middleware.request_id import build_record
+from tests.test_telemetry_shipping import Table, make_event
+
+async def record():
+    table = Table()
+    telemetry = MlTelemetry(TelemetryLog(Path(sys.argv[1])), table)
+    await telemetry.open()
+    await telemetry.record(make_event)
+    await telemetry.close()
+    return [event.created_at for event in table.rows.values()]
+
+for zone in sys.argv[2:]:
+    os.environ["TZ"] = zone
+    time.tzset()
+    problem = json.loads(Problems({})({"path": "/"}, EmptyBatchError()).body)
+    times = [problem["timestamp"], *asyncio.run(record())]
+    print(json.dumps([time.strftime("%z"), times, build_record({"headers": []}).as_of]))
+"""
+
+
+def test_times_are_utc_in_whatever_time_zone_the_machine_is(tmp_path: Path) -> None:
+    # New York's rules, and the ends of the world, one of which has another day; in no need of zone files.
+    zones = ["EST5EDT,M3.2.0,M11.1.0", "<-12>12", "<+14>-14"]
+    before = datetime.now(UTC)
+    told = subprocess.run(
+        [sys.executable, "-c", CLOCKS, str(tmp_path), *zones], check=True, capture_output=True, text=True
+    )
+    after = datetime.now(UTC)
+    lines = [json.loads(line) for line in told.stdout.splitlines() if line.startswith("[")]
+    assert len({offset for offset, _, _ in lines}) == len(zones)
+    for _, (error, event), as_of in lines:
+        for moment in (error, event):
+            assert moment.endswith("Z")
+            assert before.replace(microsecond=0) <= datetime.fromisoformat(moment) <= after
+        assert as_of % 86400 == 0
+        assert before.date() <= datetime.fromtimestamp(as_of, UTC).date() <= after.date()
 
 
 async def test_the_event_comes_before_the_answer() -> None:
