@@ -3,11 +3,11 @@
 A test gets a database of its own by copying a template that the real migrations made.
 """
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psycopg
 import pytest
@@ -31,20 +31,29 @@ def _log_everything() -> None:
 
 
 @pytest.fixture(scope="session")
-def server_url() -> Iterator[str]:
+def make_server_dir() -> Iterator[Callable[[], Path]]:
+    """`make_server_dir()` makes a directory for a server, outside of pytest's.
+
+    Whenever another session of pytest begins, it closes the directory that all of them share to all but its
+    owner, and so to the user that PostgreSQL runs as: a server that starts at that moment finds no data.
+    """
+    with ExitStack() as stack:
+        yield lambda: Path(
+            stack.enter_context(TemporaryDirectory(prefix="leadscore-tests-", ignore_cleanup_errors=True))
+        )
+
+
+@pytest.fixture(scope="session")
+def server_url(make_server_dir: Callable[[], Path]) -> Iterator[str]:
     """The maintenance database of this session's server."""
-    folder = Path(tempfile.mkdtemp(prefix="leadscore-tests-"))
-    try:
-        with open_embedded(folder) as url:
-            with psycopg.connect(url, autocommit=True) as connection:
-                # Nothing here outlives the session, so nothing has to survive a power cut.
-                connection.execute("ALTER SYSTEM SET fsync = off")
-                connection.execute("ALTER SYSTEM SET full_page_writes = off")
-                connection.execute("ALTER SYSTEM SET synchronous_commit = off")
-                connection.execute("SELECT pg_reload_conf()")
-            yield url
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with open_embedded(make_server_dir()) as url:
+        with psycopg.connect(url, autocommit=True) as connection:
+            # Nothing here outlives the session, so nothing has to survive a power cut.
+            connection.execute("ALTER SYSTEM SET fsync = off")
+            connection.execute("ALTER SYSTEM SET full_page_writes = off")
+            connection.execute("ALTER SYSTEM SET synchronous_commit = off")
+            connection.execute("SELECT pg_reload_conf()")
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -65,9 +65,9 @@ def listen() -> Iterator[Listen]:
 
 
 @pytest.fixture(scope="module")
-def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def own_server(make_server_dir: Callable[[], Path]) -> Iterator[tuple[str, Path]]:
     """A server of this module's own, migrated, that its tests may freeze: its URL and data directory."""
-    folder = tmp_path_factory.mktemp("listener")
+    folder = make_server_dir()
     with open_embedded(folder) as url:
         upgrade(url)
         yield url, folder / "postgres" / "data"
@@ -179,13 +179,16 @@ async def test_a_frozen_server_is_not_trusted_beyond_its_time_and_heard_again_af
     assert await eventually(lambda: lead_id in observer.forgotten)
 
 
-async def test_a_server_that_is_not_there_yet_is_heard_once_it_is(tmp_path: Path, listen: Listen) -> None:
-    with open_embedded(tmp_path) as url:
+async def test_a_server_that_is_not_there_yet_is_heard_once_it_is(
+    make_server_dir: Callable[[], Path], listen: Listen
+) -> None:
+    folder = make_server_dir()
+    with open_embedded(folder) as url:
         pass
     observer = Observer()
     listen(url, observer)
     assert not observer.is_trusted()
-    with open_embedded(tmp_path) as again:
+    with open_embedded(folder) as again:
         assert again == url
         assert await eventually(observer.is_trusted)
 

@@ -1,7 +1,7 @@
 """The database stopped and frozen under the running service: what is answered meanwhile, what comes after."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -45,8 +45,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("outage"))
+def server(make_server_dir: Callable[[], Path]) -> Iterator[Server]:
+    server = Server(make_server_dir())
     upgrade(server.url)
     load_demo(server.url, people=60, seed=4, until=datetime.now(UTC))
     yield server

@@ -45,9 +45,9 @@ Connect = Callable[..., Database]
 
 
 @pytest.fixture(scope="module")
-def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def own_server(make_server_dir: Callable[[], Path]) -> Iterator[tuple[str, Path]]:
     """A server of this module's own, because its tests freeze it: its URL and its data directory."""
-    folder = tmp_path_factory.mktemp("frozen")
+    folder = make_server_dir()
     with open_embedded(folder) as url:
         yield url, folder / "postgres" / "data"
 
@@ -367,14 +367,16 @@ async def test_an_address_that_swallows_packets_costs_the_deadline(connect: Conn
     assert max(times) < DEADLINE + GRACE
 
 
-async def test_a_server_that_is_killed_and_restarted_is_used_again(tmp_path: Path, connect: Connect) -> None:
-    before = open_files()
-    with open_embedded(tmp_path) as url:
+async def test_a_server_that_is_killed_and_restarted_is_used_again(
+    make_server_dir: Callable[[], Path], connect: Connect
+) -> None:
+    before, folder = open_files(), make_server_dir()
+    with open_embedded(folder) as url:
         database = connect(url, deadline_seconds=2)
         assert await database.run(ask) == 1
-        _send(server_processes(tmp_path / "postgres" / "data"), signal.SIGKILL)
+        _send(server_processes(folder / "postgres" / "data"), signal.SIGKILL)
         assert await refused_in(database) < 2
-        with open_embedded(tmp_path) as again:
+        with open_embedded(folder) as again:
             assert again == url
             assert await database.run(ask) == 1
     assert await refused_in(database) < 2

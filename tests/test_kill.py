@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from app.db.embedded import open_embedded
@@ -53,8 +54,10 @@ async def test_a_service_killed_in_the_middle_of_ten_thousand_requests_loses_non
     assert set(Counter(load.answered.values())) == {200, 422}
 
 
-async def test_the_same_with_two_workers_and_the_database_stopped_in_between(tmp_path: Path) -> None:
-    server = tmp_path / "server"
+async def test_the_same_with_two_workers_and_the_database_stopped_in_between(
+    make_server_dir: Callable[[], Path], tmp_path: Path
+) -> None:
+    server = make_server_dir()
     with open_embedded(server) as url:
         upgrade(url)
         load = Load("outage", add_leads(url, 20))

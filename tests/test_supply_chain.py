@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import httpx2
@@ -76,9 +76,11 @@ def notes(folder: Path) -> list[str]:
     return (folder / "guard.txt").read_text(encoding="utf-8").splitlines()
 
 
-def test_a_service_without_any_setting_starts_and_scores_without_leaving_this_machine(tmp_path: Path) -> None:
+def test_a_service_without_any_setting_starts_and_scores_without_leaving_this_machine(
+    make_server_dir: Callable[[], Path], tmp_path: Path
+) -> None:
     environment = guarded(tmp_path) | {"DATABASE_URL": "", "AI_RATE_LIMIT": "", "WORKERS": "2"}
-    with Service(tmp_path, "", ROOT / "models", **environment) as service:
+    with Service(make_server_dir(), "", ROOT / "models", **environment) as service:
         url = f"http://127.0.0.1:{service.port}"
         assert httpx2.get(f"{url}/readyz").status_code == 200
         answer = httpx2.post(f"{url}{PREDICT}", json=["lead_1", "lead_2"]).json()

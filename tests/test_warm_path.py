@@ -4,8 +4,9 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -25,9 +26,9 @@ PROMISE_SECONDS = 0.25
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(make_server_dir: Callable[[], Path]) -> Iterator[str]:
     """A CRM on a server of this module's own, because a session of it is stopped."""
-    with open_embedded(tmp_path_factory.mktemp("warm")) as url:
+    with open_embedded(make_server_dir()) as url:
         upgrade(url)
         load_demo(url, people=60, seed=4, until=datetime.now(UTC))
         yield url
