@@ -314,6 +314,16 @@ def test_a_server_that_cannot_start_says_why(kept: Path) -> None:
     assert not is_running(kept)
 
 
+def test_a_server_that_ends_before_it_can_word_an_error_is_quoted_and_its_log_named(kept: Path) -> None:
+    (kept / "postgres" / "data" / "global" / "pg_control").unlink()
+    with (
+        pytest.raises(CommandError, match=r"did not start: .*pg_control.*; its log is .*server\.log"),
+        open_embedded(kept),
+    ):
+        pass
+    assert not is_running(kept)
+
+
 def test_a_place_that_cannot_be_written_is_named(var: Path) -> None:
     var.write_text("a file")
     with pytest.raises(CommandError, match="VAR_DIR"), open_embedded(var):

@@ -247,9 +247,10 @@ class _Server:
 
     def _reason(self) -> str:
         """Returns what the server said when it gave up."""
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        fatal = [line.partition("FATAL:")[2].strip() for line in lines if "FATAL:" in line]
-        return fatal[-1] if fatal else f"its log is {self._log}"
+        said = self._log.read_text(encoding="utf-8", errors="replace")
+        fatal = [line.partition("FATAL:")[2].strip() for line in said.splitlines() if "FATAL:" in line]
+        # Before it has read its settings it words what is wrong in another way, and a kill it does not word.
+        return fatal[-1] if fatal else f"{_last_line(said)}; its log is {self._log}"
 
 
 def _buffer_megabytes() -> int:
