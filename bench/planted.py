@@ -31,7 +31,7 @@ from app.ai.model_bundle import ModelBundle
 from app.ai.model_registry import ModelRegistry
 from app.ai.score_kernels import ScoreKernels
 from app.db.engine import Database, _Loan
-from app.db.session import Session
+from app.db.session import Session, UseRow
 from app.errors import DatabaseUnavailableError, OverloadedError
 from app.middleware.body_limit import BodyLimit
 from app.middleware.in_flight import LONGEST_WAIT_SECONDS, Admission
@@ -72,10 +72,12 @@ def driver_timeout() -> None:
     """`asyncio.timeout` round the driver's call, which then asks a frozen server to cancel."""
 
     class TimedDatabase(Database):
-        async def query(self, statement: str, parameters: Sequence[Buffer]) -> PGresult:
+        async def query(
+            self, statement: str, parameters: Sequence[Buffer], use_row: UseRow | None = None
+        ) -> PGresult:
             async def ask(session: Session) -> PGresult:
                 await session.driver().execute("SELECT 1")
-                return await session.query(statement, parameters)
+                return await session.query(statement, parameters, self._deadline, use_row)
 
             return await self._run(ask)
 
