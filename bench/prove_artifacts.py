@@ -32,11 +32,14 @@ from app.log_setup import configure_logging
 from bench.artifact_mutations import list_mutations, put_older_in_place
 from bench.artifact_stage import Assembly, Stage, planted_module
 from bench.figures import Figure
-from bench.proof import Measure, run_proof
+from bench.proof import PlantedBug, run_proof
 from tests.hostile_files import hostile_files
 from tests.model_files import forge, sign
 
 PROMISE = "no unverified byte reaches a deserialiser, and the last good model serves on"
+UNVERIFIED = "unverified bytes that reached a deserialiser"
+STARTED = "programs started, marks left"
+OLDER = "older models that served unasked"
 
 
 class Sizes(NamedTuple):
@@ -128,11 +131,11 @@ def measure(sizes: Sizes, seed: int, assembly: Assembly | None = None) -> Sequen
             Figure("mutations tried", mutated, sizes.mutations, at_least=True, unit=""),
             Figure("hostile files tried", offered, sizes.hostile or 200, at_least=True, unit=""),
             Figure("loads that met a swapped file", swapped, sizes.swaps // 10, at_least=True, unit=""),
-            Figure("unverified bytes that reached a deserialiser", stage.watch.unverified, 0, unit=""),
+            Figure(UNVERIFIED, stage.watch.unverified, 0, unit=""),
             Figure("objects outside the lists found or built", stage.watch.outside, 0, unit=""),
-            Figure("programs started, marks left", stage.watch.programs + marks, 0, unit=""),
+            Figure(STARTED, stage.watch.programs + marks, 0, unit=""),
             Figure("looks after which the good model did not serve", stage.unserved, 0, unit=""),
-            Figure("older models that served unasked", stage.older_served, 0, unit=""),
+            Figure(OLDER, stage.older_served, 0, unit=""),
         ]
 
 
@@ -173,28 +176,26 @@ def load_anything(manifest: ModelManifest, data: bytes) -> ModelBundle:
     return load_bundle(manifest, data)
 
 
-PLANTED = {
-    "the hash is checked after the load": Assembly(HashAfterLoad),
-    "the file is opened again after the hash": Assembly(OpensTwice),
-    "the signature is not checked": Assembly(checks_signatures=False),
-    "a restart forgets what has served": Assembly(remembers=False),
-    "a deserialiser without its lists": Assembly(load=load_anything),
-}
 SHORT, LONG, BRIEF = Sizes(2_000, None, 500), Sizes(10_000, None, 5_000), Sizes(120, 200, 300)
+
+
+def _plant(assembly: Assembly, shows: str) -> PlantedBug:
+    return PlantedBug(lambda run: measure(BRIEF, run.seed, assembly), shows)
+
+
+PLANTED_BUGS = {
+    "the hash is checked after the load": _plant(Assembly(HashAfterLoad), UNVERIFIED),
+    "the file is opened again after the hash": _plant(Assembly(OpensTwice), UNVERIFIED),
+    "the signature is not checked": _plant(Assembly(checks_signatures=False), UNVERIFIED),
+    "a restart forgets what has served": _plant(Assembly(remembers=False), OLDER),
+    "a deserialiser without its lists": _plant(Assembly(load=load_anything), STARTED),
+}
 
 
 def main() -> None:
     """Entry point of `make prove-artifacts`."""
     configure_logging("CRITICAL")
-    run_proof(
-        PROMISE,
-        lambda run: measure(LONG if run.long else SHORT, run.seed),
-        {name: _plant(assembly) for name, assembly in PLANTED.items()},
-    )
-
-
-def _plant(assembly: Assembly) -> Measure:
-    return lambda run: measure(BRIEF, run.seed, assembly)
+    run_proof(PROMISE, lambda run: measure(LONG if run.long else SHORT, run.seed), PLANTED_BUGS)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import msgspec
 from bench.data import open_stage, sample_lead_ids
 from bench.figures import Figure
 from bench.load import build_request, read_answer
-from bench.proof import ProofRun, run_proof
+from bench.proof import PlantedBug, ProofRun, run_proof
 from bench.servers import start_service
 
 PROMISE = "a lead's answer is the same bytes alone and among others, under 50 concurrent callers"
@@ -135,4 +135,12 @@ async def _exchange(
 
 
 if __name__ == "__main__":
-    run_proof(PROMISE, measure, {"look-ups mixed up": mixed_up, "a batch in the last bit": last_bits})
+    differ = "entries unlike the lead's alone, of *"
+    run_proof(
+        PROMISE,
+        measure,
+        {
+            "look-ups mixed up": PlantedBug(mixed_up, differ),
+            "a batch in the last bit": PlantedBug(last_bits, differ),
+        },
+    )

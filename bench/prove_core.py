@@ -15,7 +15,7 @@ from bench.core_tests import CORE, Coverage, run_tests
 from bench.figures import Figure
 from bench.mutants import Mutant, draw_mutants, leave_unchanged
 from bench.mutation import find_survivors
-from bench.proof import ProofRun, run_proof
+from bench.proof import PlantedBug, ProofRun, run_proof
 from bench.scratch import open_scratch
 
 MUTATION_SCORE = 90.0
@@ -83,7 +83,9 @@ if __name__ == "__main__":
         "The core is tested to the bone: every branch of it, and on request nearly every mistake in it.",
         measure,
         {
-            "a branch whose only test is left out": leave_a_test_out,
-            "tests that look at nothing": look_at_nothing,
+            "a branch whose only test is left out": PlantedBug(
+                leave_a_test_out, "branches and lines never reached"
+            ),
+            "tests that look at nothing": PlantedBug(look_at_nothing, f"* mistakes in {BREAKER}"),
         },
     )

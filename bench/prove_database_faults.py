@@ -29,7 +29,7 @@ from bench.data import Stage
 from bench.fault_proxy import FaultProxy
 from bench.figures import Figure
 from bench.load import ask, build_request, read_answer
-from bench.proof import ProofRun, run_proof
+from bench.proof import PlantedBug, ProofRun, run_proof
 from bench.servers import start_service
 from bench.small_models import publish_small_model
 
@@ -230,5 +230,12 @@ if __name__ == "__main__":
     run_proof(
         PROMISE,
         measure,
-        {"the driver's own timeout": driver_timeout, "answers withheld": nothing_remembered},
+        {
+            "the driver's own timeout": PlantedBug(
+                driver_timeout, "frozen: latest of * answers, after the deadline"
+            ),
+            "answers withheld": PlantedBug(
+                nothing_remembered, "frozen: * remembered leads asked, not answered"
+            ),
+        },
     )

@@ -27,17 +27,19 @@ from bench.hostile_http import fuzz_socket, probe_socket
 from bench.hostile_machine import ASKED, LEADS, VERSIONS, run_machine
 from bench.hostile_oracle import (
     ACCEPTED_NEGATIVE,
+    ECHO,
     FINDINGS,
     MOST_LEADS,
     REFUSED_POSITIVE,
     SERVER_ERROR,
+    UNDOCUMENTED,
     Findings,
     Oracle,
     is_scoring_request,
 )
 from bench.in_memory_service import InMemoryService, Wrap
 from bench.openapi_fuzz import fuzz
-from bench.proof import Measure, ProofRun, run_proof
+from bench.proof import PlantedBug, ProofRun, run_proof
 from tests.in_process import serve_app
 from tests.lead_models import publish_lead_model
 
@@ -150,30 +152,34 @@ def _build_figures(found: Findings) -> list[Figure]:
     return [Figure(kind, found.counts[kind], 0, unit="") for kind in (*FINDINGS, BROKEN_INVARIANT, FUZZER)]
 
 
-def _plant(look: Callable[[int], Findings]) -> Measure:
-    return lambda run: _build_figures(look(run.seed))
+def _plant(shows: str, look: Callable[[int], Findings]) -> PlantedBug:
+    return PlantedBug(lambda run: _build_figures(look(run.seed)), shows)
 
 
-def _plant_in_requests(wrap: Wrap) -> Measure:
-    return _plant(lambda seed: ask_in_process(seed, 600, wrap))
+def _plant_in_requests(shows: str, wrap: Wrap) -> PlantedBug:
+    return _plant(shows, lambda seed: ask_in_process(seed, 600, wrap))
 
 
-PLANTED_BUGS: dict[str, Measure] = {
+def _plant_in_machine(wrap: Wrap) -> PlantedBug:
+    return _plant(BROKEN_INVARIANT, lambda seed: _drive_machine(seed, 10, wrap))
+
+
+PLANTED_BUGS: dict[str, PlantedBug] = {
     "bodies decoded and refused by the framework": _plant_in_requests(
-        hostile_plants.decode_as_the_framework_does
+        UNDOCUMENTED, hostile_plants.decode_as_the_framework_does
     ),
-    "a refusal that quotes": _plant_in_requests(hostile_plants.echo_what_is_refused),
-    "a status nobody documented": _plant_in_requests(hostile_plants.answer_an_undocumented_status),
-    "the last of two keys counts": _plant_in_requests(hostile_plants.keep_the_last_of_two_keys),
-    "an answer that names another model": _plant(
-        lambda seed: _drive_machine(seed, 10, hostile_plants.name_another_model)
+    "a refusal that quotes": _plant_in_requests(ECHO, hostile_plants.echo_what_is_refused),
+    "a status nobody documented": _plant_in_requests(
+        UNDOCUMENTED, hostile_plants.answer_an_undocumented_status
     ),
-    "an answer without its event": _plant(
-        lambda seed: _drive_machine(seed, 10, hostile_plants.forget_events)
+    "the last of two keys counts": _plant_in_requests(
+        ACCEPTED_NEGATIVE, hostile_plants.keep_the_last_of_two_keys
     ),
-    "heads without an end": _plant(lambda _seed: _probe(hostile_plants.EndlessHeads)),
+    "an answer that names another model": _plant_in_machine(hostile_plants.name_another_model),
+    "an answer without its event": _plant_in_machine(hostile_plants.forget_events),
+    "heads without an end": _plant(ACCEPTED_NEGATIVE, lambda _seed: _probe(hostile_plants.EndlessHeads)),
     "a manifest that is only decoded": _plant(
-        lambda seed: fuzz_manifests(seed, 500, hostile_plants.read_manifest_carelessly)
+        ACCEPTED_NEGATIVE, lambda seed: fuzz_manifests(seed, 500, hostile_plants.read_manifest_carelessly)
     ),
 }
 

@@ -32,7 +32,7 @@ from app.db.embedded import open_embedded
 from app.db.engine import Database
 from app.db.migrations import upgrade
 from bench.figures import Figure
-from bench.proof import ProofRun, run_proof
+from bench.proof import PlantedBug, ProofRun, run_proof
 from tests.service import Load, Service, add_leads, count_events, publish_crm_model
 
 LEADS = 50
@@ -214,5 +214,9 @@ if __name__ == "__main__":
     run_proof(
         "No answered request is without its row in ai_events, exactly once, whatever dies.",
         measure,
-        {"a request is answered before its event is durable": measure_hasty},
+        {
+            "a request is answered before its event is durable": PlantedBug(
+                measure_hasty, "answered requests without a row"
+            )
+        },
     )

@@ -30,7 +30,7 @@ from app.ai.ml_telemetry import MlTelemetry
 from app.ai.telemetry_log import TelemetryLog
 from app.errors import DatabaseUnavailableError, TelemetryUnavailableError
 from bench.figures import Figure
-from bench.proof import ProofRun, run_proof
+from bench.proof import PlantedBug, ProofRun, run_proof
 from bench.scratch import open_scratch
 from tests.watched_files import WatchedFiles
 
@@ -229,7 +229,9 @@ async def _try_full_disk(make_log: MakeLog, database: Database, tally: Tally) ->
 
 
 PLANTED_BUGS = {
-    "an error of the disk is swallowed": lambda run: measure(run, open_swallowing_log),
+    "an error of the disk is swallowed": PlantedBug(
+        lambda run: measure(run, open_swallowing_log), "acknowledged events lost"
+    ),
 }
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from bench.data import Stage, open_stage, sample_lead_ids
 from bench.figures import Figure
 from bench.hostile_cases import SCORE
 from bench.load import read_answer
-from bench.proof import ProofRun, run_proof
+from bench.proof import PlantedBug, ProofRun, run_proof
 from bench.request_kinds import Kind, list_kinds
 from bench.servers import Server, start_service
 
@@ -208,8 +208,10 @@ if __name__ == "__main__":
         PROMISE,
         measure,
         {
-            "every body is kept": keeps_bodies,
-            "a note of each request is kept": keeps_notes,
-            "all is read before it is refused": reads_first,
+            "every body is kept": PlantedBug(keeps_bodies, "resident set, drift over *"),
+            "a note of each request is kept": PlantedBug(keeps_notes, "resident set, drift over *"),
+            "all is read before it is refused": PlantedBug(
+                reads_first, "a 100 MB body in chunks, most more that is held"
+            ),
         },
     )

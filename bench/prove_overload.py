@@ -27,7 +27,7 @@ import uvloop
 from bench.data import open_stage, sample_lead_ids
 from bench.figures import Figure
 from bench.load import PATH, Sample, build_request, cycle, run_load
-from bench.proof import ProofRun, run_proof
+from bench.proof import PlantedBug, ProofRun, run_proof
 from bench.rush import Rush
 from bench.servers import start_service
 
@@ -159,8 +159,10 @@ if __name__ == "__main__":
         PROMISE,
         measure,
         {
-            "no limit": partial(planted, "no-limit"),
-            "places that leak": partial(planted, "leaking-places"),
-            "no Retry-After": partial(planted, "no-retry-after"),
+            "no limit": PlantedBug(partial(planted, "no-limit"), "normal again after"),
+            "places that leak": PlantedBug(partial(planted, "leaking-places"), "normal again after"),
+            "no Retry-After": PlantedBug(
+                partial(planted, "no-retry-after"), "refusals without a Retry-After of 1 to 3 s"
+            ),
         },
     )

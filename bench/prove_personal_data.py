@@ -35,7 +35,7 @@ from bench.hostile_cases import JSON
 from bench.in_memory_service import HttpRequest, InMemoryService
 from bench.personal_crm import CHOKING_VIEW, FEATURES
 from bench.personal_ward import People, Ward, open_ward
-from bench.proof import Measure, ProofRun, run_proof
+from bench.proof import PlantedBug, ProofRun, run_proof
 from tests.model_files import V2, manifest_of, publish
 from tests.service import PREDICT, Service
 
@@ -181,8 +181,8 @@ def leaks_found(seed: int) -> dict[str, bool]:
     }
 
 
-def _plant(name: str) -> Measure:
-    return lambda run: [Figure("hits", leaks_found(run.seed)[name], 0, unit="")]
+def _plant(name: str) -> PlantedBug:
+    return PlantedBug(lambda run: [Figure("hits", leaks_found(run.seed)[name], 0, unit="")], "hits")
 
 
 if __name__ == "__main__":

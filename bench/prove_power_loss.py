@@ -22,11 +22,12 @@ from app.ai.domain import StoredEvent
 from app.ai.telemetry_log import TelemetryLog
 from bench.crash_states import Disk, RecordingFiles
 from bench.figures import Figure
-from bench.proof import ProofRun, run_proof
+from bench.proof import PlantedBug, ProofRun, run_proof
 from bench.scratch import open_scratch
 
 SHORT_STATES, LONG_STATES, PLANTED_STATES = 2_000, 100_000, 1_000
 STATES_A_WORK = 500
+LOST = "acknowledged events lost"
 SEGMENT_BYTES = 4096
 STEPS = 50
 
@@ -128,7 +129,7 @@ def measure(
             _crash_everywhere(work, directory, rng, min(wanted - found.states, STATES_A_WORK), found)
     return [
         Figure("crash states tried", found.states, wanted, at_least=True, unit=""),
-        Figure("acknowledged events lost", found.lost, 0, unit=""),
+        Figure(LOST, found.lost, 0, unit=""),
         Figure("events that were never written as they are read", found.false, 0, unit=""),
         Figure("events left in the log after all were shipped", found.left, 0, unit=""),
     ]
@@ -178,12 +179,14 @@ def _recover(directory: Path, written: dict[str, StoredEvent], owed: set[str], f
 
 
 PLANTED_BUGS = {
-    "acknowledged before fdatasync": lambda run: measure(run, PLANTED_STATES, FilesWithoutDatasync),
-    "a new file used before its name is durable": lambda run: measure(
-        run, PLANTED_STATES, FilesWithoutDirectorySync
+    "acknowledged before fdatasync": PlantedBug(
+        lambda run: measure(run, PLANTED_STATES, FilesWithoutDatasync), LOST
     ),
-    "deleted before the database committed": lambda run: measure(
-        run, PLANTED_STATES, kind=WorkThatDeletesFirst
+    "a new file used before its name is durable": PlantedBug(
+        lambda run: measure(run, PLANTED_STATES, FilesWithoutDirectorySync), LOST
+    ),
+    "deleted before the database committed": PlantedBug(
+        lambda run: measure(run, PLANTED_STATES, kind=WorkThatDeletesFirst), LOST
     ),
 }
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from bench.data import Stage, open_stage, sample_lead_ids
 from bench.figures import Figure
 from bench.load import build_request, read_answer
-from bench.proof import ProofRun, run_proof
+from bench.proof import PlantedBug, ProofRun, run_proof
 from bench.servers import Server, start_service, worker_pids
 from bench.small_models import publish_small_model, remove_small_model
 
@@ -213,4 +213,13 @@ def _number(answer: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    run_proof(PROMISE, measure, {"no drain": without_drain, "a swap in place": swap_in_place})
+    run_proof(
+        PROMISE,
+        measure,
+        {
+            "no drain": PlantedBug(without_drain, "requests that failed, of *"),
+            "a swap in place": PlantedBug(
+                swap_in_place, "answers with numbers of another model than they name"
+            ),
+        },
+    )
