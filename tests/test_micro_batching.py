@@ -31,6 +31,11 @@ class Database:
         return [f"{world}/{lead_id}" for lead_id in lead_ids]
 
 
+def build(database: Database, longest_wait_seconds: float = 60.0) -> MicroBatching[str, list[str]]:
+    """Returns what no slow machine lets set out by the clock, unless the test is about that."""
+    return MicroBatching(database.look_up, longest_wait_seconds)
+
+
 async def ask(
     batching: MicroBatching[str, list[str]], lead_ids: Sequence[str], world: str = "w"
 ) -> list[str]:
@@ -59,7 +64,7 @@ BUSY = [[f"busy{slot}"] for slot in range(SLOTS)]
 
 async def test_a_request_sets_out_by_itself_while_there_is_room() -> None:
     database = Database()
-    tasks = await start(MicroBatching(database.look_up), *BUSY)
+    tasks = await start(build(database), *BUSY)
     assert database.asked == BUSY
     database.open.set()
     assert await asyncio.gather(*tasks) == [["w/busy0"], ["w/busy1"]]
@@ -68,7 +73,7 @@ async def test_a_request_sets_out_by_itself_while_there_is_room() -> None:
 async def test_requests_that_are_read_in_the_same_turn_set_out_together_although_there_is_room() -> None:
     database, loop = Database(), asyncio.get_running_loop()
     database.open.set()
-    batching = MicroBatching(database.look_up)
+    batching = build(database)
     tasks: list[asyncio.Task[list[str]]] = []
 
     def read(lead_id: str) -> None:
@@ -86,7 +91,7 @@ async def test_requests_that_are_read_in_the_same_turn_set_out_together_although
 async def test_who_was_alone_the_last_time_sets_out_at_once() -> None:
     database = Database()
     database.open.set()
-    batching = MicroBatching(database.look_up)
+    batching = build(database)
     await start(batching, ["first"])
     second = asyncio.create_task(ask(batching, ["second"]))
     await asyncio.sleep(0)
@@ -96,7 +101,7 @@ async def test_who_was_alone_the_last_time_sets_out_at_once() -> None:
 
 async def test_those_that_come_meanwhile_share_one_look_up_and_each_gets_its_own() -> None:
     database = Database()
-    batching = MicroBatching(database.look_up)
+    batching = build(database)
     tasks = await start(batching, *BUSY, ["a", "b"], ["b", "c"], ["c"])
     assert database.asked == BUSY
     database.open.set()
@@ -107,7 +112,7 @@ async def test_those_that_come_meanwhile_share_one_look_up_and_each_gets_its_own
 
 async def test_nobody_waits_for_a_look_up_that_does_not_end() -> None:
     database = Database()
-    await start(MicroBatching(database.look_up), *BUSY, ["a"], ["b"])
+    await start(build(database, 0.25), *BUSY, ["a"], ["b"])
     async with asyncio.timeout(5):
         await database.third.wait()
     assert database.asked[SLOTS:] == [["a", "b"]]
@@ -117,7 +122,7 @@ async def test_nobody_waits_for_a_look_up_that_does_not_end() -> None:
 
 async def test_different_worlds_are_never_mixed() -> None:
     database = Database()
-    batching = MicroBatching(database.look_up)
+    batching = build(database)
     busy = await start(batching, *BUSY)
     others = [asyncio.create_task(ask(batching, ["a"], world)) for world in ("old", "new")]
     await settle()
@@ -130,7 +135,7 @@ async def test_different_worlds_are_never_mixed() -> None:
 async def test_a_large_request_goes_by_itself() -> None:
     database = Database()
     large = [f"x{number}" for number in range(MOST_LEADS + 1)]
-    await start(MicroBatching(database.look_up), *BUSY, ["a"], large)
+    await start(build(database), *BUSY, ["a"], large)
     assert database.asked == [*BUSY, large]
     database.open.set()
     await settle()
@@ -140,7 +145,7 @@ async def test_enough_leads_do_not_wait_for_more() -> None:
     database = Database()
     size = MOST_LEADS // 2
     calls = [[f"{call}-{number}" for number in range(size)] for call in range(MOST_SHARED // size)]
-    await start(MicroBatching(database.look_up), *BUSY, *calls)
+    await start(build(database), *BUSY, *calls)
     assert [len(asked) for asked in database.asked[SLOTS:]] == [MOST_SHARED]
     database.open.set()
     await settle()
@@ -149,7 +154,7 @@ async def test_enough_leads_do_not_wait_for_more() -> None:
 @pytest.mark.parametrize("error", [PredictionFailedError(), ValueError()])
 async def test_a_lead_that_fails_its_look_up_fails_no_other_request(error: Exception) -> None:
     database = Database("bad", error)
-    tasks = await start(MicroBatching(database.look_up), *BUSY, ["a"], ["bad"], ["c"])
+    tasks = await start(build(database), *BUSY, ["a"], ["bad"], ["c"])
     database.open.set()
     good, bad, also_good = await asyncio.gather(*tasks[SLOTS:], return_exceptions=True)
     assert (good, bad, also_good) == (["w/a"], error, ["w/c"])
@@ -158,7 +163,7 @@ async def test_a_lead_that_fails_its_look_up_fails_no_other_request(error: Excep
 
 async def test_a_database_that_is_away_is_told_to_all_and_asked_once() -> None:
     database = Database(away=True)
-    tasks = await start(MicroBatching(database.look_up), *BUSY, ["a"], ["b"])
+    tasks = await start(build(database), *BUSY, ["a"], ["b"])
     database.open.set()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {DatabaseUnavailableError}
@@ -167,7 +172,7 @@ async def test_a_database_that_is_away_is_told_to_all_and_asked_once() -> None:
 
 async def test_a_caller_that_leaves_takes_nobody_along() -> None:
     database = Database()
-    tasks = await start(MicroBatching(database.look_up), *BUSY, ["a"], ["b"])
+    tasks = await start(build(database), *BUSY, ["a"], ["b"])
     tasks[0].cancel()
     tasks[SLOTS].cancel()
     await settle()

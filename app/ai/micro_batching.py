@@ -45,8 +45,13 @@ class _Joined(NamedTuple, Generic[T]):
 class MicroBatching(Generic[W, T]):
     """Shares look-ups. `look_up` takes distinct lead IDs and what else its answers depend on."""
 
-    def __init__(self, look_up: Callable[[W, Sequence[str]], Awaitable[T]]) -> None:
+    def __init__(
+        self,
+        look_up: Callable[[W, Sequence[str]], Awaitable[T]],
+        longest_wait_seconds: float = LONGEST_WAIT_SECONDS,
+    ) -> None:
         self._look_up = look_up
+        self._longest_wait_seconds = longest_wait_seconds
         self._under_way = 0
         self._patience = Patience()
         self._waiting: dict[W, list[_Joined[T]]] = {}
@@ -70,7 +75,7 @@ class MicroBatching(Generic[W, T]):
             # In the first turn others are read, and have come this far in the second.
             loop.call_soon(loop.call_soon, self._end_turns, world, waiting)
         elif len(waiting) == 1:
-            loop.call_later(LONGEST_WAIT_SECONDS, self._set_out, world, waiting)
+            loop.call_later(self._longest_wait_seconds, self._set_out, world, waiting)
         if sum(len(other.lead_ids) for other in waiting) >= MOST_SHARED:
             self._set_out(world, waiting)
         return await joined.part
