@@ -82,8 +82,9 @@ def list_probes() -> list[Probe]:
         Probe("chunk size that is none", _chunked(b"zz\r\n" + _BODY + b"\r\n0\r\n\r\n"), 400),
         Probe("chunk longer than it says", _chunked(b"2\r\n" + _BODY + b"\r\n0\r\n\r\n"), 400),
         Probe("chunks, sound", _chunked(b"a\r\n" + _BODY + b"\r\n0\r\n\r\n"), 200),
-        # Read as chunks, and never unpacked: nothing in them is JSON.
-        Probe("another coding", _chunked(b"2\r\n\x1f\x8b\r\n0\r\n\r\n", b"gzip, chunked"), 422),
+        Probe("another coding", _chunked(b"a\r\n" + _BODY + b"\r\n0\r\n\r\n", b"gzip, chunked"), 400),
+        # RFC 9110 7.8: a server may ignore it, and the body is one all the same.
+        Probe("an offer of another protocol", _post(_LENGTH, b"Connection: Upgrade", b"Upgrade: h2c"), 200),
         Probe("no HTTP at all", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20 + b"\r\n\r\n", 400),
         Probe("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
         Probe("version nobody speaks", _post(_LENGTH).replace(b"HTTP/1.1", b"HTTP/9.9"), 400),
