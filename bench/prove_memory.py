@@ -210,8 +210,9 @@ if __name__ == "__main__":
         {
             "every body is kept": PlantedBug(keeps_bodies, "resident set, drift over *"),
             "a note of each request is kept": PlantedBug(keeps_notes, "resident set, drift over *"),
+            # Either way: memory that the first body took may still be held, and serve the second.
             "all is read before it is refused": PlantedBug(
-                reads_first, "a 100 MB body in chunks, most more that is held"
+                reads_first, "a 100 MB body *, most more that is held"
             ),
         },
     )
