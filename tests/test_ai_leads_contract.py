@@ -350,13 +350,21 @@ def test_a_batch_of_two_thousand_equals_single_requests_bit_for_bit(uncached: ht
     assert next(errors, None) is None
 
 
+ODD_LEADS = [*(f"lead_{number}" for number in range(1, 97)), "nobody", "odd_empty", "odd_nan", "lead_1"]
+
+
+def ask_including(client: httpx2.Client, extras: str, *lead_ids: str) -> list[dict[str, Any]]:
+    response = client.post(f"{SCORE}?include={extras}", json=lead_ids)
+    PredictBatchResponse.model_validate_json(response.content)
+    predictions: list[dict[str, Any]] = response.json()["predictions"]
+    return predictions
+
+
 def test_whoever_asks_gets_an_interval_that_holds_the_probability(
     client: httpx2.Client, uncached: httpx2.Client, manifest: ModelManifest
 ) -> None:
     asked = [*(f"lead_{number}" for number in range(1, 100)), "nobody", "odd_empty", "lead_1"]
-    response = client.post(f"{SCORE}?include=interval", json=asked)
-    PredictBatchResponse.model_validate_json(response.content)
-    full = response.json()["predictions"]
+    full = ask_including(client, "interval", *asked)
     plain = ask(client, *asked)["predictions"]
     assert [
         {**prediction, "interval": f["interval"]} for prediction, f in zip(plain, full, strict=True)
@@ -364,8 +372,7 @@ def test_whoever_asks_gets_an_interval_that_holds_the_probability(
     for prediction in full:
         low, high = prediction["interval"]
         assert 0.01 <= low <= prediction["probability"] <= high <= 0.99
-        alone = uncached.post(f"{SCORE}?include=interval", json=[prediction["lead_id"]])
-        assert alone.json()["predictions"] == [prediction]
+        assert ask_including(uncached, "interval", prediction["lead_id"]) == [prediction]
     assert len({tuple(prediction["interval"]) for prediction in full}) > 10
     assert full[-2]["verdict"] == "abstain"
     assert full[-2]["interval"] == [0.01, 0.99]
@@ -374,11 +381,8 @@ def test_whoever_asks_gets_an_interval_that_holds_the_probability(
 def test_whoever_asks_gets_a_receipt_that_adds_up_to_the_probability_and_reasons_in_words(
     client: httpx2.Client, uncached: httpx2.Client, manifest: ModelManifest
 ) -> None:
-    asked = [*(f"lead_{number}" for number in range(1, 97)), "nobody", "odd_empty", "odd_nan", "lead_1"]
-    response = client.post(f"{SCORE}?include=reasons", json=asked)
-    PredictBatchResponse.model_validate_json(response.content)
-    full = response.json()["predictions"]
-    plain = ask(client, *asked)["predictions"]
+    full = ask_including(client, "reasons", *ODD_LEADS)
+    plain = ask(client, *ODD_LEADS)["predictions"]
     for prediction, explained in zip(plain, full, strict=True):
         receipt, reasons = explained["receipt"], explained["reasons"]
         assert explained == {**prediction, "receipt": receipt, "reasons": reasons}
@@ -395,35 +399,28 @@ def test_whoever_asks_gets_a_receipt_that_adds_up_to_the_probability_and_reasons
     assert full[-3]["reasons"] == ["too little is known of this lead: the probability is the base rate"]
     assert max(len(prediction["reasons"]) for prediction in full) == 5
     for prediction in (full[0], full[-2]):
-        alone = uncached.post(f"{SCORE}?include=reasons", json=[prediction["lead_id"]])
-        assert alone.json()["predictions"] == [prediction]
+        assert ask_including(uncached, "reasons", prediction["lead_id"]) == [prediction]
 
 
 def test_whoever_asks_gets_the_numbers_the_model_reads(
     client: httpx2.Client, uncached: httpx2.Client, manifest: ModelManifest
 ) -> None:
-    asked = [*(f"lead_{number}" for number in range(1, 97)), "nobody", "odd_empty", "odd_nan", "lead_1"]
-    response = client.post(f"{SCORE}?include=features", json=asked)
-    PredictBatchResponse.model_validate_json(response.content)
-    full = response.json()["predictions"]
+    full = ask_including(client, "features", *ODD_LEADS)
     names = [feature["name"] for feature in manifest.feature_set]
-    for prediction, told in zip(ask(client, *asked)["predictions"], full, strict=True):
+    for prediction, told in zip(ask(client, *ODD_LEADS)["predictions"], full, strict=True):
         assert told == {**prediction, "features": told["features"]}
         assert list(told["features"]) == names
     empty = next(told for told in full if told["lead_id"] == "odd_empty")["features"]
     assert {value for name, value in empty.items() if not name.startswith("newsletter")} <= {None, 0.0}
     assert None in empty.values()
     assert len({json.dumps(told["features"]) for told in full}) > 90
-    alone = uncached.post(f"{SCORE}?include=features", json=["lead_1"])
-    assert alone.json()["predictions"] == [full[0]] == [full[-1]]
+    assert ask_including(uncached, "features", "lead_1") == [full[0]] == [full[-1]]
 
 
 def test_all_that_can_be_included_can_be_asked_together(client: httpx2.Client) -> None:
-    all_of_it = client.post(f"{SCORE}?include=interval,reasons,features", json=["lead_1"])
-    PredictBatchResponse.model_validate_json(all_of_it.content)
-    (prediction,) = all_of_it.json()["predictions"]
+    (prediction,) = ask_including(client, "interval,reasons,features", "lead_1")
     for extra in ("interval", "reasons", "features"):
-        (one,) = client.post(f"{SCORE}?include={extra}", json=["lead_1"]).json()["predictions"]
+        (one,) = ask_including(client, extra, "lead_1")
         assert one.items() <= prediction.items()
 
 

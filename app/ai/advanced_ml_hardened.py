@@ -136,13 +136,13 @@ def _build_predictions(predictions: Predictions) -> list[_Prediction]:
 
 def _build_extras(predictions: Predictions) -> list[Iterable[Any]]:
     """Returns what `_FullPrediction` has besides the usual, field by field; nothing if nothing was asked."""
-    intervals, explanations = predictions.intervals, predictions.explanations
-    if intervals is None and explanations is None and predictions.features is None:
+    intervals, explanations, features = predictions.intervals, predictions.explanations, predictions.features
+    if intervals is None and explanations is None and features is None:
         return []
     unset = repeat(msgspec.UNSET)
     return [
         unset if intervals is None else intervals.tolist(),
         unset if explanations is None else (explanation.receipt for explanation in explanations),
         unset if explanations is None else (explanation.reasons for explanation in explanations),
-        unset if predictions.features is None else predictions.features,
+        unset if features is None else features,
     ]
