@@ -41,6 +41,7 @@ WARM_UP = 0.15  # of the requests that are counted, on top
 ROUND = 50_000  # requests after which the events that have come are taken out of the database again
 PAUSE_SECONDS = 0.05  # of a client that was refused
 READINGS, BETWEEN_SECONDS = 5, 0.1
+REFUSED = 503
 BODY_BYTES, PIECE_BYTES = 100_000_000, 1 << 16
 HEAD = f"POST {SCORE} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n".encode()
 
@@ -155,7 +156,7 @@ class _Client:
                     status, ends, body = await read_answer(reader)
                 except (OSError, asyncio.IncompleteReadError):
                     status, body = 0, b""
-                if b'"OVERLOADED"' in body:  # nothing wrong with it, and nothing that was answered
+                if status == REFUSED and b'"OVERLOADED"' in body:  # not wrong, and nothing was answered
                     self.refused += 1
                     self._left += 1
                     await asyncio.sleep(PAUSE_SECONDS)
