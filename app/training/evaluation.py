@@ -65,6 +65,7 @@ def evaluate_model(
 ) -> Evaluation:
     """Answers every decided lead of `options.source` with this model and compares with what became of it.
 
+    Of a source with several moments of a lead it takes one: rows of a lead tell nearly the same.
     Of the options it takes the database, the source, its outcome, and the moment up to which anything is
     known.
 
@@ -73,7 +74,8 @@ def evaluate_model(
         DatabaseUnavailableError: the database does not answer.
     """
     _require_columns(options, bundle)
-    rows, _, left_out = fetch_rows(options, bundle.input_columns, progress)
+    every_row, _, left_out = fetch_rows(options, bundle.input_columns, progress)
+    rows = every_row.take_one_a_lead()
     _require_enough(rows.outcome)
     answers, rejected = _answer(bundle, rows, policy, progress)
     answered, outcome = answers[~rejected], rows.outcome[~rejected]

@@ -75,7 +75,7 @@ class TrainingRows:
 class LeftOut(NamedTuple):
     """How many leads are not learnt from: with no outcome yet, or with one before their as-of time.
 
-    The `repeated` are recent enough to be tested on, but repeat an earlier lead.
+    The `repeated` could have been tested on, but repeat a lead that was learnt from, or one that is tested.
     """
 
     undecided: int

@@ -36,8 +36,9 @@ class Fold(NamedTuple):
 
 
 def split_rows(rows: TrainingRows, seed: int) -> tuple[TrainingRows, TrainingRows]:
-    """Returns the part to fit and calibrate on, and the fifth to test on once.
+    """Returns the part to fit and calibrate on, and the fifth to test on once: one row of each lead there.
 
+    Rows of one lead tell nearly the same, and a test that counted them all would seem surer than it is.
     With an order the test part is the last fifth, less the rows that equal an earlier one, which are in
     neither part. Otherwise, or where fewer than a quarter of the last fifth are like no earlier one, it is
     drawn at random, and neither part has an order.
@@ -57,14 +58,15 @@ def split_rows(rows: TrainingRows, seed: int) -> tuple[TrainingRows, TrainingRow
         held_out = _random_folds(group, rows.outcome, np.random.default_rng(seed)) == 0
         learnt = ~held_out
         where = "the fifth drawn to test on, with identical leads kept together,"
-    for part, name in ((held_out, where), (learnt, "what is left to learn from")):
-        if not _both_classes(rows.outcome[part]):
+    parts = rows.take(learnt), rows.take(held_out).take_one_a_lead()
+    for part, name in zip(parts, ("what is left to learn from", where), strict=True):
+        if not _both_classes(part.outcome):
             raise TrainingError(
-                f"{name} holds {int(part.sum())} leads, and not both some with the outcome and some without: "
+                f"{name} holds {part.leads.n} leads, and not both some with the outcome and some without: "
                 "nothing could be measured. More leads are needed, or another order (--order-by) or other "
                 "columns, as these part the outcomes."
             )
-    return rows.take(learnt), rows.take(held_out)
+    return parts
 
 
 def build_folds(rows: TrainingRows, seed: int) -> list[Fold]:
