@@ -5,13 +5,14 @@ and an answer cannot differ: verdicts, bounds and all. Never fits, never writes.
 evaluate` command.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
-from app.ai.domain import VERDICTS, AnswerArray, BoolArray, IntArray, JsonObject, Progress
+from app.ai.domain import VERDICTS, AnswerArray, BoolArray, ColumnKind, IntArray, JsonObject, Progress
 from app.ai.model_bundle import ModelBundle
 from app.ai.predictor import ScoringPolicy, find_intervals, score_leads
 from app.db.leads import fetch_columns
@@ -73,7 +74,8 @@ def evaluate_model(
         TrainingError: the source lacks a column, has too few decided leads, or only one outcome occurs.
         DatabaseUnavailableError: the database does not answer.
     """
-    _require_columns(options, bundle)
+    kinds = fetch_columns(options.url, options.source)
+    _require_columns(options, bundle, kinds)
     every_row, _, left_out = fetch_rows(options, bundle.input_columns, progress)
     rows = every_row.take_one_a_lead()
     _require_enough(rows.outcome)
@@ -82,7 +84,7 @@ def evaluate_model(
     _require_enough(outcome)
     probability = np.ascontiguousarray(answered["probability"])
     manifest = bundle.manifest
-    warnings = (_explain_overlap(options, bundle, rows), _explain_times(options, bundle))
+    warnings = (_explain_overlap(options, bundle, rows), _explain_times(options, bundle, kinds))
     return Evaluation(
         model_id=manifest.model_id,
         version=manifest.version,
@@ -107,8 +109,7 @@ def evaluate_model(
     )
 
 
-def _require_columns(options: TrainingOptions, bundle: ModelBundle) -> None:
-    kinds = fetch_columns(options.url, options.source)
+def _require_columns(options: TrainingOptions, bundle: ModelBundle, kinds: Mapping[str, ColumnKind]) -> None:
     lacking = [
         f"{column.name} ({column.kind})"
         for column in bundle.input_columns
@@ -187,10 +188,12 @@ def _explain_overlap(options: TrainingOptions, bundle: ModelBundle, rows: Traini
     )
 
 
-def _explain_times(options: TrainingOptions, bundle: ModelBundle) -> str | None:
+def _explain_times(
+    options: TrainingOptions, bundle: ModelBundle, kinds: Mapping[str, ColumnKind]
+) -> str | None:
     """Says which columns the service would read otherwise, as it does not take leads as of their creation."""
     times = sorted(column.name for column in bundle.input_columns if column.kind == "timestamp")
-    if not times or not begins_at_creation(options, fetch_columns(options.url, options.source)):
+    if not times or not begins_at_creation(options, kinds):
         return None
     named = " and ".join(filter(None, (", ".join(times[:-1]), times[-1])))
     return (
