@@ -334,7 +334,18 @@ def test_a_day_one_card_tells_what_was_seen_from_what_is_expected(
     )
     assert f"| expected rate | {expected:.1%} |" in page
     assert "outcome rate" not in page
-    assert "does not say when leads came" not in page, "nobody asked: there is nothing to measure in order"
+    assert "when it came" not in page, "nobody asked: there is nothing to measure in order"
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+def test_a_card_promises_an_order_only_where_the_model_makes_one(learnt: bool, tmp_path: Path) -> None:
+    manifest = build_manifest(tmp_path, None)
+    weights = [1.0 if learnt else 0.0, *[0.0] * (len(manifest.feature_set) - 1)]
+    page = build_markdown(
+        build_card(msgspec.structs.replace(manifest, feature_weights=weights), None, charts=False)
+    )
+    assert ("whom to call first" in page) is learnt
+    assert ("cannot put them in an order" in page) is not learnt
 
 
 # Limits
@@ -353,7 +364,7 @@ def test_limits_are_those_of_this_model(manifest: ModelManifest, held_out: HeldO
         "open",
     ):
         assert unfounded not in calm
-    assert "does not say when leads came" in calm
+    assert "No column as_of or created_at tells of every lead when it came" in calm
     training = msgspec.structs.replace(
         manifest.training, as_of_from="2025-01-01T00:00:00Z", as_of_to="2025-09-30T00:00:00Z"
     )
@@ -363,13 +374,16 @@ def test_limits_are_those_of_this_model(manifest: ModelManifest, held_out: HeldO
         dated, report={**dated.report, "tested": ["2025-10-01T00:00:00Z", "2025-12-30T00:00:00Z"]}
     )
     assert "2025-09-30, and was tested on leads of 2025-10-01 to 2025-12-30;" in limits_of(tested, held_out)
-    assert "does not say when" not in limits_of(dated, held_out)
+    assert "when it came" not in limits_of(dated, held_out)
     assert "nothing was learnt from, the most recent ones." in render(dated, held_out, charts=False)[1]
-    moved = msgspec.structs.replace(manifest, base_rate=manifest.base_rate + 0.1)
+    moved = msgspec.structs.replace(dated, base_rate=manifest.base_rate + 0.1)
     assert "The outcome rate moved" in limits_of(moved, held_out)
     assert f"it goes by {moved.base_rate:.1%}" in limits_of(moved, held_out)
     drifting = replace(held_out, drift={"source": "drifting", "opted_in": "stable"})
-    assert "the values changed in: source." in limits_of(manifest, drifting)
+    assert "the values changed in: source." in limits_of(dated, drifting)
+    drawn = limits_of(msgspec.structs.replace(moved, report={**moved.report, "split": "random"}), drifting)
+    assert "moved" not in drawn, "leads that were drawn at random differ by the draw, not by the time"
+    assert "changed in" not in drawn
     fair = held_out.columns["source"].values == "fair"
     wrong = replace(held_out, probability=np.where(fair, held_out.probability / 2, held_out.probability))
     assert "Where source is 'fair' the predictions are too low" in limits_of(manifest, wrong)

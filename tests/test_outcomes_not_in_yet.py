@@ -207,7 +207,7 @@ def test_an_evaluation_without_an_as_of_says_which_times_the_service_counts_diff
 
 def test_a_source_without_any_beginning_is_a_clear_refusal(options: Callable[..., TrainingOptions]) -> None:
     create_few(options().url, "('2026-01-01', '2026-02-01')", "begun_at")
-    with pytest.raises(TrainingError, match="no column as_of"):
+    with pytest.raises(TrainingError, match=r"no column as_of or created_at, .*--label"):
         train(options())
 
 

@@ -128,13 +128,30 @@ def test_a_last_fifth_of_one_class_is_refused_with_what_to_do() -> None:
 
 def test_where_nearly_every_late_lead_repeats_an_earlier_one_the_test_part_is_drawn() -> None:
     rows = build_rows(np.arange(N, dtype=float))
-    coarse = column("number", *np.floor(rows.leads.columns["visits"].values / 10).tolist())
-    rows = replace(rows, leads=leads(visits=coarse, source=rows.leads.columns["source"]))
+    again = column("number", *(np.arange(N) % (N - N // 5)).astype(float).tolist())
+    rows = replace(rows, leads=leads(visits=again))
     learnt, measured = split_rows(rows, seed=0)
     assert learnt.order is None
     assert measured.order is None
     assert measured.leads.n == pytest.approx(N / 5, abs=15)
     assert not content(learnt) & content(measured)
+
+
+@pytest.mark.parametrize("order", [None, np.arange(N, dtype=float)], ids=["drawn", "in order"])
+def test_leads_that_few_columns_tell_apart_are_learnt_from_and_tested_on_whatever_they_are_like(
+    order: FloatArray | None,
+) -> None:
+    """With five cities and nothing else, one whole city would be held out, and none would be learnt."""
+    rows = build_rows(order)
+    cities = column("text", *(f"city {number % 5}" for number in range(N)))
+    rows = replace(rows, leads=leads(city=cities, reference=rows.leads.columns["reference"]))
+    learnt, measured = split_rows(rows, seed=0)
+    assert measured.leads.n == N // 5
+    assert (measured.order is None) is (order is None)
+    folds = [(learnt.take(fold.train), learnt.take(fold.test)) for fold in build_folds(learnt, seed=0)]
+    assert len(folds) == 5
+    for known, stranger in ((learnt, measured), *folds):
+        assert len(content(known)) == len(content(stranger)) == 5
 
 
 @pytest.mark.parametrize("order", [None, np.arange(N, dtype=float)])

@@ -46,8 +46,7 @@ def explain_leads(
     groups = put_into_words(leads, matrix, bundle.feature_set, bundle.statistics)
     names = bundle.feature_set.group_names
     told = set(scored.tolist())
-    weights = bundle.manifest.feature_weights
-    unsaid = NOTHING_LEARNT if weights and not any(weights) else ABSTAINED
+    unsaid = NOTHING_LEARNT if bundle.manifest.learnt_nothing else ABSTAINED
     known = matrix.values.astype(object)
     known[np.isnan(matrix.values)] = None
     explanations = []

@@ -98,6 +98,12 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         if not all(map(math.isfinite, [self.threshold, self.base_rate, *self.metrics.values(), *numbers])):
             raise ValueError("a number is not finite")
 
+    @property
+    def learnt_nothing(self) -> bool:
+        """Whether too few outcomes were known to tell leads apart: all are answered the base rate."""
+        weights = self.feature_weights or None
+        return weights is not None and not any(weights)
+
 
 class ModelManifest(ModelDescription, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The verified description of one artifact.

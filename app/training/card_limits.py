@@ -30,8 +30,8 @@ def describe_data_limits(manifest: ModelManifest) -> list[str]:
         )
     elif report.get("split") != "time" and "day_one" not in report:
         limits.append(
-            "The source does not say when leads came, so nothing is known of how the model keeps up with "
-            "change: newer leads may behave otherwise."
+            "No column as_of or created_at tells of every lead when it came, so nothing is known of how the "
+            "model keeps up with change: newer leads may behave otherwise."
         )
     if report.get("undecided"):
         limits.append(
@@ -45,6 +45,8 @@ def describe_data_limits(manifest: ModelManifest) -> list[str]:
         )
     if training.train_rows < _FEW_ROWS:
         limits.append(f"It has learnt from only {training.train_rows:,} leads; more would make it better.")
+    if manifest.learnt_nothing:
+        limits.append("It gives all leads the same probability, and cannot put them in an order.")
     limits += [f"Suspicious column: {warning}" for warning in report.get("warnings", ())]
     lower, upper = manifest.calibrator["lower"], manifest.calibrator["upper"]
     if lower > 0 or upper < 1:
@@ -65,15 +67,17 @@ def describe_held_out_limits(
     divisions: Sequence[Division],
 ) -> list[str]:
     """Returns the limits that show on the held-out leads."""
+    # Of leads drawn at random, what differs from those it learnt from differs by the draw.
+    later = manifest.report.get("split") == "time"
     found = (
-        _base_rate(manifest, held_out),
+        _base_rate(manifest, held_out) if later else "",
         _calibration(bins),
         *(
             f"Where {title} is {part.name!r} the predictions are too {'low' if part.gap > 0 else 'high'} by "
             f"{abs(part.gap) * 100:.1f} percentage points, more than chance explains ({part.leads:,} leads)."
             for title, part in find_off_slices(divisions)[:5]
         ),
-        _drift(held_out),
+        _drift(held_out) if later else "",
         _idle(held_out),
         _verdicts(held_out),
         _small_slices(divisions),

@@ -83,7 +83,8 @@ def _purpose(manifest: ModelManifest) -> list[Section]:
                 "A probability of 30% means: of 100 such leads about 30 do.",
             ),
             points=(
-                "Deciding whom to call first, and how many calls a team should plan for.",
+                *([] if manifest.learnt_nothing else ["Deciding whom to call first."]),
+                "Planning how many calls a team will make.",
                 "Adding up: the sum of the probabilities is how many outcomes to expect from these leads.",
                 "Seeing of which leads too little is known to say anything (the verdict).",
             ),

@@ -165,12 +165,14 @@ def fetch_rows(
 
 def _extra_columns(options: TrainingOptions, kinds: Mapping[str, ColumnKind]) -> list[InputColumn]:
     """Returns the columns that are read beside the features: label or outcome, as-of time, and the order."""
-    wanted: dict[str, tuple[ColumnKind, ...]] = (
-        {options.label: ("number", "boolean")} if options.label
-        else {options.outcome: ("timestamp",), _start_column(kinds): ("timestamp",)}
-    )  # fmt: skip
-    _require_columns(options.source, kinds, wanted)
     start = _start_column(kinds)
+    wanted: dict[str, tuple[ColumnKind, ...]]
+    if options.label:
+        wanted = {options.label: ("number", "boolean")}
+        _require_columns(options.source, kinds, wanted)
+    else:
+        wanted = {options.outcome: ("timestamp",), start: ("timestamp",)}
+        _require_outcome_with_time(options, kinds)
     if kinds.get(start) == "timestamp":
         wanted[start] = ("timestamp",)
     if options.order_by:
@@ -284,9 +286,22 @@ def _outcomes(
     return (happened <= end).astype(np.int64), (end <= options.known_until) & ~beforehand, beforehand
 
 
-def _require_columns(source: str, known: Iterable[str], wanted: Iterable[str]) -> None:
+def _require_outcome_with_time(options: TrainingOptions, kinds: Mapping[str, ColumnKind]) -> None:
+    """The outcome of a lead is a time, unless a label is named: who forgot to is told so."""
+    remedy = "name a yes-or-no column with --label"
+    _require_columns(options.source, kinds, [options.outcome], f"; {remedy}, or a time with --outcome.")
+    if kinds[options.outcome] != "timestamp":
+        raise TrainingError(f"{options.outcome} is a {kinds[options.outcome]}, not a time; {remedy}.")
+    if _start_column(kinds) not in kinds:
+        raise TrainingError(
+            f"{options.source} has no column as_of or created_at, from which the time to an outcome counts; "
+            f"{remedy} where there is no such time."
+        )
+
+
+def _require_columns(source: str, known: Iterable[str], wanted: Iterable[str], otherwise: str = ".") -> None:
     for name in wanted:
         if name not in known:
             close = get_close_matches(name, list(known), 1)
-            hint = f"; did you mean {close[0]}?" if close else "."
+            hint = f"; did you mean {close[0]}?" if close else otherwise
             raise TrainingError(f"{source} has no column {name} that can be read{hint}")

@@ -2,8 +2,9 @@
 
 Where the source says in which order leads came to be, the past foretells the future: no training row is later
 than a test row. Elsewhere rows are drawn, both classes evenly. Rows that are equal in every column a
-feature could read never sit on both sides, nor do rows of one lead: a model may know them by heart. Pure,
-and the seed is a parameter. Called by `app.training.train` and wherever a fit is cross-validated.
+feature could read never sit on both sides, nor do rows of one lead: a model may know them by heart. Only
+where hardly a row is like no other equal rows may: there the next lead is like a known one, too. Pure, and
+the seed is a parameter. Called by `app.training.train` and wherever a fit is cross-validated.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ _FIRST_SHARE = 1 / 3
 """The share of rows, from the earliest on, that every time-ordered fold learns from."""
 
 _NEW_SHARE = 0.25
-"""With fewer rows like no earlier one, the last fifth would be tested on its odd ones only."""
+"""With fewer rows like no other, of all or of the last fifth, what is measured would be their oddities."""
 
 
 class Fold(NamedTuple):
@@ -97,7 +98,9 @@ def build_folds(rows: TrainingRows, seed: int) -> list[Fold]:
 def group_rows(rows: TrainingRows) -> IntArray:
     """Numbers the groups of rows (n,) that stay together: those equal in every column, and those of one lead.
 
-    Columns that could never become a feature, as they number the leads or name them, do not count.
+    Columns that could never become a feature, as they number the leads or name them, do not count. With fewer
+    than a quarter of the rows like that of no other lead, equal ones do not stay together: a few columns of
+    few values cannot tell leads apart, and whole values of them would be held out, unheard of.
     """
     group, told_apart = np.zeros(rows.leads.n, dtype=np.int64), False
     one_a_lead = rows.take_one_a_lead().leads.columns
@@ -106,8 +109,19 @@ def group_rows(rows: TrainingRows) -> IntArray:
             codes = distinct_codes(cells)
             group = np.unique(group * (codes.max() + 1) + codes, return_inverse=True)[1]
             told_apart = True
-    group = group if told_apart else np.arange(rows.leads.n)
+    each = np.arange(rows.leads.n)
+    if not told_apart or _share_alone(group, each if rows.lead is None else rows.lead) < _NEW_SHARE:
+        group = each
     return group if rows.lead is None else _join_leads(group, rows.lead)
+
+
+def _share_alone(group: IntArray, lead: IntArray) -> float:
+    """Returns the share of rows (n,) whose group has rows of one lead only.
+
+    It estimates how likely the next lead is like none before (Good, Biometrika 40, 1953).
+    """
+    leads = np.bincount(np.unique(np.stack((group, lead)), axis=1)[0])
+    return float((leads[group] == 1).mean())
 
 
 def _join_leads(group: IntArray, lead: IntArray) -> IntArray:
