@@ -395,9 +395,12 @@ def test_whoever_asks_gets_a_receipt_that_adds_up_to_the_probability_and_reasons
         assert abs(total - prediction["probability"]) < 1e-9
         assert receipt["base_rate"] == manifest.base_rate
         if prediction["verdict"] != "abstain":
-            assert all(re.fullmatch(r".+: [+-]\d+ points?", sentence) for sentence in reasons)
+            points = [re.fullmatch(r".+: ([+-]\d+) points?", sentence) for sentence in reasons]
+            told = sum(int(match[1]) for match in points if match)
+            assert all(points)
+            assert told == round(100 * (prediction["probability"] - receipt["base_rate"]))
     assert full[-3]["reasons"] == ["too little is known of this lead: the probability is the base rate"]
-    assert max(len(prediction["reasons"]) for prediction in full) == 5
+    assert max(len(prediction["reasons"]) for prediction in full) == 6, "five, and everything else"
     for prediction in (full[0], full[-2]):
         assert ask_including(uncached, "reasons", prediction["lead_id"]) == [prediction]
 

@@ -140,10 +140,14 @@ def test_the_largest_contributions_are_told_first_and_less_than_half_a_point_is_
         GroupWords("e-mails opened", ["7"], is_time=False),
         GroupWords("grade", ["3.4"], is_time=False),
     ]
-    assert write_reasons(groups, 0, [-0.0612, 0.0049, 0.12, -0.0099]) == [
+    told = [
         "e-mails opened (7): +12 points",
         "last contact 41 days ago: -6 points",
         "grade (3.4): -1 point",
     ]
-    assert write_reasons(groups, 0, [0.0, 0.001, -0.0049, 0.0]) == []
-    assert len(write_reasons(groups * 3, 0, [0.1] * 12)) == MAX_REASONS
+    added = [-0.0612, 0.0049, 0.12, -0.0099]
+    assert write_reasons(groups, 0, added, 0.0549) == told
+    assert write_reasons(groups, 0, added, -0.1049) == [*told, "everything else: -15 points"]
+    assert write_reasons(groups, 0, [0.0, 0.001, -0.0049, 0.0], -0.0049) == []
+    assert write_reasons(groups, 0, [0.0, 0.001, -0.0049, 0.0], 0.01) == ["everything else: +1 point"]
+    assert len(write_reasons(groups * 3, 0, [0.1] * 12, 0.5)) == MAX_REASONS

@@ -193,11 +193,16 @@ def test_the_features_of_one_column_are_one_line_with_what_the_lead_has_there(mo
     assert lines[0]["gpa"].contribution > lines[2]["gpa"].contribution
 
 
-def test_the_sentences_are_the_largest_lines_in_points() -> None:
-    (explanation,), _ = explain(bundle_of("random_forest"), build_lead_rows(1, seed=2)[0])
+def test_the_sentences_are_the_largest_lines_in_points_and_what_is_left() -> None:
+    bundle = calibrated("random_forest", "isotonic")
+    (explanation,), answers = explain(bundle, build_lead_rows(1, seed=2)[0])
     lines = sorted(explanation.receipt.contributions, key=lambda line: -abs(line.contribution))
     shown = [line for line in lines[:5] if round(100 * line.contribution)]
-    assert len(explanation.reasons) == len(shown) > 1
-    for sentence, line in zip(explanation.reasons, shown, strict=True):
+    *largest, rest = explanation.reasons
+    assert len(largest) == len(shown) > 1
+    left = round(100 * (answers["probability"][0] - bundle.manifest.base_rate))
+    left -= sum(round(100 * line.contribution) for line in shown)
+    assert rest == f"everything else: {left:+d} points"
+    for sentence, line in zip(largest, shown, strict=True):
         assert line.value in sentence
         assert f": {round(100 * line.contribution):+d} point" in sentence

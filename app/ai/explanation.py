@@ -45,7 +45,7 @@ def explain_leads(
 
     groups = put_into_words(leads, matrix, bundle.feature_set, bundle.statistics)
     names = bundle.feature_set.group_names
-    told = set(scored.tolist())
+    told, totals = set(scored.tolist()), (answers["probability"] - base_rate).tolist()
     unsaid = NOTHING_LEARNT if bundle.manifest.learnt_nothing else ABSTAINED
     known = matrix.values.astype(object)
     known[np.isnan(matrix.values)] = None
@@ -56,7 +56,7 @@ def explain_leads(
             for name, group, contribution in zip(names, groups, added, strict=True)
         )
         receipt = Receipt(base_rate, lines, float(calibration[row]), float(bounds[row]))
-        reasons = write_reasons(groups, row, added) if row in told else [unsaid]
+        reasons = write_reasons(groups, row, added, totals[row]) if row in told else [unsaid]
         features = dict(zip(bundle.feature_set.names, known[row].tolist(), strict=True))
         explanations.append(Explanation(receipt, tuple(reasons), features))
     return explanations

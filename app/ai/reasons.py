@@ -19,6 +19,7 @@ from app.ai.feature_transforms import CellState, TextCodes, named_texts
 from app.ai.features import FeatureMatrix, FeatureSet, FeatureSpec
 
 MAX_REASONS = 5
+REST = "everything else"
 ABSTAINED = "too little is known of this lead: the probability is the base rate"
 NOTHING_LEARNT = "too few outcomes are known yet to tell leads apart: the probability is the base rate"
 
@@ -58,16 +59,28 @@ def put_into_words(
     return groups
 
 
-def write_reasons(groups: Sequence[GroupWords], row: int, contributions: Sequence[float]) -> list[str]:
-    """Returns what moved the lead in this row most, by group, as sentences; half a point is no reason."""
+def write_reasons(
+    groups: Sequence[GroupWords], row: int, contributions: Sequence[float], total: float
+) -> list[str]:
+    """Returns what moved the lead in this row most, by group, as sentences; half a point is no reason.
+
+    `total` is how far the probability is from the base rate. What the sentences leave of it (other groups,
+    and calibration, which may be more than any of them) is the last one, so that the points add up to it.
+    """
     points = [round(100 * contribution) for contribution in contributions]
     ranked = sorted(range(len(groups)), key=lambda group: -abs(contributions[group]))
-    return [_say(groups[group], row, points[group]) for group in ranked[:MAX_REASONS] if points[group]]
+    told = [group for group in ranked[:MAX_REASONS] if points[group]]
+    sentences = [_say(_name(groups[group], row), points[group]) for group in told]
+    rest = round(100 * total) - sum(points[group] for group in told)
+    return [*sentences, _say(REST, rest)] if rest else sentences
 
 
-def _say(group: GroupWords, row: int, points: int) -> str:
+def _name(group: GroupWords, row: int) -> str:
     value = group.classes[row]
-    what = f"{group.about} {value}" if group.is_time else f"{group.about} ({value})"
+    return f"{group.about} {value}" if group.is_time else f"{group.about} ({value})"
+
+
+def _say(what: str, points: int) -> str:
     return f"{what}: {points:+d} point{'' if abs(points) == 1 else 's'}"
 
 
