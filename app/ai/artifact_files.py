@@ -43,8 +43,9 @@ class FoundArtifact:
     """One model in the directory, by its file names alone.
 
     `manifest_name` and `artifact_name` are None where there is no such file; one of them is there. `identity`
-    is that of all its files together: what was found out about the artifact holds for as long as it stays the
-    same. `has_signature` and `has_card` tell what else lies beside the manifest.
+    is that of all its files together and of the directory's owner: what was found out about the artifact
+    holds for as long as it stays the same. `has_signature` and `has_card` tell what else lies beside the
+    manifest.
     """
 
     version: str
@@ -90,17 +91,19 @@ def read_model_dir(descriptor: int, pattern: str) -> list[FoundArtifact]:
                 except FileNotFoundError:
                     continue
                 identities.setdefault((parsed[1], parsed[0]), {})[entry.name] = identity
-    found = (_describe(*key, files, names) for key, files in sorted(identities.items(), reverse=True))
+    owner = os.fstat(descriptor).st_uid
+    found = (_describe(*key, files, names, owner) for key, files in sorted(identities.items(), reverse=True))
     return [artifact for artifact in found if artifact.manifest_name or artifact.artifact_name]
 
 
 def _describe(
-    version: str, model_type: str, files: dict[str, FileIdentity], beside: Collection[str]
+    version: str, model_type: str, files: dict[str, FileIdentity], beside: Collection[str], owner: int
 ) -> FoundArtifact:
     names = sorted(files)
     manifest = next((name for name in names if name.endswith(MANIFEST_SUFFIX)), None)
     artifact = next((name for name in names if name.endswith(_ARTIFACT_SUFFIXES)), None)
-    identity = tuple(number for name in names for number in files[name])
+    # Whose a file may be depends on the directory.
+    identity = (owner, *(number for name in names for number in files[name]))
     has_signature = manifest is not None and build_signature_name(manifest) in beside
     has_card = manifest is not None and build_card_name(manifest, "html") in beside
     return FoundArtifact(version, model_type, manifest, artifact, identity, has_signature, has_card)

@@ -1,9 +1,9 @@
 """The models directory as a catalogue: what lies there, and what is known of each artifact.
 
 One chain leads from a file to a model: manifest, its signature, its own digest, whether it can serve here,
-the artifact's size and SHA-256, and only then deserialising. A refusal is remembered until the files change,
-so a bad artifact is read once and not on every look. Never chooses which model serves. Used by
-`model_registry`, and by the commands that list, verify and sign models.
+the artifact's size and SHA-256, and only then deserialising. A refusal is remembered until the files
+or the directory's owner change, so a bad artifact is read once and not on every look. Never chooses which
+model serves. Used by `model_registry`, and by the commands that list, verify and sign models.
 """
 
 from collections.abc import Callable, Sequence
