@@ -386,6 +386,29 @@ async def test_a_withdrawn_key_goes_without_anybody_asking() -> None:
     assert running.cancelled()
 
 
+async def test_a_fetch_that_failed_is_made_up_for_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waited = FakeClock(), asyncio.sleep
+    asked: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        clock.now += seconds
+        await waited(0)
+
+    async def fail_now_and_then() -> bytes:
+        asked.append(clock.now - 1000)
+        if len(asked) in {1, 3, 4}:
+            raise ValueError("not answered with 200")
+        if len(asked) == 6:
+            running.cancel()
+        return issuer.key_set()
+
+    issuer = Issuer("EdDSA")
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    running = asyncio.create_task(KeySet(fail_now_and_then, "EdDSA", clock=clock).run())
+    await asyncio.wait({running})
+    assert asked == [0, 60, 360, 420, 480, 780]
+
+
 UNREADABLE: list[dict[str, Any]] = [
     {"kty": "OKP", "crv": "Ed25519", "kid": "no point", "x": "AAAA"},
     {"kty": "OKP", "crv": "Ed25519", "kid": "no text", "x": 1},

@@ -48,6 +48,7 @@ class KeySet:
 
     A fetch that takes longer than `fetch_seconds` is given up; a set is used for `max_age_seconds` and then
     asked for again, whether anybody needs it or not: a key that the issuer withdrew must not wait for a use.
+    After a fetch that failed it is asked for again a minute later.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class KeySet:
         self._clock = clock
         self._keys: Keys | None = None
         self._asked_at = -math.inf
+        self._ask_after = max_age_seconds
         self._refresh: asyncio.Task[None] | None = None
 
     def current(self) -> Keys:
@@ -76,8 +78,10 @@ class KeySet:
         """Asks at once, and whenever the set is too old, until it is cancelled."""
         try:
             while True:
-                self._refresh_after(self._max_age_seconds)
-                await asyncio.sleep(self._asked_at + self._max_age_seconds - self._clock())
+                self._refresh_after(self._ask_after)
+                if self._refresh is not None:
+                    await asyncio.wait({self._refresh})  # by then it is known whether it failed
+                await asyncio.sleep(self._asked_at + self._ask_after - self._clock())
         finally:
             if self._refresh is not None:
                 self._refresh.cancel()
@@ -115,8 +119,10 @@ class KeySet:
         except (httpx2.HTTPError, OSError, ValueError) as exc:  # TimeoutError is an OSError
             AUTH_REFRESH_FAILURES.labels("key_set").inc()
             _log.warning("key_set_not_read", error=type(exc).__name__, keys=len(self.current()))
+            self._ask_after = MIN_PAUSE_SECONDS
             return
         self._keys = keys
+        self._ask_after = self._max_age_seconds
         if unreadable or not keys:
             _log.warning("key_set_lacks_keys", keys=len(keys), unreadable=unreadable)
 
