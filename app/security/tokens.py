@@ -71,14 +71,14 @@ class JwtVerifier:
                 leeway=LEEWAY_SECONDS,
                 options={"require": list(REQUIRED_CLAIMS), "enforce_minimum_key_length": True},
             )
+            until = float(claims["exp"]) + LEEWAY_SECONDS
         except jwt.ExpiredSignatureError as exc:
             raise NotAuthenticatedError("The token has expired.") from exc
-        except (jwt.PyJWTError, ValueError) as exc:
+        except (jwt.PyJWTError, ValueError, OverflowError) as exc:  # no float is as late as an `exp` may be
             raise NotAuthenticatedError from exc
         client = _build_client(claims)
         if len(self._verified) >= MAX_REMEMBERED:
             self._verified.clear()
-        until = float(claims["exp"]) + LEEWAY_SECONDS
         self._verified[token] = _Verified(client, until, self._key_set.current())
         return client
 
