@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Security
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import iter_route_contexts
 
@@ -35,6 +34,7 @@ from app.middleware.in_flight import Admission, InFlightLimit
 from app.middleware.request_id import RequestIdMiddleware
 from app.middleware.shedding import Shedding
 from app.schemas.openapi import complete_document
+from app.schemas.reference_page import render_reference
 from app.security.access import GUARD_ERRORS, Guard, Scope
 from app.security.rate_limit import limit_rate
 from app.settings import Settings, load_settings
@@ -107,7 +107,8 @@ def _build_documents_router(app: FastAPI) -> APIRouter:
         return JSONResponse(app.openapi())
 
     async def get_docs() -> HTMLResponse:
-        return get_swagger_ui_html(openapi_url=OPENAPI_PATH.lstrip("/"), title=f"{app.title} - Swagger UI")
+        page = render_reference(app.openapi(), OPENAPI_PATH.lstrip("/"))
+        return HTMLResponse(page, headers=model_cards.PAGE_HEADERS)
 
     router.add_api_route(OPENAPI_PATH, get_openapi, methods=["GET", "HEAD"])
     router.add_api_route("/docs", get_docs, methods=["GET", "HEAD"])

@@ -18,10 +18,14 @@ from app.errors import ArtifactError, InvalidParameterError, NotFoundError
 from app.schemas.openapi import Responses, describe_answers
 
 PATH = "/ai/advanced-ml/models/{version}/card"
-CARD_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-)
-"""The Content-Security-Policy of a card: its own styles, and nothing else at all."""
+PAGE_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+}
+"""What every page is sent with: it has its own styles, and may load and run nothing else at all."""
 
 _MEDIA_TYPES: dict[CardForm, str] = {"html": "text/html", "markdown": "text/markdown"}
 _VERSION = r"^[0-9]{8}_[0-9]{6}$"
@@ -61,12 +65,7 @@ async def get_card(version: Version, request: Request, registry: Registry) -> Re
         if exc.reason != "missing":
             _log.warning("card_refused", version=version, reason=exc.reason)
         raise NotFoundError("There is no model card of this version.") from exc
-    headers = {
-        "Cache-Control": "no-store",
-        "Content-Security-Policy": CARD_POLICY,
-        "X-Content-Type-Options": "nosniff",
-    }
-    return Response(body, headers=headers, media_type=_MEDIA_TYPES[form])
+    return Response(body, headers=PAGE_HEADERS, media_type=_MEDIA_TYPES[form])
 
 
 def _read_form(request: Request) -> CardForm:

@@ -611,6 +611,27 @@ def test_probes_and_documents_answer(client: httpx2.Client) -> None:
     assert f'leadscore_requests_total{{code="",route="{SCORE}",status="200"}}' in metrics.text
 
 
+def test_the_reference_has_everything_and_nothing_from_another_host(client: httpx2.Client) -> None:
+    page, document = client.get("/docs"), client.get("/openapi.json").json()
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; ")
+    assert "script" not in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert not re.findall(r"<script|<link|<img|<iframe| on[a-z]+=|\bsrc=|@import|url\(|//", page.text)
+    operations = [
+        operation["operationId"] for path in document["paths"].values() for operation in path.values()
+    ]
+    anchors = re.findall(r' id="([^"]+)"', page.text)
+    assert anchors == [*operations, *document["components"]["schemas"]]
+    assert set(re.findall(r' href="([^"]+)"', page.text)) <= {
+        "openapi.json",
+        *(f"#{name}" for name in anchors),
+    }
+    assert all(
+        text in page.text for text in ("<code>EMPTY_BATCH</code>", "{&quot;lead_ids&quot;: [&quot;lead_1")
+    )
+
+
 @pytest.mark.parametrize("path", [HEALTH, MODELS, "/livez", "/readyz", "/metrics", "/docs", "/openapi.json"])
 def test_head_answers_like_get_without_a_body(client: httpx2.Client, path: str) -> None:
     head, get = client.head(path), client.get(path)
