@@ -192,7 +192,8 @@ def test_a_browser_may_send_the_header(guarded: Guarded) -> None:
     assert guarded.ask("OPTIONS", SCORE, Origin=ORIGIN, **asked).status_code == 200
 
 
-def test_a_refused_scoring_request_leaves_its_event(guarded: Guarded) -> None:
+def test_a_refused_scoring_request_leaves_its_event_and_any_other_is_counted(guarded: Guarded) -> None:
+    guarded.ask("GET", "/openapi.json", **{"X-Request-ID": "refused-elsewhere"})
     for number, (credential, code) in enumerate(
         [(None, "NOT_AUTHENTICATED"), (guarded.keys["read"], "NOT_ALLOWED")]
     ):
@@ -205,6 +206,9 @@ def test_a_refused_scoring_request_leaves_its_event(guarded: Guarded) -> None:
             rows = connection.execute("SELECT meta FROM ai_events WHERE request_id = %s", [request_id])
             ((meta,),) = rows.fetchall()
         assert (meta["error_code"], meta["route"], meta["asked"]) == (code, SCORE, None)
+    assert "refused-elsewhere" not in count_events(guarded.url)
+    counted = guarded.ask("GET", "/metrics", guarded.keys["read"]).text
+    assert 'leadscore_requests_total{code="NOT_AUTHENTICATED",route="/openapi.json",status="401"}' in counted
 
 
 async def test_the_body_is_not_waited_for_before_the_credential_is_there(guarded: Guarded) -> None:
