@@ -22,7 +22,10 @@ UNIX_PREFIX = "unix:"
 
 _YEAR_SECONDS = 31_536_000
 
-_is_origin = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?").fullmatch
+_match_origin = re.compile(
+    r"([a-z][a-z0-9+.-]*)://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?|\[[0-9a-f:.]+\])(?::([1-9][0-9]{0,4}))?"
+).fullmatch
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _DEVELOPMENT_ORIGINS = tuple(
     f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 4200, 5173, 8080)
@@ -148,7 +151,7 @@ class Settings(BaseSettings):
         if not all(map(_is_origin, value)):
             raise ValueError(
                 "expected origins as browsers send them, such as https://crm.example or http://localhost:3000:"
-                " in lower case, without a path"
+                " in lower case, without a path or the scheme's own port"
             )
         return value
 
@@ -248,6 +251,14 @@ class Settings(BaseSettings):
                     "ML_TRUSTED_KEYS must be set when APP_ENV=production: only signed models may serve there"
                 )
         return self
+
+
+def _is_origin(text: str) -> bool:
+    parts = _match_origin(text)
+    if parts is None:
+        return False
+    scheme, port = parts.groups()
+    return port is None or (int(port) <= 65535 and int(port) != _DEFAULT_PORTS.get(scheme))
 
 
 def _can_be_connected_to(url: str) -> bool:

@@ -86,6 +86,12 @@ def test_a_wrong_setting_does_not_show_its_value_where_the_error_is_printed() ->
         ("CORS_ORIGINS", "https://CRM.example"),
         ("CORS_ORIGINS", "https://u:p@crm.example"),
         ("CORS_ORIGINS", "https://crm.example:port"),
+        ("CORS_ORIGINS", "https://crm.example:443"),
+        ("CORS_ORIGINS", "http://crm.example:80"),
+        ("CORS_ORIGINS", "https://crm.example:65536"),
+        ("CORS_ORIGINS", "https://crm.example:08443"),
+        ("CORS_ORIGINS", "https://crm..example"),
+        ("CORS_ORIGINS", "foo://."),
         ("CORS_ORIGINS", "null"),
         ("CORS_ORIGINS", "https://münchen.example"),
         ("ML_CACHE_TTL_SECONDS", "1e9"),
@@ -111,6 +117,7 @@ def test_a_value_that_cannot_be_meant_is_one_line_that_names_the_variable(name: 
         "https://crm.example",
         "http://[::1]:3000,http://10.0.0.1:8080",
         "capacitor://localhost",
+        "http://crm.example:443,https://crm.example:80,https://crm.example:65535",
     ],
 )
 def test_origins_as_browsers_send_them_are_taken(origins: str) -> None:
