@@ -14,6 +14,8 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 ISSUER, AUDIENCE = "https://issuer.example/", "lead-scoring"
+COOKIE = "of-the-issuer-4d1b9e"
+"""What the endpoint sends as a cookie with its key set."""
 
 _MAKE = {
     "RS256": lambda: rsa.generate_private_key(65537, 2048),
@@ -93,6 +95,7 @@ def published(issuer: Issuer, path: str = "/keys") -> Iterator[str]:
                 return
             body = issuer.key_set() if self.path == path else b"x" * 1_000_000
             self.send_response(200)
+            self.send_header("Set-Cookie", f"session={COOKIE}")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

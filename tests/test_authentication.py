@@ -27,7 +27,7 @@ from app.db.demo_crm import load_demo
 from app.security.access import Scope
 from app.settings import Settings
 from tests.in_process import build_settings, serve
-from tests.issuer import AUDIENCE, ISSUER, Issuer, published
+from tests.issuer import AUDIENCE, COOKIE, ISSUER, Issuer, published
 from tests.lead_models import VERSION, publish_lead_model
 from tests.service import Service, count_events
 
@@ -351,7 +351,11 @@ def test_no_secret_is_in_any_log_event_metric_or_answer(crm_url: str, folder: Pa
     log_files = [path.read_bytes() for path in (tmp_path / "var").rglob("*") if path.is_file()]
     sinks = [service.stderr.read_bytes(), json.dumps(events).encode(), *log_files]
     sinks += [answer.content + str(answer.headers).encode() for answer in answers]
-    secrets = [PEPPER, *(part for credential in credentials for part in re.split(r"\.", credential)[1:])]
+    secrets = [
+        PEPPER,
+        COOKIE,
+        *(part for credential in credentials for part in re.split(r"\.", credential)[1:]),
+    ]
     assert len(secrets) > 8
     assert not [secret for secret in secrets for sink in sinks if secret.encode() in sink]
 
