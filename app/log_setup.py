@@ -16,6 +16,7 @@ from typing import Any, TextIO, cast
 
 import msgspec
 import structlog
+from stamina.instrumentation import LoggingOnRetryHook, PrometheusOnRetryHook, set_on_retry_hooks
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from app.errors import LeadScoringError
@@ -47,6 +48,8 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
         logging.getLogger(name).propagate = name != "uvicorn.access"
     # It fills in its templates itself, with every header that the token issuer sends.
     logging.getLogger("httpcore2").setLevel(logging.WARNING)
+    # As given, retries are logged with the text of what failed.
+    set_on_retry_hooks((PrometheusOnRetryHook, LoggingOnRetryHook))
     logging.captureWarnings(capture=True)
     sys.excepthook = _log_uncaught
     threading.excepthook = lambda arguments: _log_uncaught(

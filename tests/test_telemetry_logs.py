@@ -76,6 +76,17 @@ def test_no_way_of_logging_lets_a_value_through(call: str) -> None:
     assert len(run(call)) == 1
 
 
+def test_what_is_tried_again_is_logged_without_the_text_of_what_failed() -> None:
+    lines = run(
+        "import stamina\n"
+        "for attempt in stamina.retry_context(on=OSError, attempts=2, wait_initial=0, wait_jitter=0):\n"
+        "    with attempt:\n"
+        "        if attempt.num == 1:\n"
+        "            raise OSError(CANARY)"
+    )
+    assert [line["event"] for line in lines] == ["stamina.retry_scheduled"]
+
+
 def test_a_task_that_nobody_waited_for_is_reported_without_its_text() -> None:
     lines = run(
         "async def main():\n"
