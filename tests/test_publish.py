@@ -143,6 +143,22 @@ def test_a_directory_that_cannot_be_written_is_one_clear_line(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_two_who_write_one_file_at_once_leave_it_whole_and_nothing_else(tmp_path, monkeypatch):
+    path, synced = tmp_path / "x", []
+
+    def sync(descriptor, fsync=os.fsync):
+        synced.append(descriptor)
+        if len(synced) == 1:  # the first has written, and is not done
+            write_durably(path, b"second")
+            assert path.read_bytes() == b"second"
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_durably(path, b"first")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_disk_without_room_for_any_model_is_found_out_without_a_trace(tmp_path):
     with room_for(100_000), pytest.raises(ArtifactError, match="cannot be written"):
         check_writable(tmp_path / "models")

@@ -8,6 +8,7 @@ last. Never chooses which model serves. Called by training.
 
 import hashlib
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -138,7 +139,7 @@ def write_durably(path: Path, data: bytes) -> None:
     Raises:
         ArtifactError: `not_writable`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         _write_file(temporary, data)
         temporary.rename(path)
