@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI, Security
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import iter_route_contexts
 
-from app import __version__, health, model_cards
+from app import __version__, api_docs, health, model_cards
 from app.ai import advanced_ml, advanced_ml_hardened
 from app.ai.ml_telemetry import Telemetry
 from app.ai.scoring_requests import SCORING_ERRORS
@@ -34,7 +34,6 @@ from app.middleware.in_flight import Admission, InFlightLimit
 from app.middleware.request_id import RequestIdMiddleware
 from app.middleware.shedding import Shedding
 from app.schemas.openapi import complete_document
-from app.schemas.reference_page import render_reference
 from app.security.access import GUARD_ERRORS, Guard, Scope
 from app.security.rate_limit import limit_rate
 from app.settings import Settings, load_settings
@@ -107,8 +106,7 @@ def _build_documents_router(app: FastAPI) -> APIRouter:
         return JSONResponse(app.openapi())
 
     async def get_docs() -> HTMLResponse:
-        page = render_reference(app.openapi(), OPENAPI_PATH.lstrip("/"))
-        return HTMLResponse(page, headers=model_cards.PAGE_HEADERS)
+        return HTMLResponse(api_docs.build_page(app.title), headers=api_docs.HEADERS)
 
     router.add_api_route(OPENAPI_PATH, get_openapi, methods=["GET", "HEAD"])
     router.add_api_route("/docs", get_docs, methods=["GET", "HEAD"])
