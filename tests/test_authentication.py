@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx2
 import psycopg
@@ -199,9 +200,7 @@ def test_a_refused_scoring_request_leaves_its_event_and_any_other_is_counted(gua
     ):
         request_id = f"refused-{number}"
         guarded.ask("POST", SCORE, credential, **{"X-Request-ID": request_id})
-        deadline = time.monotonic() + 10
-        while request_id not in count_events(guarded.url):
-            assert time.monotonic() < deadline
+        wait_for_event(guarded, request_id)
         with psycopg.connect(guarded.url) as connection:
             rows = connection.execute("SELECT meta FROM ai_events WHERE request_id = %s", [request_id])
             ((meta,),) = rows.fetchall()
@@ -209,6 +208,12 @@ def test_a_refused_scoring_request_leaves_its_event_and_any_other_is_counted(gua
     assert "refused-elsewhere" not in count_events(guarded.url)
     counted = guarded.ask("GET", "/metrics", guarded.keys["read"]).text
     assert 'leadscore_requests_total{code="NOT_AUTHENTICATED",route="/openapi.json",status="401"}' in counted
+
+
+def wait_for_event(service: Guarded, request_id: str) -> None:
+    deadline = time.monotonic() + 10
+    while request_id not in count_events(service.url):
+        assert time.monotonic() < deadline
 
 
 async def test_the_body_is_not_waited_for_before_the_credential_is_there(guarded: Guarded) -> None:
@@ -235,6 +240,7 @@ TRICKS = (
     "//livez/..//ai/advanced-ml/health", "/livez%00/../ai/advanced-ml/health", "/ai/advanced-ml%2fhealth",
     "/ai/advanced-ml/health%2f", "/ai/advanced-ml/health;/livez", "/ai/advanced-ml/health#/livez",
     "http://x/ai/advanced-ml/health", "http://x/livez/../ai/advanced-ml/health", "\\ai\\advanced-ml\\health",
+    "/ai/advanced-ml/health%0A", "/ai/advanced-ml/health%0D%0A", "/livez%0A",
 )  # fmt: skip
 HOSTS = ("x", "x/livez?", "x/livez#", "livez", "x:80/livez", "[::1]/livez?", "x\\livez", "@/livez", "")
 
@@ -250,6 +256,19 @@ async def test_no_way_of_writing_a_path_or_a_host_gets_round_the_guard(guarded: 
         with_key = await speak(guarded, f"{head}Authorization: Bearer {guarded.keys['read']}\r\n\r\n")
         reached = reached or with_key[9:12] == "200"
     assert reached or path != HEALTH  # what is written plainly is there to be reached at all
+
+
+def test_a_line_end_after_a_path_is_no_way_round_what_knows_paths(guarded: Guarded) -> None:
+    for route in iter_route_contexts(guarded.app.routes):
+        path = (route.path or "").format(version=VERSION) + "%0A"
+        for method in route.methods or ():
+            request_id = f"line-end-{uuid4()}"
+            response = guarded.ask(method, path, guarded.keys["admin"], **{"X-Request-ID": request_id})
+            assert response.status_code == 404, (method, path)
+            assert response.headers["x-request-id"] == request_id
+            if method == "POST":
+                assert problem_of(response, 404, "NOT_FOUND")["instance"] == "/"
+                wait_for_event(guarded, request_id)
 
 
 # --- Keys and time ----------------------------------------------------------------------------------------
