@@ -134,6 +134,7 @@ def _prepare_workers(stack: ExitStack, settings: Settings, url: str) -> None:
         shared_counts = stack.enter_context(open_shared_counts(settings.var_dir))
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared_counts.resolve())
         # uvicorn would start each with all libraries in memory once more, and has no setting for it.
+        os.environ["PYTHONSAFEPATH"] = "1"  # what they fork from imports nothing out of the current directory
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload(["app.preloaded"])
         _start_tracker()

@@ -83,6 +83,7 @@ def started(code: Path, models_of: Path, var_dir: Path) -> Iterator[http.client.
     """Starts the service out of this code and yields a connection to it; stopped at the end."""
     environment = {
         **os.environ,
+        "PYTHONPATH": str(code),  # of what it starts nothing looks in the current directory
         "VAR_DIR": str(var_dir),
         "ML_MODEL_DIR": str(models_of / "models"),
         "ML_PREDICTION_CACHE_TTL_SECONDS": "0",

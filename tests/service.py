@@ -79,7 +79,7 @@ def refuse_to_start(database_url: str, folder: Path, **settings: str) -> list[st
 class Service:
     """`python -m app.cli serve` in a process group of its own; leaving the context kills what is left.
 
-    `command` is what Python is to run instead, which announces itself in the same words.
+    `command` is what Python is to run instead, which announces itself in the same words; `cwd` where.
     """
 
     def __init__(
@@ -89,9 +89,10 @@ class Service:
         model_dir: Path,
         *,
         command: Sequence[str] = ("-m", "app.cli", "serve"),
+        cwd: Path = ROOT,
         **environment: str,
     ) -> None:
-        self._command = command
+        self._command, self._cwd = command, cwd
         self.var_dir = directory / "var"
         self.stderr = directory / "stderr.log"
         self.printed = b""
@@ -120,7 +121,7 @@ class Service:
                 [sys.executable, *self._command],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                cwd=ROOT,
+                cwd=self._cwd,
                 env=self._environment,
                 start_new_session=True,
             )

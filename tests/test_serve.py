@@ -200,6 +200,21 @@ def test_a_service_that_a_bench_starts_is_open_to_whoever_started_it(
             assert "sings" in "".join(look_into([pid]))
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_nothing_out_of_the_current_directory_is_imported(
+    database_url: str, tmp_path: Path, workers: str
+) -> None:
+    models, folder, told = publish_crm_model(tmp_path / "models"), tmp_path / "here", tmp_path / "imported"
+    (folder / "app").mkdir(parents=True)
+    for name in ("app/__init__.py", "skops.py", "threading.py"):
+        (folder / name).write_text(f"open({str(told)!r}, 'a').write(__name__)")
+    installed = (str(Path(sys.executable).with_name("leadscore")), "serve")  # -m would look there itself
+    with Service(tmp_path, database_url, models, command=installed, cwd=folder, WORKERS=workers) as service:
+        assert httpx2.get(f"http://127.0.0.1:{service.port}/readyz").status_code == 200
+        assert service.stop() == 0
+    assert not told.exists()
+
+
 def ask_over(path: Path) -> httpx2.Response:
     with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
         assert client.get("/readyz").status_code == 200

@@ -25,8 +25,11 @@ sys.modules["pytest"] = None
 from app.ai.artifact_loading import main
 main()
 """
-_COMMAND = (sys.executable, "-c", _PROGRAM)
-TOLD = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+_COMMAND = (sys.executable, "-P", "-c", _PROGRAM)  # else what lies in the current directory is imported first
+TOLD = (
+    *("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH"),
+    *("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV"),
+)
 """All that a program is told of its surroundings which is to know none of the settings."""
 
 _waiting: "list[subprocess.Popen[bytes]]" = []
