@@ -55,8 +55,8 @@ def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM, then stops everything in order and returns.
 
     Raises:
-        SettingsError: the port is taken, the lead source cannot be read, or the embedded database cannot be
-            started as configured.
+        SettingsError: the port is taken, or was while the service started, the lead source cannot be read, or
+            the embedded database cannot be started as configured.
     """
     configure_logging(settings.log_level)
     own_memory.close_to_others()
@@ -152,7 +152,7 @@ def _start_tracker() -> None:
 
 @contextmanager
 def _bind(host: str, port: int) -> Iterator[socket.socket]:
-    # Bound but not yet listening: the address is ours, and callers are refused, not kept waiting.
+    # Bound but not yet listening: callers are refused, not kept waiting.
     path = Path(host.removeprefix(UNIX_PREFIX)) if host.startswith(UNIX_PREFIX) else None
     address: str | tuple[str, int]
     if path is not None:
@@ -211,6 +211,7 @@ def _run(settings: Settings, listener: socket.socket) -> None:
     )
 
     def announce() -> None:
+        _check_listening(listener, settings)
         _announce(listener, guarded=settings.auth_mode != "none")
 
     if settings.workers > 1:
@@ -235,7 +236,11 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._announce()
+            try:
+                self._announce()
+            except SettingsError:
+                await self.shutdown(sockets)
+                raise
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._drains = self._drains or sig == signal.SIGTERM
@@ -267,7 +272,12 @@ class _Supervisor(Multiprocess):
     def init_processes(self) -> None:
         super().init_processes()
         if all(process.wait_until_ready(WORKER_SECONDS, self.should_exit) for process in self.processes):
-            self._announce()
+            try:
+                self._announce()
+            except SettingsError:
+                self.terminate_all()
+                self.join_all()
+                raise
 
     def handle_term(self) -> None:
         for process in self.processes:
@@ -276,6 +286,14 @@ class _Supervisor(Multiprocess):
                     os.kill(process.pid, ANNOUNCEMENT)
         time.sleep(self._drain_seconds)
         super().handle_term()
+
+
+def _check_listening(listener: socket.socket, settings: Settings) -> None:
+    # Until it listens another program, of any user, may bind the same address and listen first. The event
+    # loop says nothing then, and closes what it was given.
+    if listener.fileno() < 0 or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        taken = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        raise SettingsError(_explain_refusal(settings.host, settings.port, taken))
 
 
 def _announce(listener: socket.socket, *, guarded: bool) -> None:

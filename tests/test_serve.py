@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -213,6 +214,34 @@ def test_nothing_out_of_the_current_directory_is_imported(
         assert httpx2.get(f"http://127.0.0.1:{service.port}/readyz").status_code == 200
         assert service.stop() == 0
     assert not told.exists()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_port_that_another_takes_while_the_service_starts_is_refused(tmp_path: Path, workers: str) -> None:
+    with socket.socket() as other, socket.create_server(("127.0.0.1", 0)) as database:
+        database.settimeout(PATIENCE_SECONDS)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        url = f"postgresql://127.0.0.1:{database.getsockname()[1]}/crm"
+        models = publish_crm_model(tmp_path / "models")
+        service = Service(tmp_path, url, models, PORT=str(port), WORKERS=workers)
+        try:
+            with ThreadPoolExecutor(1) as threads:
+                start = threads.submit(service.start)
+                caller, _ = database.accept()  # it has bound its port by now
+                other.listen()
+                caller.close()
+                database.close()
+                with pytest.raises(AssertionError, match="the service did not start"):
+                    start.result()
+            assert service.wait() == 1
+        finally:
+            service.kill()
+    said = service.stderr.read_text()
+    reason = "address already in use"
+    assert said.endswith(f"Error: PORT: cannot listen on 127.0.0.1:{port} ({reason}); set a free one\n")
+    assert "Traceback" not in said
 
 
 def ask_over(path: Path) -> httpx2.Response:
