@@ -6,6 +6,7 @@ The parent process owns the embedded PostgreSQL and outlives every worker; a wor
 
 import asyncio
 import errno
+import fcntl
 import math
 import multiprocessing
 import multiprocessing.resource_tracker
@@ -64,7 +65,7 @@ def serve(settings: Settings) -> None:
         with ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, _raise_stopped)
-            listener = stack.enter_context(_bind(settings.host, settings.port))
+            listener = stack.enter_context(bind(settings.host, settings.port))
             url = stack.enter_context(open_database(settings))
             if settings.database_url is None:
                 _seed_once(url)
@@ -151,18 +152,23 @@ def _start_tracker() -> None:
 
 
 @contextmanager
-def _bind(host: str, port: int) -> Iterator[socket.socket]:
-    # Bound but not yet listening: callers are refused, not kept waiting.
+def bind(host: str, port: int) -> Iterator[socket.socket]:
+    """Yields a socket that does not listen yet: callers are refused, not kept waiting.
+
+    Raises:
+        SettingsError: the address cannot be used, or another has it.
+    """
     path = Path(host.removeprefix(UNIX_PREFIX)) if host.startswith(UNIX_PREFIX) else None
     address: str | tuple[str, int]
     if path is not None:
         family, address = socket.AF_UNIX, str(path)
     else:
         family, address = socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port)
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    with socket.socket(family, socket.SOCK_STREAM) as listener, ExitStack() as stack:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             if path is not None:
+                stack.enter_context(_claim(path))
                 _remove_if_abandoned(path)
             listener.bind(address)
         except (OSError, UnicodeError) as exc:  # a name that DNS cannot carry is a UnicodeError
@@ -173,6 +179,24 @@ def _bind(host: str, port: int) -> Iterator[socket.socket]:
         finally:
             if path is not None:
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[None]:
+    """Keeps the path of a socket from other services: one that starts or ends does not listen, either."""
+    claim = os.open(f"{path}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise _taken() from exc
+        yield
+    finally:
+        os.close(claim)
+
+
+def _taken() -> OSError:
+    return OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def _explain_refusal(host: str, port: int, exc: OSError | UnicodeError) -> str:
@@ -292,8 +316,7 @@ def _check_listening(listener: socket.socket, settings: Settings) -> None:
     # Until it listens another program, of any user, may bind the same address and listen first. The event
     # loop says nothing then, and closes what it was given.
     if listener.fileno() < 0 or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        taken = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        raise SettingsError(_explain_refusal(settings.host, settings.port, taken))
+        raise SettingsError(_explain_refusal(settings.host, settings.port, _taken()))
 
 
 def _announce(listener: socket.socket, *, guarded: bool) -> None:

@@ -1,6 +1,7 @@
 """Where the service listens, how it ends, and how its workers are replaced: by signals, as ops send them."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import httpx2
 import psycopg
 import pytest
 
+from app.errors import SettingsError
+from app.serve import bind
 from bench.servers import READABLE, descend
 from tests.service import (
     PREDICT,
@@ -276,6 +279,20 @@ def test_the_socket_of_a_killed_service_is_taken_over_and_that_of_a_running_one_
         assert refused == f"HOST: cannot listen on {path} (address already in use)"
         assert ask_over(path).status_code == 200
         assert service.stop() == 0
+
+
+def test_the_socket_of_a_service_that_starts_or_ends_is_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "service.sock"
+    taken = re.escape(f"HOST: cannot listen on {path} (address already in use)")
+    with bind(f"unix:{path}", 0) as listener:
+        with pytest.raises(SettingsError, match=taken), bind(f"unix:{path}", 0):
+            pass
+        listener.listen()
+        listener.close()
+        with pytest.raises(SettingsError, match=taken), bind(f"unix:{path}", 0):
+            pass
+        assert path.is_socket()
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(
