@@ -30,7 +30,7 @@ VOLUME /data
 EXPOSE 8000
 # Whether the process lives, because what is unhealthy is started anew. Who sends it requests asks /readyz.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s CMD \
-    ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/livez', timeout=2)"]
+    ["python", "-c", "import os, urllib.request as u; u.build_opener(u.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ[\"PORT\"]}/livez', timeout=2)"]
 # APP_ENV=production asks for DATABASE_URL, CORS_ORIGINS, AUTH_MODE and ML_TRUSTED_KEYS, and serves signed models only:
 # mount yours and name them in ML_MODEL_DIR. Apply migrations with `leadscore db upgrade`.
 CMD ["leadscore", "serve"]

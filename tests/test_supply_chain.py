@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import httpx2
 import pytest
@@ -103,6 +105,16 @@ def test_the_guard_notices_every_way_out(tmp_path: Path, way: str) -> None:
     assert (ended.returncode == 0) is (way == "caught")
 
 
+class Livez(BaseHTTPRequestHandler):
+    """Answers on one path as it is told."""
+
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/livez" else 404)
+        self.end_headers()
+
+
 Stage = list[tuple[str, str]]
 
 
@@ -145,3 +157,20 @@ def test_the_image_installs_what_is_pinned_and_nothing_else() -> None:
     installs = [rest for stage in stages() for word, rest in stage if word == "RUN" and "pip install" in rest]
     assert len(installs) == 2
     assert all("--require-hashes" in line or "--no-deps --no-build-isolation" in line for line in installs)
+
+
+def test_the_image_is_asked_whether_it_lives_past_every_proxy() -> None:
+    (check,) = [rest for word, rest in stages()[1] if word == "HEALTHCHECK"]
+    program = [sys.executable, *json.loads(check.partition("CMD")[2])[1:]]
+    with HTTPServer(("127.0.0.1", 0), Livez) as server:
+        nobody_there = {"http_proxy": "http://127.0.0.1:1", "no_proxy": ""}
+        environment = {**os.environ, **nobody_there, "PORT": str(server.server_port)}
+        answering = Thread(target=server.serve_forever)
+        answering.start()
+        try:
+            for Livez.status, ends_with in ((200, 0), (503, 1)):
+                done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+                assert done.returncode == ends_with, done.stderr
+        finally:
+            server.shutdown()
+            answering.join()
