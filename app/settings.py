@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, HttpUrl, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    NoDecode,
+    SettingsConfigDict,
+)
 
 from app.errors import SettingsError
 
@@ -290,6 +296,12 @@ def load_settings() -> Settings:
     Raises:
         SettingsError: a value is missing or wrong; the message is one line that names the variable.
     """
+    # Empty counts as not set; of these two that would be what is unsafe, where somebody has set another.
+    for source in (EnvSettingsSource, DotEnvSettingsSource):
+        given = source(Settings, env_ignore_empty=False).env_vars
+        for name in ("app_env", "auth_mode"):
+            if given.get(name) == "":
+                raise SettingsError(f"{name.upper()}: it is empty; give it a value, or do not set it")
     try:
         return Settings()
     except ValidationError as exc:

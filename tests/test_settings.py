@@ -1,5 +1,6 @@
 """The settings: what is accepted, and what a wrong value is answered with."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +110,19 @@ def test_a_value_that_cannot_be_meant_is_one_line_that_names_the_variable(name: 
     assert result.exit_code == 1
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(f"Error: {name}: ")
+
+
+@pytest.mark.parametrize("name", ["APP_ENV", "AUTH_MODE"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_guard_is_not_turned_off_by_setting_it_to_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, in_file: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text(f"{name if in_file else 'PORT'}=\n")
+    env = {name: None if in_file else "", "WORKERS": ""}  # what else is empty is not set
+    result = CliRunner().invoke(cli, ["models", "list"], env=env)
+    assert result.exit_code == 1
+    assert result.stderr.strip() == f"Error: {name}: it is empty; give it a value, or do not set it"
 
 
 @pytest.mark.parametrize(
