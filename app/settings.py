@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     """Which credentials are accepted; with `none` nobody is asked for any."""
     auth_key_pepper: SecretStr | None = Field(None, min_length=32)
     """Secret that API keys are hashed with, the same for all processes; another one voids every key."""
-    auth_jwks_url: HttpUrl | None = None
+    auth_jwks_url: HttpUrl | None = Field(None, repr=False)
     """Where the token issuer publishes its public keys (a JSON Web Key Set)."""
     auth_jwt_issuer: str | None = None
     """The `iss` that a token must carry."""
@@ -80,7 +80,7 @@ class Settings(BaseSettings):
     auth_jwt_algorithm: Literal["RS256", "PS256", "ES256", "EdDSA"] = "RS256"
     """The one algorithm that tokens may be signed with."""
 
-    database_url: str | None = None
+    database_url: str | None = Field(None, repr=False)
     """The CRM's PostgreSQL (`postgresql://user@host/name`); unset: an embedded one under `VAR_DIR`."""
     database_deadline_seconds: float = Field(1.0, gt=0, le=60)
     """Longest any caller waits for the database, connecting included."""

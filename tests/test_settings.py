@@ -72,6 +72,14 @@ def test_a_wrong_setting_does_not_show_its_value_where_the_error_is_printed() ->
     assert "s3cret" not in str(wrong.value)
 
 
+def test_settings_that_are_printed_show_no_password() -> None:
+    url = "//u:s3cret@h.example/x"
+    settings = read(
+        database_url=f"postgresql:{url}", auth_jwks_url=f"https:{url}", auth_key_pepper="s3cret" * 6
+    )
+    assert "s3cret" not in f"{settings!r} {settings}"
+
+
 # --- The others -------------------------------------------------------------------------------------------
 
 
