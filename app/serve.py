@@ -4,6 +4,7 @@ The parent process owns the embedded PostgreSQL and outlives every worker; a wor
 `DATABASE_URL`. Nothing here knows what a request is. Called by `app.cli` alone.
 """
 
+import _thread
 import asyncio
 import errno
 import fcntl
@@ -24,7 +25,8 @@ import click
 import structlog
 import uvicorn
 import uvicorn._subprocess
-from uvicorn.supervisors import Multiprocess
+import uvicorn.supervisors.multiprocess
+from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from app import own_memory
 from app.ai.artifact_process import TOLD
@@ -44,6 +46,9 @@ STRAGGLER_SECONDS = 5
 
 WORKER_SECONDS = 60
 """How long a worker may take to start, or to say that it is alive, before it is replaced."""
+
+ENDING_SECONDS = 4
+"""How long a worker may take to close what it has open, once nothing is in flight, before it is killed."""
 
 _log = structlog.get_logger("app.serve")
 
@@ -137,9 +142,10 @@ def _prepare_workers(stack: ExitStack, settings: Settings, url: str) -> None:
         # uvicorn would start each with all libraries in memory once more, and has no setting for it.
         os.environ["PYTHONSAFEPATH"] = "1"  # what they fork from imports nothing out of the current directory
         forks = multiprocessing.get_context("forkserver")
-        forks.set_forkserver_preload(["app.preloaded"])
+        forks.set_forkserver_preload(["app.serve", "app.preloaded"])  # `Worker` is of this module
         _start_tracker()
         uvicorn._subprocess.spawn = forks  # type: ignore[assignment]  # noqa: SLF001
+        uvicorn.supervisors.multiprocess.Process = Worker  # type: ignore[misc]
 
 
 def _start_tracker() -> None:
@@ -276,6 +282,47 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class Worker(Process):
+    """A worker that is asked whether it is alive without waiting for the answer, and whose end has a limit.
+
+    The thread that asks and joins also hears the signals and replaces who died: a worker that is frozen may
+    not stop it.
+    """
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket]) -> None:
+        super().__init__(config, sockets)
+        self._asked_at: float | None = None
+        self._ends_by = 0.0
+
+    def is_alive(self, timeout: float = 5) -> bool:
+        """Tells whether the process is there and has not been silent for as long as `timeout`."""
+        if not self.process.is_alive():
+            return False
+        while self.parent_conn.poll():
+            self.parent_conn.recv()
+            self._asked_at = None
+        if self._asked_at is None:
+            self.parent_conn.send(b"ping")
+            self._asked_at = time.monotonic()
+            return True
+        return time.monotonic() < self._asked_at + timeout
+
+    def terminate(self) -> None:
+        """Asks it to end."""
+        self._ends_by = time.monotonic() + (self.config.timeout_graceful_shutdown or 0) + ENDING_SECONDS
+        super().terminate()
+
+    def join(self) -> None:
+        """Waits for its end, for as long as that may take, and kills it then."""
+        self.process.join(max(0.0, self._ends_by - time.monotonic()))
+        if self.process.is_alive():
+            _log.warning(
+                "worker_killed", pid=self.pid, meaning="it was not ready, silent, or did not end in time"
+            )
+            self.process.kill()
+            self.process.join(ENDING_SECONDS)  # the kernel may hold one back that waits for a disk
+
+
 class _Supervisor(Multiprocess):
     """Several workers, which says when all of them are ready, and tells them of the end before it comes.
 
@@ -292,6 +339,15 @@ class _Supervisor(Multiprocess):
         super().__init__(config, sockets)
         self._announce = announce
         self._drain_seconds = drain_seconds
+        self._drains = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        # Not left to the queue of signals, which nobody reads while workers start or are replaced.
+        self._drains = self._drains or number == signal.SIGTERM
+        # What this interrupts may be a wait for the event, which holds its lock.
+        _thread.start_new_thread(self.should_exit.set, ())
 
     def init_processes(self) -> None:
         super().init_processes()
@@ -303,13 +359,14 @@ class _Supervisor(Multiprocess):
                 self.join_all()
                 raise
 
-    def handle_term(self) -> None:
-        for process in self.processes:
-            if process.pid is not None:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, ANNOUNCEMENT)
-        time.sleep(self._drain_seconds)
-        super().handle_term()
+    def terminate_all(self) -> None:
+        if self._drains:
+            for process in self.processes:
+                if process.pid is not None:
+                    with suppress(ProcessLookupError):
+                        os.kill(process.pid, ANNOUNCEMENT)
+            time.sleep(self._drain_seconds)
+        super().terminate_all()
 
 
 def _check_listening(listener: socket.socket, settings: Settings) -> None:

@@ -114,8 +114,8 @@ class Service:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def start(self) -> Self:
-        """Starts the service and waits until it says where it listens."""
+    def launch(self) -> None:
+        """Starts the service and waits for nothing."""
         with self.stderr.open("ab") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, *self._command],
@@ -125,6 +125,11 @@ class Service:
                 env=self._environment,
                 start_new_session=True,
             )
+
+    def start(self) -> Self:
+        """Starts the service and waits until it says where it listens."""
+        self.launch()
+        assert self._process is not None
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if found := re.search(rb"listens on (?:unix|http://[^ ]*):(\S+)", line):

@@ -1,6 +1,8 @@
 """Where the service listens, how it ends, and how its workers are replaced: by signals, as ops send them."""
 
 import json
+import multiprocessing
+import os
 import re
 import signal
 import socket
@@ -14,9 +16,10 @@ from pathlib import Path
 import httpx2
 import psycopg
 import pytest
+import uvicorn
 
 from app.errors import SettingsError
-from app.serve import bind
+from app.serve import Worker, bind
 from bench.servers import READABLE, descend
 from tests.service import (
     PREDICT,
@@ -129,6 +132,48 @@ async def test_workers_whose_supervisor_is_killed_end_in_order_and_leave_the_por
         assert again.stop() == 0
     assert load.answered.keys() <= count_events(database_url).keys()
     assert set(count_events(database_url).values()) == {1}
+
+
+def test_a_frozen_worker_holds_up_neither_the_others_nor_the_end(database_url: str, tmp_path: Path) -> None:
+    models = publish_crm_model(tmp_path / "models")
+    with Service(tmp_path, database_url, models, WORKERS="2") as service:
+        first, second = sorted(service.worker_pids())
+        os.kill(first, signal.SIGSTOP)
+        os.kill(second, signal.SIGKILL)
+        wait_until(lambda: bool(service.worker_pids() - {first, second}))
+        assert first in service.worker_pids()
+        assert service.stop() == 0
+        assert has_ended(first)
+
+
+def test_the_end_does_not_wait_for_a_start(database_url: str, tmp_path: Path) -> None:
+    service = Service(tmp_path, database_url, publish_crm_model(tmp_path / "models"), WORKERS="2")
+    service.launch()
+    try:
+        wait_until(lambda: bool(service.worker_pids()))
+        first = min(service.worker_pids())
+        os.kill(first, signal.SIGSTOP)
+        assert service.stop() == 0
+        assert has_ended(first)
+    finally:
+        service.kill()
+
+
+def test_a_worker_is_alive_until_it_has_been_silent_for_too_long() -> None:
+    worker = Worker(uvicorn.Config("app"), [])
+    worker.process = multiprocessing.get_context("fork").Process(target=signal.pause)  # type: ignore[assignment]
+    assert not worker.is_alive(60)
+    worker.start()
+    try:
+        assert worker.is_alive(0)  # it has only been asked
+        assert worker.is_alive(60)
+        assert not worker.is_alive(0)
+        worker.pong()
+        assert worker.is_alive(0)
+    finally:
+        worker.kill()
+        worker.join()
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def read_limits(pid: int) -> str:
