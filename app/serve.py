@@ -50,6 +50,8 @@ WORKER_SECONDS = 60
 ENDING_SECONDS = 4
 """How long a worker may take to close what it has open, once nothing is in flight, before it is killed."""
 
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 _log = structlog.get_logger("app.serve")
 
 
@@ -58,7 +60,7 @@ class _Stopped(BaseException):
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGINT or SIGTERM, then stops everything in order and returns.
+    """Serves until SIGINT, SIGTERM, or SIGHUP where it replaces no workers; stops everything in order.
 
     Raises:
         SettingsError: the port is taken, or was while the service started, the lead source cannot be read, or
@@ -68,7 +70,7 @@ def serve(settings: Settings) -> None:
     own_memory.close_to_others()
     try:
         with ExitStack() as stack:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _STOPS:
                 signal.signal(number, _raise_stopped)
             listener = stack.enter_context(bind(settings.host, settings.port))
             url = stack.enter_context(open_database(settings))
@@ -394,9 +396,10 @@ def _announce(listener: socket.socket, *, guarded: bool) -> None:
 
 
 def _raise_stopped(_signal: int, _frame: FrameType | None) -> None:
+    _ignore_signals()  # raised once more, in what the first one has others close, it could leave a lock taken
     raise _Stopped
 
 
 def _ignore_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)

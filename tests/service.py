@@ -66,7 +66,7 @@ def count_events(url: str) -> dict[str, int]:
 def refuse_to_start(database_url: str, folder: Path, **settings: str) -> list[str]:
     """What a service prints that does not start."""
     environment = {"DATABASE_URL": database_url, "VAR_DIR": str(folder / "var"), **settings}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         result = CliRunner().invoke(cli, ["serve"], env=environment)
     finally:

@@ -91,6 +91,34 @@ def test_other_signals_end_it_in_order_without_a_drain(service: Service, number:
         assert service.wait() == 0
 
 
+SERVE_AND_SIGNAL = """
+import signal
+from app.serve import serve
+from app.settings import load_settings
+serve(load_settings())
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.raise_signal(number)
+"""
+"""Sends itself further signals when the first one has ended the service."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_during_the_start_ends_it_and_no_other_cuts_the_end_short(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the start waits for what this database says
+        silent.settimeout(PATIENCE_SECONDS)
+        url = f"postgresql://127.0.0.1:{silent.getsockname()[1]}/crm"
+        service = Service(tmp_path, url, tmp_path, command=("-c", SERVE_AND_SIGNAL))
+        service.launch()
+        try:
+            with silent.accept()[0]:
+                service.send(number)
+                assert service.wait() == 0
+        finally:
+            service.kill()
+
+
 def test_sighup_replaces_the_workers_one_by_one(database_url: str, tmp_path: Path) -> None:
     models = publish_crm_model(tmp_path / "models")
     with Service(tmp_path, database_url, models, WORKERS="2") as service:
