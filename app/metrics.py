@@ -19,7 +19,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -182,9 +182,8 @@ def render_metrics() -> tuple[bytes, str]:
 
 def _forget_dead_workers(shared: Path) -> None:
     # What a worker counted stays true when it is gone; what it was (ready, open) does not.
-    pids = {int(file.stem.rpartition("_")[2]) for file in shared.glob("gauge_live*_*.db")}
-    for pid in pids:
+    for file in shared.glob("gauge_live*_*.db"):
         try:
-            os.kill(pid, 0)
+            os.kill(int(file.stem.rpartition("_")[2]), 0)
         except ProcessLookupError:
-            mark_process_dead(pid)  # type: ignore[no-untyped-call]
+            file.unlink(missing_ok=True)  # the library's own way fails if another scrape has just done it

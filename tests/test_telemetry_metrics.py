@@ -91,6 +91,31 @@ def test_a_worker_that_died_leaves_its_counts_and_not_its_state(tmp_path: Path) 
     assert samples["leadscore_breaker_state", ""] == 0
 
 
+TWO_SCRAPES = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from app.metrics import render_metrics
+both, own = threading.Barrier(2), threading.local()
+def meet(event, _):
+    if event == "os.remove" and not hasattr(own, "met"):
+        own.met = True
+        both.wait(60)
+sys.addaudithook(meet)
+with ThreadPoolExecutor(2) as pool:
+    list(pool.map(lambda _: render_metrics(), range(2)))
+"""
+"""Neither removes a file before the other has found it, too."""
+
+
+def test_two_scrapes_may_forget_the_same_dead_worker(tmp_path: Path) -> None:
+    start(tmp_path, "ready", "closed", "3").communicate(timeout=60)
+    dead = set(tmp_path.glob("gauge_live*.db"))
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", TWO_SCRAPES], cwd=ROOT, env=environment, check=True, timeout=120)
+    assert dead
+    assert not dead & set(tmp_path.iterdir())
+
+
 def test_the_first_failure_of_a_service_can_be_seen_to_rise() -> None:
     script = (
         "from app.main import create_app; from app.metrics import render_metrics\n"
