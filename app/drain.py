@@ -48,8 +48,14 @@ class Drain:
         return max(0.0, self._ends_at - self._monotonic()) if self._ends_at is not None else 0.0
 
 
+def end_worker(pid: int) -> None:
+    """Has a worker end without a drain, what is in flight excepted."""
+    os.kill(pid, ANNOUNCEMENT)
+    os.kill(pid, signal.SIGTERM)
+
+
 def end_with_supervisor() -> None:
-    """Has this worker end, as SIGTERM would have it, when the process that started it is no more.
+    """Has this worker end without a drain when the process that started it is no more.
 
     Nobody else would stop it then: it would go on listening, and the next service would find the port taken.
     """
@@ -60,7 +66,7 @@ def end_with_supervisor() -> None:
 
     def end() -> None:
         loop.remove_reader(supervisor.sentinel)
-        os.kill(os.getpid(), signal.SIGTERM)
+        end_worker(os.getpid())
 
     loop.add_reader(supervisor.sentinel, end)
 
@@ -90,16 +96,25 @@ def end_without_memory() -> None:
 def begin_on_signals(drain: Drain) -> None:
     """Begins with `ANNOUNCEMENT` or SIGTERM, which then goes its usual way; needs the main thread.
 
-    In any other thread it does nothing: there the server does not listen to signals either.
+    One of several workers that gets SIGTERM unannounced goes its way when the drain is over: a service
+    manager may signal all processes at once, and the supervisor keeps the listening socket open meanwhile. In
+    any other thread it does nothing: there the server does not listen to signals either.
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    stop = signal.getsignal(signal.SIGTERM)
+    stop, loop = signal.getsignal(signal.SIGTERM), asyncio.get_running_loop()
+    supervised = multiprocessing.parent_process() is not None
 
     def begin(number: int, frame: FrameType | None) -> None:
+        announced = drain.active
         drain.begin()
-        if number == signal.SIGTERM and callable(stop):
+        if number != signal.SIGTERM or not callable(stop):
+            return
+        if announced or not supervised:
             stop(number, frame)
+        else:
+            seconds = drain.remaining_seconds()
+            loop.call_soon_threadsafe(loop.call_later, seconds, stop, number, None)
 
     signal.signal(ANNOUNCEMENT, begin)
     signal.signal(signal.SIGTERM, begin)

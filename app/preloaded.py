@@ -5,12 +5,17 @@ That process does nothing else: it has no event loop, no thread, no connection a
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import app.main  # noqa: F401
 from app import own_memory
 
 own_memory.close_to_others()  # a program of its own until here, whatever `serve` has closed
+
+# It ends with the supervisor. If SIGTERM, sent to all processes at once, ended it before, the supervisor would
+# take the workers for dead while they drain.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 # Looking for garbage writes to every object it looks at, and a page that is written to is shared no longer.
 gc.collect()

@@ -32,7 +32,7 @@ from app import own_memory
 from app.ai.artifact_process import TOLD
 from app.db.embedded import open_embedded
 from app.db.schema_state import check_lead_source, current_state
-from app.drain import ANNOUNCEMENT
+from app.drain import ANNOUNCEMENT, end_worker
 from app.errors import CommandError, DatabaseUnavailableError, MissingRightError, SettingsError
 from app.log_setup import configure_logging
 from app.settings import UNIX_PREFIX, Settings
@@ -71,7 +71,8 @@ def serve(settings: Settings) -> None:
     try:
         with ExitStack() as stack:
             for number in _STOPS:
-                signal.signal(number, _raise_stopped)
+                if number != signal.SIGHUP or not _outlives_terminal():
+                    signal.signal(number, _raise_stopped)
             listener = stack.enter_context(bind(settings.host, settings.port))
             url = stack.enter_context(open_database(settings))
             if settings.database_url is None:
@@ -141,8 +142,8 @@ def _prepare_workers(stack: ExitStack, settings: Settings, url: str) -> None:
         # prometheus_client decides at import time whether counts are shared between processes.
         shared_counts = stack.enter_context(open_shared_counts(settings.var_dir))
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared_counts.resolve())
-        # uvicorn would start each with all libraries in memory once more, and has no setting for it.
         os.environ["PYTHONSAFEPATH"] = "1"  # what they fork from imports nothing out of the current directory
+        # uvicorn would start each with all libraries in memory once more, and has no setting for it.
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload(["app.serve", "app.preloaded"])  # `Worker` is of this module
         _start_tracker()
@@ -250,7 +251,8 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         _Supervisor(config, [listener], announce, settings.drain_seconds).run()
         return
     server = _Server(config, announce, settings.drain_seconds)
-    signal.signal(signal.SIGHUP, server.handle_exit)  # the terminal is gone; several workers restart instead
+    if not _outlives_terminal():
+        signal.signal(signal.SIGHUP, server.handle_exit)  # several workers restart instead
     server.run([listener])
     if not server.started:
         raise SettingsError("the service could not start; the log above says why")
@@ -310,9 +312,11 @@ class Worker(Process):
         return time.monotonic() < self._asked_at + timeout
 
     def terminate(self) -> None:
-        """Asks it to end."""
+        """Asks it to end, without a drain."""
         self._ends_by = time.monotonic() + (self.config.timeout_graceful_shutdown or 0) + ENDING_SECONDS
-        super().terminate()
+        if self.pid is not None:
+            with suppress(ProcessLookupError):
+                end_worker(self.pid)
 
     def join(self) -> None:
         """Waits for its end, for as long as that may take, and kills it then."""
@@ -393,6 +397,10 @@ def _announce(listener: socket.socket, *, guarded: bool) -> None:
         f"  {curl} {base}/ai/advanced-ml/models\n"
         f'  {post} -d \'["lead_1", "lead_2", "nobody"]\'\n'
     )
+
+
+def _outlives_terminal() -> bool:
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup has it
 
 
 def _raise_stopped(_signal: int, _frame: FrameType | None) -> None:

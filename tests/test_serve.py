@@ -46,20 +46,23 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(
+    ("workers", "send"), [("1", os.kill), ("2", os.kill), ("2", os.killpg)], ids=["one", "two", "all at once"]
+)
 def test_sigterm_fails_readiness_first_and_closes_the_listener_last(
-    database_url: str, tmp_path: Path, workers: str
+    database_url: str, tmp_path: Path, workers: str, send: Callable[[int, int], None]
 ) -> None:
     models = publish_crm_model(tmp_path / "models")
     with Service(tmp_path, database_url, models, DRAIN_SECONDS="3", WORKERS=workers) as service:
         url = f"http://127.0.0.1:{service.port}"
         assert "connection" not in httpx2.get(f"{url}/readyz").headers
-        service.send(signal.SIGTERM)
+        send(service.pid, signal.SIGTERM)
         wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == 503)
         refused = httpx2.get(f"{url}/readyz")
         assert refused.json()["error_code"] == "DRAINING"
-        answered = httpx2.get(f"{url}/livez")
-        assert (answered.status_code, answered.headers["connection"]) == (200, "close")
+        for _ in range(20):  # by either worker
+            answered = httpx2.get(f"{url}/livez")
+            assert (answered.status_code, answered.headers["connection"]) == (200, "close")
         service.send(signal.SIGTERM)
         assert service.wait() == 0
 
@@ -89,6 +92,19 @@ def test_other_signals_end_it_in_order_without_a_drain(service: Service, number:
     with service:
         service.send(number)
         assert service.wait() == 0
+
+
+def test_the_end_of_a_terminal_is_nothing_to_a_service_that_ignores_it(
+    database_url: str, tmp_path: Path
+) -> None:
+    ignoring = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom app.cli import cli; cli(['serve'])"
+    )
+    models = publish_crm_model(tmp_path / "models")
+    with Service(tmp_path, database_url, models, command=("-c", ignoring)) as service:
+        service.send(signal.SIGHUP)
+        assert httpx2.get(f"http://127.0.0.1:{service.port}/livez").status_code == 200
+        assert service.stop() == 0
 
 
 SERVE_AND_SIGNAL = """
