@@ -24,7 +24,7 @@ from app.errors import ArtifactError, LeadScoringError, ModelNotReadyError, Sett
 if TYPE_CHECKING:
     from app.ai.domain import Progress
     from app.ai.model_bundle import ModelBundle
-    from app.ai.model_catalogue import AvailableModel, ModelCatalogue
+    from app.ai.model_catalogue import AvailableModel, Incompatible, ModelCatalogue
     from app.ai.served_versions import ServedVersions
     from app.security.access import Scope
     from app.settings import Settings
@@ -326,12 +326,21 @@ def score(*, as_json: bool) -> None:
     from app.ai.predictor import ScoringPolicy
     from app.ai.served_versions import ServedVersions
     from app.bulk_scoring import score_source
+    from app.db.leads import fetch_columns
+    from app.wiring import find_incompatibility
 
     settings = _settings()
-    bundle = _load_model(settings, settings.ml_model_version, ServedVersions(settings.var_dir))
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     policy = ScoringPolicy(settings.ml_min_feature_coverage, settings.ml_confidence_method)
     with _database(settings) as url, _progress() as progress:
+        columns = fetch_columns(url, settings.lead_source)
+        # Chosen as the service chooses: what is recorded here as served binds the service, too.
+        bundle = _load_model(
+            settings,
+            settings.ml_model_version,
+            ServedVersions(settings.var_dir),
+            lambda manifest: find_incompatibility(manifest, columns),
+        )
         summary = score_source(
             url, settings.lead_source, bundle, as_of=today, policy=policy, progress=progress
         )
@@ -450,16 +459,26 @@ def keys_revoke(key_id: str) -> None:
 
 
 def _load_model(
-    settings: "Settings", version: str | None, served: "ServedVersions | None" = None
+    settings: "Settings",
+    version: str | None,
+    served: "ServedVersions | None" = None,
+    incompatible: "Incompatible" = lambda _: None,
 ) -> "ModelBundle":
     from app.ai.model_registry import REMEDIES, ModelRegistry
 
-    registry = ModelRegistry(_catalogue(settings), served=served, pinned_version=version)
+    registry = ModelRegistry(_catalogue(settings, incompatible), served=served, pinned_version=version)
     try:
         return registry.load()
     except ModelNotReadyError as exc:
         reason = registry.status().reason or "internal_error"
         remedy = REMEDIES.get(reason, "`leadscore models list` shows what is there")
+        if reason == "incompatible":
+            sentences = (
+                f"why: {model.reason}".rstrip(".")
+                for model in registry.available()
+                if model.state == "incompatible" and version in {None, model.version}
+            )
+            remedy = next(sentences, remedy)
         raise ArtifactError(
             reason,
             f"{f'no model {version}' if version else 'no model'} in {settings.ml_model_dir} can be loaded "
@@ -469,13 +488,16 @@ def _load_model(
         registry.close()
 
 
-def _catalogue(settings: "Settings") -> "ModelCatalogue":
+def _catalogue(settings: "Settings", incompatible: "Incompatible" = lambda _: None) -> "ModelCatalogue":
     from app.ai.model_catalogue import ModelCatalogue
 
     if not settings.ml_model_dir.is_dir():
         raise SettingsError(f"ML_MODEL_DIR: there is no directory {settings.ml_model_dir.resolve()}")
     return ModelCatalogue(
-        settings.ml_model_dir, settings.ml_model_pattern, trusted_keys=settings.ml_trusted_keys
+        settings.ml_model_dir,
+        settings.ml_model_pattern,
+        incompatible=incompatible,
+        trusted_keys=settings.ml_trusted_keys,
     )
 
 

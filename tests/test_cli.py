@@ -16,9 +16,12 @@ import psycopg
 import pytest
 from click.testing import CliRunner, Result
 
+from app.ai.domain import InputColumn
+from app.ai.features import FeatureSet, FeatureSpec
 from app.ai.served_versions import ServedVersions
 from app.cli import cli
-from tests.service import Connection, Service, publish_crm_model
+from tests.model_files import V1, V2, publish
+from tests.service import Connection, Service, add_leads, publish_crm_model
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., Result]
@@ -306,6 +309,28 @@ def test_scores_are_not_written_with_an_older_model_than_before(
     assert "ML_MODEL_VERSION" in refused.stderr
     (listed,) = json.loads(run("models", "list", "--json").stdout)
     assert run("score", LEAD_SOURCE="leads", ML_MODEL_VERSION=listed["version"]).exit_code == 0
+
+
+def test_a_model_the_lead_source_cannot_feed_is_passed_over_and_not_remembered_as_served(
+    run: Run, database_url: str, tmp_path: Path
+) -> None:
+    add_leads(database_url, 3)
+    publish_crm_model(tmp_path / "models")
+    unknown = FeatureSet(
+        tuple(
+            FeatureSpec(name, "value", (InputColumn(f"no_such_{name}", "number"),), {}, f"The {name}.")
+            for name in "abc"
+        )
+    )
+    publish(tmp_path / "models", V2, feature_set=unknown.to_json())
+    scored = run("score", "--json")
+    assert scored.exit_code == 0, scored.output
+    assert json.loads(scored.stdout)["model_version"] == V1
+    assert ServedVersions(tmp_path / "var").highest() == V1
+    refused = run("score", ML_MODEL_VERSION=V2)
+    assert refused.exit_code == 1
+    assert "(incompatible); why: The lead source has no column no_such_a." in refused.stderr
+    assert ServedVersions(tmp_path / "var").highest() == V1
 
 
 def test_a_taken_port_is_said_in_one_line_before_anything_is_started(tmp_path: Path) -> None:
