@@ -228,7 +228,7 @@ def test_an_event_is_one_write_and_one_synchronisation_and_the_file_keeps_its_si
     log.check_writable()
     log.write(make_events(0, 1))
     log.write(make_events(1, 5))
-    assert [operation for operation, _ in files.calls] == ["pwrite", "fdatasync"] * 2
+    assert [operation for operation, _ in files.calls] == ["pwrite", "fdatasync", "count_names"] * 2
     assert [path.stat().st_size for path in list_segments(directory)] == [SEGMENT]
 
 
@@ -239,7 +239,7 @@ def test_names_are_durable_before_the_first_event_is(
     operations = [operation for operation, _ in files.calls]
     synced = [path for operation, path in files.calls if operation == "sync_directory"]
     assert synced == [directory.parent.parent, directory.parent, directory]
-    assert operations[-4:] == ["fdatasync", "sync_directory", "pwrite", "fdatasync"]
+    assert operations[-5:] == ["fdatasync", "sync_directory", "pwrite", "fdatasync", "count_names"]
 
 
 def test_an_event_that_was_written_is_on_the_disk_with_all_names_that_lead_to_it(
@@ -278,7 +278,7 @@ def test_the_next_segment_is_made_ahead_once_and_then_used(
     assert len(list_segments(directory)) == 2
     files.calls.clear()
     write_one_by_one(log, make_events(8, 10))
-    assert {operation for operation, _ in files.calls} == {"pwrite", "fdatasync"}
+    assert {operation for operation, _ in files.calls} == {"pwrite", "fdatasync", "count_names"}
     assert read_all(log) == make_events(0, 18)
 
 
@@ -427,6 +427,23 @@ def test_a_file_somebody_deleted_does_not_hold_up_the_log(log: TelemetryLog, dir
         path.unlink()
     assert ship_all(log) == make_events(0, 20)
     assert read_all(log) == []
+
+
+def test_a_file_somebody_deleted_takes_no_more_events(
+    log: TelemetryLog, open_log: Callable[..., TelemetryLog], directory: Path
+) -> None:
+    log.write(make_events(0, 2))
+    (path,) = list_segments(directory)
+    path.unlink()
+    with capture_logs() as lines:
+        log.write(make_events(2, 1))
+    told = {"event": "telemetry_segment_abandoned", "log_level": "error", "error": "FileNotFoundError"}
+    assert lines == [told]
+    assert len(list_segments(directory)) == 1
+    # What was in it is shipped from the open file, and what was written since outlives the process.
+    assert read_all(log) == make_events(0, 3)
+    log.close()
+    assert read_all(open_log()) == make_events(2, 1)
 
 
 # --- a disk that is full, or fails -----------------------------------------------------------------------

@@ -36,6 +36,10 @@ class WatchedFiles(Files):
         self._before("fdatasync", descriptor)
         super().fdatasync(descriptor)
 
+    def count_names(self, descriptor: int) -> int:
+        self._before("count_names", descriptor)
+        return super().count_names(descriptor)
+
     def rename(self, path: Path, target: Path) -> None:
         self._before("rename", path, target)
         super().rename(path, target)

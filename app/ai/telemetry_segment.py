@@ -63,6 +63,10 @@ class Files:
         """Makes durable what was written."""
         os.fdatasync(descriptor)
 
+    def count_names(self, descriptor: int) -> int:
+        """Returns how many names an open file has; 0 once somebody removed it."""
+        return os.fstat(descriptor).st_nlink
+
     def rename(self, path: Path, target: Path) -> None:
         """Gives a file another name."""
         path.rename(target)
@@ -124,7 +128,7 @@ class Segment:
     def _lock(self) -> None:
         fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Between opening and locking, another process may have taken it for an orphan, or done with it.
-        if os.fstat(self._descriptor).st_nlink == 0:
+        if self._files.count_names(self._descriptor) == 0:
             raise BlockingIOError
 
     @property
@@ -162,6 +166,8 @@ class Segment:
             position += _HEAD.size + len(payload)
         self._files.pwrite(self._descriptor, b"".join(records), self._end)
         self._files.fdatasync(self._descriptor)
+        if self._files.count_names(self._descriptor) == 0:
+            raise FileNotFoundError(errno.ENOENT, "somebody removed the file; no other process will find it")
         # In this order, for the thread that reads.
         self._end = position
         self._starts.extend(starts)
