@@ -390,6 +390,80 @@ def test_closed_logs_leave_no_file_open_whatever_they_met(
     assert list_open_files(tmp_path) == []
 
 
+def test_however_many_processes_die_what_they_leave_takes_no_more_files(directory: Path) -> None:
+    def open_one() -> TelemetryLog:
+        return TelemetryLog(directory, max_bytes=4 * 2**16, segment_bytes=2**16)
+
+    for number in range(30):
+        log = open_one()
+        log.write(make_events(number, 1))
+        assert sorted(read_all(log), key=lambda event: event.id) == make_events(0, number + 1)
+        log.close()
+        assert len(list_segments(directory)) <= 2
+    log = open_one()
+    assert sorted(ship_all(log), key=lambda event: event.id) == make_events(0, 30)
+    assert list(directory.iterdir()) == []
+
+
+def test_orphans_that_hold_much_are_not_moved(
+    open_log: Callable[..., TelemetryLog], directory: Path, files: FailingFiles
+) -> None:
+    dead = [open_log(), open_log()]
+    for number, orphan in enumerate(dead):
+        orphan.write(make_events(10 * number, 4))
+    for orphan in dead:
+        orphan.close()
+    before = list_segments(directory)
+    assert len(read_all(open_log())) == 8
+    assert list_segments(directory) == before
+
+
+def test_what_orphans_hold_is_moved_to_as_many_files_as_it_takes(
+    open_log: Callable[..., TelemetryLog], directory: Path
+) -> None:
+    dead = [open_log() for _ in range(16)]
+    for number, orphan in enumerate(dead):
+        orphan.write(make_events(number, 1))
+    for orphan in dead:
+        orphan.close()
+    log = open_log()
+    assert sorted(read_all(log), key=lambda event: event.id) == make_events(0, 16)
+    assert len(list_segments(directory)) == 2
+    assert sorted(ship_all(log), key=lambda event: event.id) == make_events(0, 16)
+    assert list_segments(directory) == []
+
+
+@pytest.mark.parametrize("operation", ["create", "pwrite", "fdatasync"])
+def test_orphans_that_cannot_be_moved_are_shipped_from_where_they_are(
+    open_log: Callable[..., TelemetryLog], directory: Path, files: FailingFiles, operation: str
+) -> None:
+    dead = [open_log() for _ in range(3)]
+    for number, orphan in enumerate(dead):
+        orphan.write(make_events(number, 1))
+    for orphan in dead:
+        orphan.close()
+    files.failing[operation] = errno.EIO
+    log = open_log()
+    assert ship_all(log) == make_events(0, 3)
+    assert list_segments(directory) == []
+
+
+def test_a_damaged_orphan_whose_events_are_moved_is_set_aside(
+    open_log: Callable[..., TelemetryLog], directory: Path
+) -> None:
+    dead = [open_log(), open_log()]
+    for number, orphan in enumerate(dead):
+        orphan.write(make_events(number, 1))
+    for orphan in dead:
+        orphan.close()
+    path = list_segments(directory)[0]
+    overwrite(path, 0, b"L")
+    log = open_log()
+    assert sorted(read_all(log), key=lambda event: event.id) == make_events(0, 2)
+    assert [path.name for path in directory.glob("damaged-*")] == [f"damaged-{path.name}"]
+    assert len(list_segments(directory)) == 1
+
+
 def test_an_orphan_that_never_held_an_event_goes_at_once(log: TelemetryLog, directory: Path) -> None:
     directory.mkdir(parents=True)
     for number, content in enumerate((b"", b"\0" * SEGMENT, b"leadscore telemetry log 1 events-2\n")):

@@ -2,8 +2,8 @@
 
 Every process writes segments of its own in one directory (`telemetry_segment` has their format) and holds a
 lock on each; a segment nobody holds belonged to a process that died, and whoever finds it ships it. A segment
-goes when all its events are in the database; one that holds anything unreadable is renamed `damaged-*`
-instead. The log never talks to the database and never waits for the network.
+goes when all its events are in the database, or in another segment; one that holds anything unreadable is
+renamed `damaged-*` instead. The log never talks to the database and never waits for the network.
 
 `write` and `check_writable` are called by one thread at a time, whichever it is, and so are the other
 methods; the two kinds may run at the same time.
@@ -189,11 +189,38 @@ class TelemetryLog:
                 continue  # a living process has it, or had
             except OSError as exc:
                 failures.append(exc)
+        if adopted:
+            with suppress(OSError):  # what could not be moved stays where it is
+                self._gather()
         try:
             self._remove_finished()
         except OSError as exc:
             failures.append(exc)
         return adopted
+
+    def _gather(self) -> None:
+        """Moves the events of files that hold few into one file, the others being finished by that.
+
+        Every process that dies leaves such a file, and as many as the log may have are soon left while the
+        database is away.
+        """
+        few = [
+            segment
+            for segment in list(self._segments)
+            if segment is not self._current and 0 < segment.pending_bytes <= self._segment_bytes // 4
+        ]
+        if len(few) < 2:
+            return
+        target: Segment | None = None
+        for segment in few:
+            events, reached = segment.read(segment.pending)
+            payloads = [_encode(event) for event in events]
+            if target is None or target.free < count_bytes(payloads):
+                target = self._create_segment()
+                self._segments.append(target)
+            target.append(payloads)
+            # In this order: for a moment both have them, and their IDs make the second copies harmless.
+            segment.forget(reached)
 
     def _remove_finished(self) -> None:
         for segment in list(self._segments):

@@ -137,6 +137,11 @@ class Segment:
         return len(self._starts) - self._shipped
 
     @property
+    def pending_bytes(self) -> int:
+        """How many bytes they take in the file, with whatever is between them."""
+        return self._end - self._starts[self._shipped] if self.pending else 0
+
+    @property
     def name(self) -> str:
         """The file's name."""
         return self._path.name
