@@ -1,7 +1,7 @@
 """Builds every long-lived object of a worker, one line each, and closes them in reverse.
 
 Nothing else builds one. Runs inside the lifespan, so after any fork: threads, sockets and locks belong to the
-worker that uses them. Called by `main`.
+worker that uses them. Called by `main`, and by `cli` for whether a model suits a source.
 """
 
 import asyncio
