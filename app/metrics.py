@@ -84,7 +84,7 @@ for _counter, _labels in {
     LEADS: ("LEAD_NOT_FOUND",),
     MODEL_LOADS: ("loaded", "refused"),
     AUTH_REFRESH_FAILURES: ("api_keys", "key_set"),
-    TELEMETRY_FAILURES: ("check", "deadline", "direct", "lost", "ship", "write"),
+    TELEMETRY_FAILURES: ("adopt", "check", "deadline", "direct", "lost", "ship", "write"),
 }.items():
     for _label in _labels:
         _counter.labels(_label)

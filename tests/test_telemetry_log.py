@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import pytest
 import structlog
+from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from app.ai.domain import StoredEvent
@@ -737,7 +738,7 @@ def test_a_finished_segment_that_cannot_be_removed_now_is_removed_later_and_ship
     assert len(list_segments(directory)) == 1
 
 
-def test_what_cannot_be_read_now_is_told_and_read_later(
+def test_an_orphan_that_cannot_be_opened_is_told_once_and_read_later(
     log: TelemetryLog, directory: Path, open_log: Callable[..., TelemetryLog]
 ) -> None:
     log.write(make_events(0, 1))
@@ -746,16 +747,25 @@ def test_what_cannot_be_read_now_is_told_and_read_later(
     content = orphan.read_bytes()
     orphan.unlink()
     orphan.symlink_to("somewhere-else")
-    other = open_log()
-    with pytest.raises(TelemetryUnavailableError):
-        other.read_batch(10)
-    other.write(make_events(1, 1))
-    batch = other.read_batch(10)
+    other, before = open_log(), count_unread()
+    with capture_logs() as lines:
+        assert read_all(other) == []
+        other.write(make_events(1, 1))
+        batch = other.read_batch(10)
     assert batch.events == make_events(1, 1)
+    told = {"event": "telemetry_segment_unread", "log_level": "error", "file": orphan.name, "error": "ELOOP"}
+    assert lines == [told]
+    assert count_unread() == before + 2
     other.delete(batch)
     orphan.unlink()
     orphan.write_bytes(content)
     assert read_all(other) == make_events(0, 1)
+    assert count_unread() == before + 2
+
+
+def count_unread() -> float:
+    """Tells how often a file of the log could not be opened."""
+    return REGISTRY.get_sample_value("leadscore_telemetry_failures_total", {"step": "adopt"}) or 0.0
 
 
 def test_a_segment_that_cannot_be_read_now_does_not_hold_up_the_others(

@@ -22,6 +22,7 @@ from uuid_utils import uuid7
 from app.ai.domain import StoredEvent
 from app.ai.telemetry_segment import Files, Segment, count_bytes
 from app.errors import TelemetryUnavailableError
+from app.metrics import TELEMETRY_FAILURES
 
 _NAMES = "events-*.log"
 _ATTEMPTS = 5
@@ -62,6 +63,7 @@ class TelemetryLog:
         self._segments: list[Segment] = []
         self._current: Segment | None = None
         self._prepared: list[Segment] = []
+        self._unread: set[str] = set()
 
     def write(self, events: Sequence[StoredEvent]) -> None:
         """Adds the events; they are durable when this returns."""
@@ -89,8 +91,9 @@ class TelemetryLog:
     def read_batch(self, limit: int) -> Batch:
         """Returns the oldest events of each segment, at most `limit` in all.
 
-        When the segments in hand do not fill the batch, what dead processes left is taken over as well. What
-        cannot be read now is read later; that is an error only while there is nothing else to return.
+        When the segments in hand do not fill the batch, what dead processes left is taken over as well; a
+        file that cannot be opened is told of, and tried again each time. What cannot be read now of the
+        segments in hand is read later; that is an error only while there is nothing else to return.
         """
         failures: list[OSError] = []
         batch = self._read(limit, failures)
@@ -187,8 +190,8 @@ class TelemetryLog:
                 adopted = True
             except (BlockingIOError, FileNotFoundError):
                 continue  # a living process has it, or had
-            except OSError as exc:
-                failures.append(exc)
+            except OSError as exc:  # no concern of the events in hand, which are shipped all the same
+                self._note_unread(path.name, exc)
         if adopted:
             with suppress(OSError):  # what could not be moved stays where it is
                 self._gather()
@@ -197,6 +200,12 @@ class TelemetryLog:
         except OSError as exc:
             failures.append(exc)
         return adopted
+
+    def _note_unread(self, file: str, cause: OSError) -> None:
+        TELEMETRY_FAILURES.labels("adopt").inc()
+        if file not in self._unread:
+            self._unread.add(file)
+            _log.error("telemetry_segment_unread", file=file, error=errno.errorcode.get(cause.errno or 0))
 
     def _gather(self) -> None:
         """Moves the events of files that hold few into one file, the others being finished by that.
