@@ -54,8 +54,8 @@ def score_source(
 ) -> ScoringSummary:
     """Scores the relation `source` as of `as_of`; pages already written stay when a later one fails.
 
-    An unfinished run of the same source, model, moment and policy is continued after its last page. A run
-    over leads that did not change changes nothing.
+    An unfinished run of the same source, model, moment and policy is continued after its last page, if it
+    began within the last hour. A run over leads that did not change changes nothing.
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached, or went away.

@@ -213,6 +213,20 @@ def test_an_unfinished_run_of_another_model_day_or_policy_is_not_continued(
     assert _score(leads_url, **changed).written == 0
 
 
+@pytest.mark.parametrize(("minutes", "continued"), [(50, True), (60, False)])
+def test_a_run_that_began_an_hour_ago_is_not_continued(leads_url: str, minutes: int, continued: bool) -> None:
+    _score_partly(leads_url)
+    with psycopg.connect(leads_url) as connection:
+        connection.execute(
+            "UPDATE lead_score_runs SET started_at = started_at - %s * interval '1 minute'", [minutes]
+        )
+        connection.execute(
+            "DELETE FROM leads WHERE lead_id = (SELECT lead_id FROM lead_scores ORDER BY lead_id LIMIT 1)"
+        )
+    summary = _score(leads_url)
+    assert (summary.resumed > 0, summary.removed) == ((True, 0) if continued else (False, 1))
+
+
 def test_a_finished_run_begins_anew(leads_url: str) -> None:
     _score_partly(leads_url)
     assert _score(leads_url).resumed >= 6000

@@ -55,6 +55,8 @@ _UPSERT = (
 _UNFINISHED = (
     "SELECT last_lead_id, leads, scored FROM lead_score_runs WHERE source = %s AND manifest_sha256 = %s"
     " AND as_of = %s AND min_coverage = %s AND finished_at IS NULL"
+    # What was read longer ago is stale: all of it is read again.
+    " AND started_at > now() - interval '1 hour'"
 )
 _BEGIN = (
     "INSERT INTO lead_score_runs (source, manifest_sha256, as_of, min_coverage, leads, scored, started_at)"
