@@ -135,6 +135,18 @@ def test_leads_that_are_gone_or_declined_now_lose_their_scores(leads_url: str) -
     ) == [(44_955 - 8 + 100, 100, 0)]
 
 
+def test_a_source_is_one_however_its_name_is_spelled(leads_url: str) -> None:
+    with psycopg.connect(leads_url) as connection:
+        connection.execute("DELETE FROM leads WHERE lead_id NOT IN (SELECT lead_id FROM leads LIMIT 50)")
+        connection.execute("UPDATE leads SET tuition_fee = 1")
+    _score(leads_url, "leads")
+    with psycopg.connect(leads_url) as connection:
+        connection.execute("DELETE FROM leads WHERE lead_id IN (SELECT lead_id FROM leads LIMIT 1)")
+    summary = _score(leads_url, "public.leads")
+    assert (summary.leads, summary.written, summary.removed) == (49, 0, 1)
+    assert _all(leads_url, "SELECT source, leads FROM lead_score_runs") == [("leads", 49)]
+
+
 def test_a_source_that_became_empty_leaves_no_scores(leads_url: str) -> None:
     _score(leads_url)
     with psycopg.connect(leads_url) as connection:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from psycopg.rows import namedtuple_row
 
 from app.ai.domain import VERDICTS, AnswerArray, IntArray, ModelRef
+from app.db.lead_cells import quoted_relation
 from app.db.lead_pages import LeadPage
 from app.errors import CommandError
 
@@ -102,11 +103,13 @@ class LeadScoreWriter:
 
     def __init__(self, connection: psycopg.Connection, key: RunKey) -> None:
         self._connection = connection
-        self._key = key
         connection.prepare_threshold = None  # a plan is made for one page and no other
         _lock(connection)
         connection.execute(_STAGE)
-        names = (key.source, key.model.manifest_sha256, key.as_of, key.min_coverage)
+        # Under one name, however it is spelled: what one spelling wrote, the other would never take away.
+        name = [quoted_relation(key.source)]
+        [(self._source,)] = connection.execute("SELECT %s::regclass::text", name).fetchall()
+        names = (self._source, key.model.manifest_sha256, key.as_of, key.min_coverage)
         with connection.cursor(row_factory=namedtuple_row) as cursor:
             row = cursor.execute(_UNFINISHED, names).fetchone()
         if row is None:
@@ -114,7 +117,7 @@ class LeadScoreWriter:
         self.state = RunState(None, 0, 0) if row is None else RunState(*row)
         self.written = self.removed = 0
         moment = (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
-        texts = (key.source, key.model.version, key.model.sha256)
+        texts = (self._source, key.model.version, key.model.sha256)
         self._constants = b"".join(_field(text.encode()) for text in texts) + _field(
             struct.pack(">q", moment)
         )
@@ -127,7 +130,7 @@ class LeadScoreWriter:
         """
         state = RunState(page.last_id, self.state.leads + page.leads.n, self.state.scored + len(rows))
         data = _encode(page, rows, answers, self._constants)
-        ids = {"after": self.state.last_id, "last": page.last_id, "source": self._key.source}
+        ids = {"after": self.state.last_id, "last": page.last_id, "source": self._source}
         with self._connection.transaction(), self._connection.cursor() as cursor:
             occupied = cursor.execute(_ANY, ids).fetchone() == (True,)
             with cursor.copy(
@@ -138,12 +141,12 @@ class LeadScoreWriter:
             if occupied:
                 removed = cursor.execute(_DELETE, ids).rowcount
                 written = cursor.execute(_UPSERT, ids).rowcount
-            cursor.execute(_ADVANCE, [state.last_id, state.leads, state.scored, self._key.source])
+            cursor.execute(_ADVANCE, [state.last_id, state.leads, state.scored, self._source])
         self.state, self.written, self.removed = state, self.written + written, self.removed + removed
 
     def finish(self) -> None:
         """Takes away the scores of leads after the last one, and marks the run as finished."""
-        last, source = self.state.last_id, self._key.source
+        last, source = self.state.last_id, self._source
         with self._connection.transaction():
             self.removed += self._connection.execute(
                 "DELETE FROM lead_scores WHERE source = %s AND (%s::uuid IS NULL OR lead_id > %s)",
