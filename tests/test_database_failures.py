@@ -8,6 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from app.cli import cli
+from app.db import migrations
+from app.db.command_connection import open_connection
 from tests.lead_models import publish_lead_model
 
 Refuse = Callable[..., str]
@@ -130,8 +132,9 @@ def test_a_view_that_fails_is_named_with_the_sqlstate(
 ) -> None:
     execute(
         database_url,
-        "CREATE VIEW leads AS SELECT gen_random_uuid() AS lead_id, true AS won, 2.5::float8 AS gpa"
-        " FROM generate_series(0, 9) n WHERE 1 / n < 2",
+        "CREATE VIEW leads AS SELECT gen_random_uuid() AS lead_id, true AS won, 2.5::float8 AS gpa,"
+        " 1 AS minutes_on_site, 1 AS touchpoint_count, true AS newsletter_opt_in, now() AS created_at,"
+        " 'fair' AS source, 1 AS tuition_fee FROM generate_series(0, 9) n WHERE 1 / n < 2",
     )
     assert refuse(database_url, command, source="leads") == "Error: leads cannot be read (SQLSTATE 22012)"
 
@@ -146,3 +149,19 @@ def test_a_migration_that_fails_says_the_sqlstate_and_no_sql(empty_database_url:
     execute(empty_database_url, "CREATE DOMAIN people AS integer")
     line = refuse(empty_database_url, "db upgrade")
     assert line == "Error: the migrations cannot be applied (SQLSTATE 42710)"
+
+
+def test_no_timeout_of_a_role_or_a_database_ends_what_waits_as_long_as_it_takes(database_url: str) -> None:
+    # Long ones, lest a slow machine decide the test: what counts is that they are gone.
+    names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+    for name in names:
+        alter = f"format('ALTER DATABASE %I SET {name} = ''1h''', current_database())"
+        execute(database_url, f"DO $$ BEGIN EXECUTE {alter}; END $$")
+    show = f"SELECT {', '.join(f'current_setting({name!r})' for name in names)}"
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute(show).fetchone() == ("1h",) * 3
+    for autocommit in (False, True):
+        with open_connection(database_url, needs="", autocommit=autocommit) as connection:
+            assert connection.execute(show).fetchone() == ("0",) * 3
+    with migrations._connect(database_url) as migrating:
+        assert tuple(migrating.exec_driver_sql(show).one()) == ("0",) * 3

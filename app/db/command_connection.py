@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import psycopg
 
-from app.db.conninfo import in_utf8
+from app.db.conninfo import WITHOUT_TIMEOUTS, in_utf8
 from app.errors import CommandError, DatabaseUnavailableError, LeadScoringError, MissingRightError
 
 # No such database, a user or password it does not know, a connection that broke, a server that shuts down.
@@ -35,6 +35,7 @@ def open_connection(
     """
     try:
         with psycopg.connect(in_utf8(url), connect_timeout=10, autocommit=autocommit) as connection:
+            connection.execute(WITHOUT_TIMEOUTS)
             connection.execute("SET TIME ZONE 'UTC'")
             yield connection
     except psycopg.errors.UndefinedTable as exc:

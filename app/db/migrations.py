@@ -17,7 +17,7 @@ from sqlalchemy import Connection, NullPool, create_engine
 from sqlalchemy.exc import DBAPIError
 
 from app.db.command_connection import explain_failure
-from app.db.conninfo import in_utf8
+from app.db.conninfo import WITHOUT_TIMEOUTS, in_utf8
 from app.db.schema_state import CONNECT_SECONDS, REVISIONS
 from app.errors import CommandError
 
@@ -68,6 +68,7 @@ def _connect(url: str) -> Iterator[Connection]:
     )
     try:
         with engine.begin() as connection:
+            connection.exec_driver_sql(WITHOUT_TIMEOUTS)
             yield connection
     except DBAPIError as exc:
         if isinstance(exc.orig, psycopg.errors.LockNotAvailable):
