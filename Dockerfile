@@ -26,6 +26,7 @@ COPY --from=build /app/models models
 ENV PATH="/app/.venv/bin:$PATH" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HOST=0.0.0.0 PORT=8000 VAR_DIR=/data APP_ENV=production
 USER leadscore
+# Name a volume for it (-v leadscore:/data): an anonymous one is left behind with the events in it.
 VOLUME /data
 EXPOSE 8000
 # Whether the process lives, because what is unhealthy is started anew. Who sends it requests asks /readyz.
