@@ -13,8 +13,8 @@ from app import own_memory
 
 own_memory.close_to_others()  # a program of its own until here, whatever `serve` has closed
 
-# It ends with the supervisor. If SIGTERM, sent to all processes at once, ended it before, the supervisor would
-# take the workers for dead while they drain.
+# It ends with the supervisor. If SIGTERM, sent to all processes at once, ended it before, the supervisor
+# would take the workers for dead while they drain.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 # Looking for garbage writes to every object it looks at, and a page that is written to is shared no longer.

@@ -32,8 +32,15 @@ async def ask_slowly(connection: Connection) -> None:
 async def connect() -> AsyncIterator[Callable[..., Database]]:
     databases: list[Database] = []
 
-    def open_database(url: str, pool_size: int = 4, deadline_seconds: float = DEADLINE) -> Database:
-        databases.append(Database(url, pool_size=pool_size, deadline_seconds=deadline_seconds))
+    def open_database(
+        url: str,
+        pool_size: int = 4,
+        deadline_seconds: float = DEADLINE,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> Database:
+        databases.append(
+            Database(url, pool_size=pool_size, deadline_seconds=deadline_seconds, monotonic=monotonic)
+        )
         return databases[-1]
 
     yield open_database

@@ -1,6 +1,9 @@
 """The hot way to ask: one wait, and nothing left behind when it fails, is late or is given up."""
 
 import asyncio
+import os
+import signal
+import socket
 import struct
 import time
 from collections.abc import Callable
@@ -10,10 +13,11 @@ import psycopg
 import pytest
 from psycopg.pq.abc import PGresult
 
-from app.db.engine import Database
+from app.db.engine import IDLE_SECONDS, Connection, Database
 from app.db.session import Session, row_values
 from app.errors import DatabaseUnavailableError
 from bench.fault_proxy import FaultProxy
+from tests.fakes import FakeClock
 from tests.test_db_engine import (  # noqa: F401 - fixtures
     DEADLINE,
     GRACE,
@@ -36,6 +40,12 @@ async def double(database: Database, number: int) -> int:
     (value,) = row_values(result, 0)
     assert value is not None
     return int(struct.unpack(">i", value)[0])
+
+
+async def backend(database: Database) -> int:
+    value = (await database.query("SELECT pg_backend_pid()", [])).get_value(0, 0)
+    assert value is not None
+    return int.from_bytes(value)
 
 
 async def refused_in(database: Database, statement: str = "SELECT 1") -> float:
@@ -316,3 +326,66 @@ async def test_a_closed_database_ends_what_is_under_way(database_url: str, conne
     await database.close()
     assert await call < 20
     await refused_in(database)
+
+
+async def test_a_connection_that_was_idle_for_long_is_not_used_again(
+    database_url: str,
+    connect: Connect,  # noqa: F811
+) -> None:
+    """A network may have forgotten it, without a word to either end."""
+    clock = FakeClock()
+    database = connect(database_url, pool_size=1, monotonic=clock)
+    first = await backend(database)
+    clock.now += IDLE_SECONDS - 1
+    assert await backend(database) == first
+    clock.now += IDLE_SECONDS - 1
+    assert await backend(database) == first  # counted from its last use
+    clock.now += IDLE_SECONDS
+    second = await backend(database)
+    assert second != first
+    clock.now += IDLE_SECONDS
+    assert await database.run(_backend_of) not in {first, second}
+    assert await eventually(lambda: connections(database_url) == 1)
+
+
+async def _backend_of(connection: Connection) -> int:
+    return connection.info.backend_pid
+
+
+async def test_an_answer_that_does_not_come_costs_the_connections_nobody_has_heard_of_since(
+    own_server: tuple[str, Path],  # noqa: F811
+    connect: Connect,  # noqa: F811
+) -> None:
+    url, _ = own_server
+    database = connect(url, pool_size=3)
+    opened = set(await asyncio.gather(*(backend(database) for _ in range(3))))
+    next_one = await backend(database)
+    os.kill(next_one, signal.SIGSTOP)
+    try:
+        late = asyncio.create_task(refused_in(database))
+        await asyncio.sleep(0)
+        heard = await backend(database)
+        await late
+        assert await backend(database) == heard
+    finally:
+        os.kill(next_one, signal.SIGCONT)
+    assert len(opened) == 3
+    assert await eventually(lambda: connections(url) == 1)
+
+
+@pytest.mark.parametrize(("given", "idle"), [("", 30), ("?keepalives_idle=7", 7)])
+async def test_a_quiet_connection_is_kept_alive(
+    own_server: tuple[str, Path],  # noqa: F811
+    connect: Connect,  # noqa: F811
+    given: str,
+    idle: int,
+) -> None:
+    async def look(connection: Connection) -> tuple[int, ...]:
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        with socket.socket(fileno=os.dup(connection.fileno())) as handle:
+            return tuple(handle.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+
+    async with FaultProxy(own_server[0]).serve() as url:
+        database = connect(url + given, deadline_seconds=5)
+        assert await database.run(look) == (idle, 10, 3)
+        await database.close()

@@ -220,11 +220,11 @@ def test_nothing_is_patched_in_tests_and_no_http_exception_is_raised_below_the_e
     assert not offenders
 
 
-def test_every_connection_to_a_database_speaks_utf8() -> None:
+def test_every_connection_to_a_database_speaks_utf8_and_is_kept_alive() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "app").rglob("*.py"))
     addresses = re.findall(r"\b(?:psycopg|Connection)\.connect\(\s*(\w*)", source)
     assert len(addresses) > 5
-    assert set(addresses) == {"in_utf8"}
+    assert set(addresses) == {"complete_address"}
 
 
 def test_alembic_folder_does_not_hide_the_library_and_models_holds_no_python() -> None:

@@ -22,7 +22,7 @@ from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 from app.ai.domain import LeadObserver, is_uuid
-from app.db.conninfo import in_utf8
+from app.db.conninfo import complete_address
 from app.db.lead_cells import quoted_relation
 from app.metrics import CHANGE_LISTENER, LEAD_CHANGES, LISTENER_LOSSES
 
@@ -121,7 +121,7 @@ class ChangeListener:
 
     def _connect(self) -> psycopg.Connection:
         return psycopg.connect(
-            in_utf8(self._url),
+            complete_address(self._url),
             autocommit=True,
             connect_timeout=_CONNECT_SECONDS,
             application_name=APPLICATION_NAME,

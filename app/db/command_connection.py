@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import psycopg
 
-from app.db.conninfo import WITHOUT_TIMEOUTS, in_utf8
+from app.db.conninfo import WITHOUT_TIMEOUTS, complete_address
 from app.errors import CommandError, DatabaseUnavailableError, LeadScoringError, MissingRightError
 
 # No such database, a user or password it does not know, a connection that broke, a server that shuts down.
@@ -34,7 +34,7 @@ def open_connection(
         CommandError: a table of the service's schema is not there yet, or a statement failed.
     """
     try:
-        with psycopg.connect(in_utf8(url), connect_timeout=10, autocommit=autocommit) as connection:
+        with psycopg.connect(complete_address(url), connect_timeout=10, autocommit=autocommit) as connection:
             connection.execute(WITHOUT_TIMEOUTS)
             connection.execute("SET TIME ZONE 'UTC'")
             yield connection

@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import psycopg
 
-from app.db.conninfo import in_utf8
+from app.db.conninfo import complete_address
 from app.db.postgres_programs import MAJOR_VERSION, find_programs, run_program
 from app.db.unprivileged import SystemUser, find_user, grant_search, open_installation
 from app.errors import CommandError
@@ -140,7 +140,7 @@ class _Server:
 
     def _accepts(self) -> bool:
         try:
-            psycopg.connect(in_utf8(self.url()), connect_timeout=2).close()
+            psycopg.connect(complete_address(self.url()), connect_timeout=2).close()
         except (psycopg.OperationalError, OSError, ValueError):
             return False
         return True

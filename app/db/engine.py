@@ -9,6 +9,7 @@ SQL that reads or writes anything is known here. Built by `app.wiring`, used by 
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
 import time
@@ -21,7 +22,7 @@ import stamina
 from psycopg.abc import Buffer
 from psycopg.pq.abc import PGresult
 
-from app.db.conninfo import in_utf8
+from app.db.conninfo import complete_address
 from app.db.session import Connection, Session, UseRow
 from app.errors import DatabaseUnavailableError
 
@@ -40,6 +41,9 @@ _PREPARE_SESSION = """
                       coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'on'), false)
 """
 
+
+IDLE_SECONDS = 60.0
+"""A connection that was idle for longer is not used again: networks forget quiet ones, and tell nobody."""
 
 _LONGEST_PAUSE_SECONDS = 0.05
 """Connections that broke together are not opened again all at one instant."""
@@ -67,14 +71,25 @@ class Database:
     belongs to the event loop that uses it first.
     """
 
-    def __init__(self, url: str, *, pool_size: int, deadline_seconds: float) -> None:
-        """`deadline_seconds` bounds a whole call: waiting for a connection, connecting, its statements."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool_size: int,
+        deadline_seconds: float,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`deadline_seconds` bounds a whole call: waiting for a connection, connecting, its statements.
+
+        `monotonic` gives seconds.
+        """
         self._url = url
         self._deadline = deadline_seconds
+        self._monotonic = monotonic
         self._slots = asyncio.Semaphore(pool_size)
         self._knock = asyncio.Lock()
         self._reachable = True
-        self._idle: list[Session] = []
+        self._idle: list[Session] = []  # the last one used is the last
         self._asked: set[Session] = set()
         self._loans: dict[asyncio.Task[Any], _Loan] = {}
         self._closed = False
@@ -103,12 +118,12 @@ class Database:
             DatabaseUnavailableError: no connection or no answer within the deadline, or the server refused.
             psycopg.Error: the statement is at fault.
         """
-        ends = time.monotonic() + self._deadline
+        ends = self._monotonic() + self._deadline
         try:
             return await self._query(statement, parameters, use_row)
         except _ConnectionLostError:
             self._close_idle()  # they have probably gone the same way
-        async with _within(ends - time.monotonic()):
+        async with _within(ends - self._monotonic()):
             # What happened is the first attempt: if this were wrapped round it, every good read would pay.
             async for attempt in stamina.retry_context(
                 _ConnectionLostError, attempts=2, wait_initial=0.0, wait_jitter=_LONGEST_PAUSE_SECONDS
@@ -138,7 +153,11 @@ class Database:
         try:
             async with self._slots:
                 return await session.query(statement, parameters, self._deadline, use_row)
-        except (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError) as exc:
+        except TimeoutError as exc:
+            # Those that have not been heard of since this one have probably gone the same way.
+            self._close_idle(session.idle_since)
+            raise DatabaseUnavailableError from exc
+        except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
             raise (_ConnectionLostError if session.is_lost() else DatabaseUnavailableError) from exc
         except psycopg.errors.ReadOnlySqlTransaction:
             session.close()  # it may be read-only for good where the next one is not, after a failover
@@ -195,14 +214,14 @@ class Database:
             finally:
                 self._take_back(session)
 
-    def _close_idle(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
+    def _close_idle(self, since: float = math.inf) -> None:
+        while self._idle and self._idle[0].idle_since <= since:
+            self._idle.pop(0).close()
 
     def _take_idle(self) -> Session | None:
         while self._idle:
             session = self._idle.pop()
-            if not session.is_forsaken():
+            if self._monotonic() - session.idle_since < IDLE_SECONDS and not session.is_forsaken():
                 return session
             session.close()
         return None
@@ -219,7 +238,7 @@ class Database:
     async def _open(self, loan: "_Loan") -> Session:
         try:
             connection = await Connection.connect(
-                in_utf8(self._url), autocommit=True, application_name="lead-scoring"
+                complete_address(self._url), autocommit=True, application_name="lead-scoring"
             )
         except BaseException:
             self._reachable = False
@@ -239,6 +258,7 @@ class Database:
         if self._closed or not session.is_idle():
             session.close()
         else:
+            session.idle_since = self._monotonic()
             self._idle.append(session)
 
     def _settle(self, task: "asyncio.Task[Any]") -> None:

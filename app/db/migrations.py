@@ -17,7 +17,7 @@ from sqlalchemy import Connection, NullPool, create_engine
 from sqlalchemy.exc import DBAPIError
 
 from app.db.command_connection import explain_failure
-from app.db.conninfo import WITHOUT_TIMEOUTS, in_utf8
+from app.db.conninfo import WITHOUT_TIMEOUTS, complete_address
 from app.db.schema_state import CONNECT_SECONDS, REVISIONS
 from app.errors import CommandError
 
@@ -64,7 +64,7 @@ def _connect(url: str) -> Iterator[Connection]:
         "postgresql+psycopg://",
         poolclass=NullPool,
         # The driver reads the address, as everywhere: SQLAlchemy understands another set of them.
-        creator=lambda: psycopg.connect(in_utf8(url), connect_timeout=CONNECT_SECONDS),
+        creator=lambda: psycopg.connect(complete_address(url), connect_timeout=CONNECT_SECONDS),
     )
     try:
         with engine.begin() as connection:

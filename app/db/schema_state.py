@@ -12,7 +12,7 @@ import psycopg
 from psycopg import sql
 
 from app.db.command_connection import open_reader
-from app.db.conninfo import in_utf8
+from app.db.conninfo import complete_address
 from app.errors import CommandError, DatabaseUnavailableError, MissingRightError
 
 SchemaState = Literal["empty", "behind", "current", "unknown"]
@@ -33,7 +33,7 @@ def current_state(url: str) -> SchemaState:
         MissingRightError: the database user may not see which migrations were applied.
     """
     try:
-        with psycopg.connect(in_utf8(url), connect_timeout=CONNECT_SECONDS) as connection:
+        with psycopg.connect(complete_address(url), connect_timeout=CONNECT_SECONDS) as connection:
             applied = _applied_revision(connection)
     except psycopg.errors.InsufficientPrivilege as exc:
         raise MissingRightError("SELECT on alembic_version") from exc

@@ -24,9 +24,10 @@ _BINARY = 1
 
 
 class Session:
-    """A connection that is lent to one call at a time."""
+    """A connection that is lent to one call at a time; `idle_since` is for the lender to note."""
 
     def __init__(self, connection: Connection) -> None:
+        self.idle_since = 0.0
         self._connection = connection
         self._pgconn = connection.pgconn
         self._descriptor = connection.pgconn.socket
