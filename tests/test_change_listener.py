@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from prometheus_client import REGISTRY
 
 from app.ai.domain import InputColumn
 from app.db.change_listener import APPLICATION_NAME, TRUST_SECONDS, ChangeListener
@@ -142,6 +143,39 @@ async def test_a_session_that_is_ended_is_replaced_and_nothing_from_before_count
     assert await eventually(observer.is_trusted)
     lead_id = add_lead(database_url)
     assert await eventually(lambda: lead_id in observer.forgotten)
+
+
+async def test_an_unexpected_failure_counts_as_a_loss_and_does_not_end_listening(
+    database_url: str, listen: Listen
+) -> None:
+    observer = FailingOnce()
+    before = losses()
+    listen(database_url, observer)
+    add_lead(database_url)
+    assert await eventually(lambda: observer.emptied == 2)
+    assert losses() == before + 1
+    assert await eventually(observer.is_trusted)
+    lead_id = add_lead(database_url, ref="lead_2")
+    assert await eventually(lambda: observer.forgotten == [lead_id])
+    assert REGISTRY.get_sample_value("leadscore_change_listener") == 1
+
+
+def losses() -> float:
+    return REGISTRY.get_sample_value("leadscore_change_listener_losses_total") or 0.0
+
+
+class FailingOnce(Observer):
+    """Has no memory left at the first change it is told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._failed = False
+
+    def forget(self, uuids: Sequence[str]) -> None:
+        if not self._failed:
+            self._failed = True
+            raise MemoryError
+        super().forget(uuids)
 
 
 async def test_a_session_that_hangs_is_not_trusted_any_longer_and_replaced(

@@ -115,6 +115,9 @@ class ChangeListener:
                     self._listen(session)
             except (psycopg.Error, OSError) as exc:
                 self._note("lost", exc)
+            except Exception as exc:  # noqa: BLE001  nobody would start this thread again
+                _log.exception("change_listener_failed")
+                self._note("lost", exc)
             finally:
                 self._observer.trust_until(-math.inf)
                 self._settled.set()
