@@ -14,9 +14,10 @@ from uuid import uuid4
 import psycopg
 import pytest
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
-from app.ai.domain import InputColumn
-from app.db.change_listener import APPLICATION_NAME, TRUST_SECONDS, ChangeListener
+from app.ai.domain import InputColumn, LeadObserver
+from app.db.change_listener import APPLICATION_NAME, LOOK_SECONDS, TRUST_SECONDS, ChangeListener
 from app.db.embedded import open_embedded
 from app.db.engine import Database
 from app.db.leads import PostgresLeadSource
@@ -56,8 +57,15 @@ Listen = Callable[..., ChangeListener]
 def listen() -> Iterator[Listen]:
     with ExitStack() as stack:
 
-        def start(url: str, observer: object, relation: str = "lead_source") -> ChangeListener:
-            listener = ChangeListener(url, relation, observer, deadline_seconds=0.5)  # type: ignore[arg-type]
+        def start(
+            url: str,
+            observer: LeadObserver,
+            relation: str = "lead_source",
+            look_seconds: float = LOOK_SECONDS,
+        ) -> ChangeListener:
+            listener = ChangeListener(
+                url, relation, observer, deadline_seconds=0.5, look_seconds=look_seconds
+            )
             listener.start()
             stack.callback(listener.close)
             return listener
@@ -258,6 +266,35 @@ async def test_a_table_that_is_watched_from_now_on_or_no_longer_is_noticed(
     assert await eventually(lambda: not listener.hears_everything())
     execute(database_url, "SELECT lead_scoring_watch('campuses')")
     assert await eventually(listener.hears_everything)
+
+
+@pytest.mark.parametrize(
+    ("away", "back"),
+    [
+        ("ALTER TABLE people DISABLE TRIGGER USER", "ALTER TABLE people ENABLE TRIGGER USER"),
+        (
+            "ALTER TABLE people ENABLE REPLICA TRIGGER lead_scoring_update",
+            "ALTER TABLE people ENABLE TRIGGER lead_scoring_update",
+        ),
+        ("DROP TRIGGER lead_scoring_update ON people", "SELECT lead_scoring_watch('people', 'id')"),
+    ],
+)
+async def test_a_trigger_that_goes_without_a_word_is_missed_at_the_next_look(
+    database_url: str, listen: Listen, away: str, back: str
+) -> None:
+    observer = Observer()
+    listener = listen(database_url, observer, look_seconds=0.05)
+    assert listener.hears_everything()
+    assert observer.emptied == 1
+    with capture_logs() as lines:
+        execute(database_url, away)
+        assert await eventually(lambda: not listener.hears_everything())
+    told = [line["tables"] for line in lines if line["event"] == "lead_source_not_watched"]
+    assert told == ["people"]
+    assert observer.emptied == 2
+    execute(database_url, back)
+    assert await eventually(listener.hears_everything)
+    assert observer.emptied > 2
 
 
 def test_a_source_that_is_not_there_is_not_heard_completely(database_url: str, listen: Listen) -> None:

@@ -33,6 +33,9 @@ BEAT_SECONDS = 0.05
 TRUST_SECONDS = 0.2
 """What is missing to a quarter of a second is left to an answer, once found, to leave in."""
 
+LOOK_SECONDS = 30.0
+"""So often the triggers are looked at again: nothing tells of one that is disabled or dropped."""
+
 _CONNECT_SECONDS = 2
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 2.0
 
@@ -65,7 +68,7 @@ class ChangeListener:
 
     `deadline_seconds` bounds the wait for one answer of the server; then the session counts as lost. After a
     loss whatever was known is forgotten, and a new session is opened, at once first, then after pauses of up
-    to two seconds. `monotonic` gives seconds.
+    to two seconds. The triggers are looked at every `look_seconds`. `monotonic` gives seconds.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class ChangeListener:
         observer: LeadObserver,
         *,
         deadline_seconds: float,
+        look_seconds: float = LOOK_SECONDS,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._url = url
@@ -85,7 +89,8 @@ class ChangeListener:
         self._closing = threading.Event()
         self._settled = threading.Event()
         self._unwatched: str | None = None
-        self._look_again = False
+        self._look_seconds = look_seconds
+        self._next_look = -math.inf
         self._noted = ""
         self._thread = threading.Thread(target=self._run, name="change-listener", daemon=True)
 
@@ -138,7 +143,7 @@ class ChangeListener:
         self._note("listening")
 
     def _look_at_triggers(self, session: "_Session") -> None:
-        self._look_again = False
+        self._next_look = self._monotonic() + self._look_seconds
         found = session.ask(_UNWATCHED, quoted_relation(self._relation).encode()).get_value(0, 0) or b""
         unwatched = found.decode("utf-8", "replace")
         if unwatched and unwatched != self._unwatched:
@@ -148,6 +153,8 @@ class ChangeListener:
                 meaning="their changes show when a remembered answer expires",
                 remedy="call lead_scoring_watch for them, see docs/runbook.md",
             )
+        if self._unwatched not in {unwatched, None}:
+            self._observer.forget_all()  # what changed while a trigger was away was not heard of
         self._unwatched = unwatched
 
     def _listen(self, session: "_Session") -> None:
@@ -157,7 +164,7 @@ class ChangeListener:
             self._observer.trust_until(asked + TRUST_SECONDS)
             self._settled.set()
             session.wait(BEAT_SECONDS)
-            if self._look_again:
+            if asked >= self._next_look:
                 self._look_at_triggers(session)
 
     def _hear(self, payload: str) -> None:
@@ -167,7 +174,7 @@ class ChangeListener:
             LEAD_CHANGES.labels("lead").inc(len(uuids))
         else:
             self._observer.forget_all()
-            self._look_again = True
+            self._next_look = -math.inf
             LEAD_CHANGES.labels("all").inc()
 
     def _note(self, state: str, cause: Exception | None = None) -> None:
