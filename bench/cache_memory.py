@@ -41,7 +41,8 @@ def main() -> None:
     cache.trust_until(math.inf)
     for start in range(0, leads, CHUNK):
         lead_ids = name_leads(range(start, min(start + CHUNK, leads)))
-        cache.remember(MODEL, 0.0, lead_ids, np.zeros(len(lead_ids), ANSWER), uuids=lead_ids, since=0)
+        answers, since = np.zeros(len(lead_ids), ANSWER), cache.moment()
+        cache.remember(MODEL, 0.0, lead_ids, answers, uuids=lead_ids, since=since)
     taken = resident_mb() - before
     held = sum(
         int(cache.find(MODEL, 0.0, name_leads(range(at, min(at + CHUNK, leads))))[0].sum())

@@ -341,9 +341,9 @@ async def test_a_read_that_began_before_a_change_and_ends_after_its_notification
             holder.execute("SELECT pg_advisory_lock(7)")
             reading = asyncio.create_task(read(asked))
             assert await eventually(lambda: _waits_for_lock(database_url))
-            heard = cache.moment()
+            heard = cache.moment().changes
             execute(database_url, "UPDATE people SET gpa = 2")
-            assert await eventually(lambda h=heard: cache.moment() > h)
+            assert await eventually(lambda h=heard: cache.moment().changes > h)
         assert await reading == 1
         assert await eventually(cache.is_trusted)
         assert not cache.find(MODEL, DAY, [asked])[0].any()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from app.ai.domain import ANSWER, AnswerArray, ModelRef
-from app.ai.prediction_cache import NullCache, PredictionCache
+from app.ai.prediction_cache import Moment, NullCache, PredictionCache
 from app.ai.score_kernels import installed_kernels
 from tests.fakes import FakeClock
 
@@ -40,7 +40,7 @@ def remember(
     lead_ids: Sequence[str],
     answers: AnswerArray,
     uuids: Sequence[str] | None = None,
-    since: int | None = None,
+    since: Moment | None = None,
 ) -> None:
     """Remembers what a read that begins and ends now would find."""
     since = cache.moment() if since is None else since
@@ -93,6 +93,30 @@ def test_remembering_again_renews_the_answer_and_its_age() -> None:
     hit, found = cache.find(MODEL, DAY, ["a"])
     assert hit.all()
     assert found["probability"].tolist() == [0.2]
+
+
+def test_the_age_of_an_answer_is_that_of_its_read() -> None:
+    clock = FakeClock()
+    cache = build_cache(clock=clock)
+    began = cache.moment()
+    clock.now += 100
+    remember(cache, ["a"], build_answers(0.1), since=began)
+    clock.now += 199.9
+    assert cache.find(MODEL, DAY, ["a"])[0].all()
+    assert cache.recall(MODEL, DAY, ["a"])[2][0] == pytest.approx(299.9)
+    clock.now += 0.1
+    assert not cache.find(MODEL, DAY, ["a"])[0].any()
+
+
+def test_of_two_reads_the_one_that_began_later_stays_whichever_ends_last() -> None:
+    clock = FakeClock()
+    cache = build_cache(clock=clock)
+    slow = cache.moment()
+    clock.now += 0.2
+    remember(cache, ["a"], build_answers(0.2))
+    remember(cache, ["a", "b"], build_answers(0.1, 0.3), since=slow)
+    assert cache.find(MODEL, DAY, ["a", "b"])[1]["probability"].tolist() == [0.2, 0.3]
+    assert len(cache) == 2
 
 
 def test_the_oldest_answer_gives_its_place_up_first() -> None:
@@ -232,14 +256,23 @@ def test_answers_that_do_not_fit_their_leads_never_reach_the_loops() -> None:
 LEADS = st.lists(st.sampled_from("abcdefgh"), max_size=6, unique=True)
 
 
-@given(st.integers(1, 8), st.lists(st.tuples(LEADS, st.integers(0, 200)), max_size=20))
-def test_the_cache_agrees_with_a_plain_model_of_itself(size: int, steps: list[tuple[list[str], int]]) -> None:
+@given(
+    st.integers(1, 8),
+    st.lists(st.tuples(LEADS, st.integers(0, 200), st.integers(0, 100)), max_size=20),
+)
+def test_the_cache_agrees_with_a_plain_model_of_itself(
+    size: int, steps: list[tuple[list[str], int, int]]
+) -> None:
     clock = FakeClock()
     cache = build_cache(size, clock)
     written: list[tuple[str, float, float]] = []
-    for number, (ids, seconds) in enumerate(steps):
-        remember(cache, ids, build_answers(*([number / 100] * len(ids))))
-        written = [*written, *((lead_id, number / 100, clock.now + 300) for lead_id in ids)][-size:]
+    for number, (ids, seconds, took) in enumerate(steps):
+        since = Moment(0, clock.now - took)
+        remember(cache, ids, build_answers(*([number / 100] * len(ids))), since=since)
+        for lead_id in ids:
+            ends = since.seconds + 300
+            if all(other != lead_id or expires <= ends for other, _, expires in written):
+                written = [*written, (lead_id, number / 100, ends)][-size:]
         clock.now += seconds
         known = {lead_id: value for lead_id, value, expires in written if expires > clock.now}
         asked = list("abcdefghz")
@@ -284,11 +317,11 @@ class Freshness(RuleBasedStateMachine):
         self.heard = dict(self.state)
 
     @rule(target=reads, lead=lead)
-    def begin_to_read(self, lead: str) -> tuple[str, int, int]:
+    def begin_to_read(self, lead: str) -> tuple[str, Moment, int]:
         return lead, self.cache.moment(), self.state[lead]
 
     @rule(read=consumes(reads), prefix=st.sampled_from(["", "ref_"]))
-    def finish_reading(self, read: tuple[str, int, int], prefix: str) -> None:
+    def finish_reading(self, read: tuple[str, Moment, int], prefix: str) -> None:
         lead, since, state = read
         remember(self.cache, [prefix + lead], build_answers(state), uuids=[lead], since=since)
 

@@ -462,13 +462,15 @@ void find_answers(const struct table *table, const char *texts, int64_t n, const
     }
 }
 
-/* Enters `n` answers, numbered from `number` on, under texts that each end with a NUL. In its set each takes the
- * place of the one it renews, or else of the oldest. */
-void remember_answers(const struct table *table, const char *texts, int64_t n, const uint64_t *key,
-                      int64_t number, double expires, int64_t since, const int64_t *marks,
-                      const struct answer *answers) {
+/* Enters `n` answers, numbered from `number` on, under texts that each end with a NUL, and returns how many. In
+ * its set each takes the place of the one it renews, or else of the oldest; one that expires later, so was read
+ * later, is not renewed. */
+int64_t remember_answers(const struct table *table, const char *texts, int64_t n, const uint64_t *key,
+                         int64_t number, double expires, int64_t since, const int64_t *marks,
+                         const struct answer *answers) {
     uint64_t hashes[BLOCK_TEXTS][2];
-    for (int64_t i = 0; i < n; i++, number++) {
+    int64_t entered = 0;
+    for (int64_t i = 0; i < n; i++) {
         if (i % BLOCK_TEXTS == 0) texts = hash_block(table, texts, n - i, key, hashes);
         const uint64_t *hash = hashes[i % BLOCK_TEXTS];
         struct set *set = table->sets + hash[0] % (uint64_t)table->n_sets;
@@ -480,9 +482,13 @@ void remember_answers(const struct table *table, const char *texts, int64_t n, c
                 break;
             }
         }
+        const struct entry *known = table->ring + set->numbers[oldest] % table->size;
+        if (set->hashes[oldest] == hash[0] && known->check == hash[1] && known->expires > expires) continue;
         set->hashes[oldest] = hash[0];
-        set->numbers[oldest] = number;
-        table->ring[number % table->size] =
+        set->numbers[oldest] = number + entered;
+        table->ring[(number + entered) % table->size] =
             (struct entry){hash[1], expires, since, marks[i], answers[i]};
+        entered++;
     }
+    return entered;
 }

@@ -4,7 +4,8 @@ An answer depends on the model, the as-of time and the lead; the key holds all t
 day never meets an old answer. Only answers are remembered: a lead that was unknown or declined is looked up
 again. Called from the event loop; it never waits.
 
-An answer counts only if the read it came from began after the last change of its lead. So a change heard of
+An answer counts only if the read it came from began after the last change of its lead, and its age is that of
+the read. Of two reads of a lead the one that began later stays, whichever ends last. So a change heard of
 while a read is under way needs no care: what that read finds is remembered, and never counts. Changes come
 from whoever hears of them (`app.db.change_listener`), on one other thread, which also says for how long its
 silence may be trusted; beyond that nothing is found.
@@ -14,7 +15,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,10 +33,17 @@ _CHANGE_MARKS = 131_072
 """Leads share marks: the change of one takes one answer in so many along, which costs a look-up."""
 
 
+class Moment(NamedTuple):
+    """When a read began: after so many changes that were heard of, and in seconds."""
+
+    changes: int
+    seconds: float
+
+
 class AnswerCache(Protocol):
     """Where answers may be remembered. Lead IDs are canonical; equal ones, in one call, fare alike."""
 
-    def moment(self) -> int:
+    def moment(self) -> Moment:
         """Returns the present moment, to be taken before a read begins and handed to `remember`."""
         ...
 
@@ -60,14 +68,14 @@ class AnswerCache(Protocol):
         answers: AnswerArray,
         *,
         uuids: Sequence[str],
-        since: int,
+        since: Moment,
     ) -> None:
         """Remembers one answer for each ID; `uuids` are their leads, `since` the moment the read began."""
         ...
 
 
 class PredictionCache:
-    """The last `size` answers, each for at most `ttl_seconds`: the oldest, first to expire, leaves first.
+    """The last `size` answers, each for at most `ttl_seconds`: the oldest leaves first.
 
     It takes 104 bytes an answer and no object: answers lie in a ring, and a table of sets of sixteen, indexed
     by 64 bits of the key's hash, holds their numbers; another 64 bits beside the answer make sure. The hash
@@ -97,9 +105,9 @@ class PredictionCache:
         """Tells how many answers are held, whether they still hold or not."""
         return min(self._written, self._size)
 
-    def moment(self) -> int:
-        """See `AnswerCache.moment`; it passes with every change that is heard of."""
-        return self._moment
+    def moment(self) -> Moment:
+        """See `AnswerCache.moment`."""
+        return Moment(self._moment, self._monotonic())
 
     def find(self, model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, AnswerArray]:
         """See `AnswerCache.find`."""
@@ -132,20 +140,19 @@ class PredictionCache:
         answers: AnswerArray,
         *,
         uuids: Sequence[str],
-        since: int,
+        since: Moment,
     ) -> None:
         """See `AnswerCache.remember`; of more answers than there is room for, the last ones stay."""
-        self._kernels.remember_answers(
+        self._written += self._kernels.remember_answers(
             self._table,
             lead_ids,
             self._key_of_world(model.manifest_sha256, as_of),
             answers,
             number=self._written + 1,
-            expires=self._monotonic() + self._ttl_seconds,
-            since=since,
+            expires=since.seconds + self._ttl_seconds,
+            since=since.changes,
             marks=_marks(uuids),
         )
-        self._written += len(lead_ids)
 
     def forget(self, uuids: Sequence[str]) -> None:
         """Lets every answer for these leads count no more, whichever ID it was asked by."""
@@ -179,9 +186,9 @@ class PredictionCache:
 class NullCache:
     """A cache that is turned off: remembers nothing."""
 
-    def moment(self) -> int:
+    def moment(self) -> Moment:
         """Is always the same one."""
-        return 0
+        return Moment(0, 0.0)
 
     def find(
         self,
@@ -206,7 +213,7 @@ class NullCache:
         answers: AnswerArray,
         *,
         uuids: Sequence[str],
-        since: int,
+        since: Moment,
     ) -> None:
         """Forgets the answers."""
 

@@ -167,7 +167,7 @@ class ScoreKernels:
         self._find_answers.argtypes = [*look, _F64, _I64, *[_POINTER] * 3]
         self._find_answers.restype = None
         self._remember_answers.argtypes = [*look, _I64, _F64, _I64, _POINTER, _POINTER]
-        self._remember_answers.restype = None
+        self._remember_answers.restype = _I64
 
     def build_tree_sum(
         self, trees: Sequence[Tree], n_features: int, *, start: float = 0.0, single_precision: bool = False
@@ -337,9 +337,10 @@ class ScoreKernels:
         expires: float,
         since: int,
         marks: IntArray,
-    ) -> None:
+    ) -> int:
         """Enters answers (n,) under texts (n,): the first is the one of this `number`, from 1 on.
 
+        Returns how many were entered: an answer that expires later than these is kept instead.
         `since` is the moment they were read, `marks` (n,) the places in `changed` that concern them.
 
         Raises:
@@ -347,10 +348,11 @@ class ScoreKernels:
         """
         if not len(texts) == len(answers) == len(marks):
             raise ValueError("there are not as many answers or marks as texts")
-        self._remember_answers(
+        entered: int = self._remember_answers(
             *(table, join_texts(texts), len(texts), _start_of(key)),
             *(number, expires, since, _start_of(marks), _start_of(np.ascontiguousarray(answers))),
         )
+        return entered
 
 
 @cache
