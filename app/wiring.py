@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import structlog
 
-from app.ai.artifact_process import dismiss
+from app.ai.artifact_process import dismiss, interrupt
 from app.ai.circuit_breaker import CircuitBreaker
 from app.ai.domain import ColumnKind
 from app.ai.drift_window import DriftWindow
@@ -185,8 +185,9 @@ def _open_registry(
         pinned_version=settings.ml_model_version,
         ttl_seconds=settings.ml_cache_ttl_seconds,
         on_load=lambda report: _report_load(report, telemetry),
+        interrupt=interrupt,
     )
-    stack.callback(registry.close)
+    stack.push_async_callback(asyncio.to_thread, registry.close)
     return registry
 
 

@@ -1,5 +1,6 @@
 """An artifact is deserialised in a process of its own: the same model comes back, or the same refusal."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -26,9 +27,12 @@ from app.ai.inference import build_compiled_scorer
 from app.ai.loaded_model import read_apart, read_here
 from app.ai.model_bundle import load_bundle
 from app.ai.score_kernels import installed_kernels
-from app.errors import ArtifactError
+from app.errors import ArtifactError, ModelNotReadyError
 from app.training.publish import build_manifest
-from tests.lead_models import describe_model
+from app.wiring import open_services
+from tests.in_process import build_settings
+from tests.lead_models import describe_model, publish_lead_model
+from tests.test_db_engine import eventually
 
 ROWS = np.random.default_rng(7).normal(size=(300, 4)) * [1, 10, 0.1, 3]
 LABELS = (ROWS[:, 0] + ROWS[:, 1] / 10 > 0).astype(int)
@@ -235,6 +239,20 @@ def test_no_change_of_a_byte_makes_a_model_that_would_crash_the_process():
             refused += 1
         content[place] = before
     assert refused > 100
+
+
+async def test_a_worker_that_ends_does_not_wait_for_an_artifact_that_is_being_read(tmp_path, monkeypatch):
+    done = tmp_path / "done"
+    settings = build_settings(tmp_path, f"postgresql://nobody@/x?host={tmp_path}")
+    async with open_services(settings) as services:
+        publish_lead_model(settings.ml_model_dir)
+        stand_in(monkeypatch, f"import time; time.sleep(5); open({str(done)!r}, 'w')")
+        look = asyncio.create_task(asyncio.to_thread(services.registry.load))
+        assert await eventually(lambda: bool(artifact_process._reading))
+    with pytest.raises(ModelNotReadyError):
+        await look
+    assert not artifact_process._reading
+    assert not done.exists()
 
 
 def test_a_refusal_keeps_its_reason_on_the_way():

@@ -18,7 +18,7 @@ import pytest
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
-from app.ai import artifact_loading
+from app.ai import artifact_loading, model_registry
 from app.ai.artifact_files import open_model_dir
 from app.ai.artifact_loading import dump_estimator
 from app.ai.calibration import Calibrator
@@ -44,7 +44,7 @@ from tests.model_files import (
     republish_as,
 )
 
-CATALOGUE_OPTIONS = {"pattern", "incompatible", "trusted_keys"}
+CATALOGUE_OPTIONS = {"pattern", "incompatible", "trusted_keys", "load"}
 
 
 @pytest.fixture
@@ -754,6 +754,45 @@ async def test_a_closed_registry_serves_on_and_never_looks_again(models, open_re
     registry.close()
     clock.now += 1000
     assert await registry.active() is bundle
+
+
+async def test_closing_does_not_wait_for_a_disk_that_hangs(monkeypatch):
+    back = threading.Event()
+
+    class Hanging:
+        def find(self):
+            back.wait(5)
+            return []
+
+    monkeypatch.setattr(model_registry, "CLOSE_SECONDS", 0.01)
+    registry = ModelRegistry(Hanging(), longest_wait_seconds=0)
+    with pytest.raises(ModelNotReadyError):
+        await registry.active()
+    registry.close()
+    assert not registry._look.done()
+    back.set()
+    await background_look(registry)
+
+
+async def test_closing_breaks_off_a_load_without_a_word_against_the_artifact(models, open_registry, reports):
+    began, broken_off, tried = threading.Event(), threading.Event(), []
+
+    def load(manifest, _):
+        tried.append(manifest.version)
+        began.set()
+        broken_off.wait(5)
+        raise ArtifactError("not_loadable", "The process that read the artifact ended.")
+
+    publish(models, V1)
+    publish(models, V2)
+    registry = open_registry(load=load, interrupt=broken_off.set, longest_wait_seconds=0)
+    with pytest.raises(ModelNotReadyError):
+        await registry.active()
+    assert await asyncio.to_thread(began.wait, 5)
+    registry.close()
+    assert broken_off.is_set()
+    await background_look(registry)
+    assert (tried, reports) == ([V2], [])
 
 
 # Going back

@@ -33,6 +33,7 @@ TOLD = (
 """All that a program is told of its surroundings which is to know none of the settings."""
 
 _waiting: "list[subprocess.Popen[bytes]]" = []
+_reading: "set[subprocess.Popen[bytes]]" = set()
 
 
 def prepare() -> None:
@@ -47,6 +48,12 @@ def dismiss() -> None:
             process.kill()
 
 
+def interrupt() -> None:
+    """Ends the processes that read an artifact at the moment; whoever asked is told `not_loadable`."""
+    for process in tuple(_reading):
+        process.kill()
+
+
 def ask(question: bytes) -> bytes:
     """Returns what `artifact_loading.answer` says to a question, in another process; blocks.
 
@@ -54,6 +61,7 @@ def ask(question: bytes) -> bytes:
         ArtifactError: `not_loadable`: the process broke off, or took too long.
     """
     with _waiting.pop() if _waiting else _start() as process:
+        _reading.add(process)
         try:
             answer, _ = process.communicate(question, DEADLINE_SECONDS)
         except subprocess.TimeoutExpired as exc:
@@ -62,6 +70,8 @@ def ask(question: bytes) -> bytes:
         except BaseException:
             process.kill()
             raise
+        finally:
+            _reading.remove(process)
     if process.returncode:
         # Killed for want of memory, as likely as not, which is not the artifact's fault.
         passing = ChildProcessError() if process.returncode == -signal.SIGKILL else None

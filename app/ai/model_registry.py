@@ -33,6 +33,9 @@ CacheStatus = Literal["hit", "miss", "expired", "error"]
 _MAX_BACKOFF = 6
 """Looks with nothing to serve are at most this many times `retry_seconds` apart."""
 
+CLOSE_SECONDS = 1.0
+"""A look that is under way, on a disk that hangs, is not waited for any longer."""
+
 REMEDIES = {
     "no_directory": "set ML_MODEL_DIR to the directory of the models, or publish one with `leadscore train`",
     "no_artifact": "publish one with `leadscore train`, or look at ML_MODEL_PATTERN and ML_MODEL_VERSION",
@@ -89,7 +92,8 @@ class ModelRegistry:
     known. While `source_is_known` says no, nobody can tell which models suit the lead source: the newest
     serves for the time being, is not remembered for it, and is looked at again. A request waits at most
     `longest_wait_seconds` for the first model; the other seconds are those of `monotonic`. `on_load` is told
-    of every load and of every refusal that is news, on the registry's own thread.
+    of every load and of every refusal that is news, on the registry's own thread. `interrupt` breaks off the
+    load that is under way when the registry is closed.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class ModelRegistry:
         monotonic: Callable[[], float] = time.monotonic,
         utc_now: Callable[[], datetime] = lambda: datetime.now(UTC),
         on_load: Callable[[LoadReport], None] = lambda _: None,
+        interrupt: Callable[[], None] = lambda: None,
     ) -> None:
         self._catalogue = catalogue
         self._served = served
@@ -116,11 +121,13 @@ class ModelRegistry:
         self._monotonic = monotonic
         self._utc_now = utc_now
         self._on_load = on_load
+        self._interrupt = interrupt
         self._loaded: _Loaded | None = None
         self._reason: str | None = None
         self._reported: dict[str | None, tuple[FileIdentity, str]] = {}
         self._failures = 0
         self._next_look = -math.inf
+        self._closed = False
         self._look: Future[None] | None = None
         self._lock = threading.Lock()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-registry")
@@ -177,8 +184,16 @@ class ModelRegistry:
         return self._catalogue.read_card(version, form, loaded.identity if loaded else None)
 
     def close(self) -> None:
-        """Waits for a look that is under way and never looks again; what is loaded goes on serving."""
-        self._executor.shutdown()
+        """Breaks off a look that is under way and never looks again; what is loaded goes on serving.
+
+        Blocks for a second at most: what waits for a disk that hangs is left behind.
+        """
+        with self._lock:
+            self._closed = True
+        self._interrupt()
+        ending = threading.Thread(target=self._executor.shutdown, daemon=True)
+        ending.start()
+        ending.join(CLOSE_SECONDS)
         self._next_look = math.inf
 
     def _require(self) -> ModelBundle:
@@ -193,7 +208,8 @@ class ModelRegistry:
     def _begin_look_when_due(self) -> "Future[None] | None":
         with self._lock:
             # A look sets the time of the next one before it ends, so one that has just ended is not repeated.
-            if self._monotonic() >= self._next_look or (self._look and not self._look.done()):
+            due = self._monotonic() >= self._next_look or (self._look and not self._look.done())
+            if due and not self._closed:
                 return self._begin_look()
         return None
 
@@ -222,6 +238,8 @@ class ModelRegistry:
         wanted = [artifact for artifact in found if self._pinned in {None, artifact.version}]
         reason: str | None = None if wanted else "no_artifact"
         for artifact in wanted:
+            if self._closed:
+                break
             loaded = self._loaded
             same = loaded if loaded and artifact.identity == loaded.identity else None
             if same and (same.suits or not self._source_is_known()):
@@ -268,6 +286,8 @@ class ModelRegistry:
             raise ArtifactError("rollback_refused", "A newer version than this one has served here.")
 
     def _report(self, artifact: FoundArtifact, report: LoadReport) -> None:
+        if self._closed:
+            return  # what was broken off says nothing of the artifact
         if report.reason is None:
             _log.info("model_loaded", version=report.version, model_type=report.model_type)
         elif self._reported.get(artifact.manifest_name) == (artifact.identity, report.reason):
