@@ -16,6 +16,7 @@ class Database:
         self, poison: str | None = None, error: Exception | None = None, *, away: bool = False
     ) -> None:
         self.asked: list[list[str]] = []
+        self._under_way = self.most_at_once = 0
         self.open, self.third = asyncio.Event(), asyncio.Event()
         self._poison, self._error, self._away = poison, error or PredictionFailedError(), away
 
@@ -23,7 +24,11 @@ class Database:
         self.asked.append(list(lead_ids))
         if len(self.asked) > SLOTS:
             self.third.set()
+        self._under_way += 1
+        self.most_at_once = max(self.most_at_once, self._under_way)
         await self.open.wait()
+        await asyncio.sleep(0)
+        self._under_way -= 1
         if self._away:
             raise DatabaseUnavailableError
         if self._poison in lead_ids:
@@ -158,7 +163,20 @@ async def test_a_lead_that_fails_its_look_up_fails_no_other_request(error: Excep
     database.open.set()
     good, bad, also_good = await asyncio.gather(*tasks[SLOTS:], return_exceptions=True)
     assert (good, bad, also_good) == (["w/a"], error, ["w/c"])
-    assert database.asked[SLOTS:] == [["a", "bad", "c"], ["a"], ["bad"], ["c"]]
+    assert database.asked[SLOTS:] == [["a", "bad", "c"], ["a"], ["bad", "c"], ["bad"], ["c"]]
+
+
+async def test_a_lead_that_fails_a_large_look_up_is_found_by_a_few_more_one_at_a_time() -> None:
+    database = Database("bad")
+    others = [[f"lead_{number}"] for number in range(100)]
+    tasks = await start(build(database), *BUSY, *others, ["bad"], *others)
+    database.open.set()
+    outcomes = await asyncio.gather(*tasks[SLOTS:], return_exceptions=True)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    assert [type(error) for error in failed] == [PredictionFailedError]
+    assert outcomes[100] is failed[0]
+    assert len(database.asked) < 25
+    assert database.most_at_once <= SLOTS
 
 
 async def test_a_database_that_is_away_is_told_to_all_and_asked_once() -> None:

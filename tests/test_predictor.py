@@ -581,9 +581,9 @@ async def test_the_cause_of_a_failed_prediction_is_logged_with_the_id_of_its_req
             outcomes = {lead_id: await stored.ask(lead_id) for lead_id in ("good_0", "bad_0", "bad_1")}
     assert {lead_id for lead_id, error in outcomes.items() if error} == {"bad_0", "bad_1"}
     causes = [line for line in lines if line.get("exc_info") or line.get("sqlstate") == "22012"]
-    assert {line["request_id"] for line in causes if "request_id" in line} == {"bad_0", "bad_1"}
-    # The one that is nobody's is of the statement they shared, before each was tried alone.
-    assert len(causes) == 2 + (together and at_fault == "statement")
+    assert sorted(line["request_id"] for line in causes if "request_id" in line) == ["bad_0", "bad_1"]
+    # Those that are nobody's are of statements they shared, before each was tried alone.
+    assert (len(causes) > 2) == (together and at_fault == "statement")
 
 
 async def test_every_stage_is_timed_and_drift_sees_what_was_built(world: World) -> None:

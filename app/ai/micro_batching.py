@@ -5,8 +5,9 @@ request that meets fewer than `SLOTS` look-ups under way begins its own: two tur
 long as that brings others (`Patience`), because callers who were answered together ask again together;
 otherwise at once. Those that find no room are collected, and set out together when a look-up ends, or after
 `LONGEST_WAIT_SECONDS`. Each gets what it would have got alone, because no lead's answer depends on the others
-in its batch; should a shared look-up fail, and not because the database is away, each is tried alone. Knows
-nothing of leads. Called by `predictor`, on its event loop.
+in its batch; should a shared look-up fail, and not because the database is away, its halves are tried, one
+after the other, down to the request at fault. Knows nothing of leads. Called by `predictor`, on its event
+loop.
 """
 
 import asyncio
@@ -99,13 +100,14 @@ class MicroBatching(Generic[W, T]):
         del self._waiting[world]
         self._begin(world, waiting)
 
-    def _begin(self, world: W, waiting: Sequence[_Joined[T]]) -> None:
+    def _begin(self, world: W, waiting: Sequence[_Joined[T]]) -> "asyncio.Task[None]":
         present = [joined for joined in waiting if not joined.part.done()]
         # What is logged meanwhile carries the ID of the request it is for; of several it is nobody's word.
         context = present[0].context if len(present) == 1 else Context()
         task = asyncio.create_task(self._share(world, present), name="micro-batch", context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _share(self, world: W, present: Sequence[_Joined[T]]) -> None:
         place: dict[str, int] = {}
@@ -115,11 +117,12 @@ class MicroBatching(Generic[W, T]):
         try:
             found = await self._run(world, list(place))
         except Exception as exc:  # noqa: BLE001 - told to whoever waits, once nobody else can be at fault
-            if len(present) == 1 or _is_of_all(exc):
+            if len(present) <= 1 or _is_of_all(exc):
                 _fail(present, exc)
                 return
-            for joined in present:
-                self._begin(world, [joined])
+            # Not at once: hundreds of requests would fill the pool with a look-up each.
+            for half in (present[: len(present) // 2], present[len(present) // 2 :]):
+                await self._begin(world, half)
         else:
             for joined in present:
                 if not joined.part.done():
