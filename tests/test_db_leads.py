@@ -3,8 +3,8 @@
 import asyncio
 import math
 import re
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
 from uuid import UUID
 
 import numpy as np
@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from app.ai.domain import AMBIGUOUS_LEAD, UNKNOWN_LEAD, FetchedLeads, InputColumn
-from app.db.engine import Database
+from app.db.engine import Connection, Database
 from app.db.lead_cells import Rows, batch_statement
 from app.db.lead_pages import read_pages
 from app.db.leads import (
@@ -25,6 +25,8 @@ from app.db.leads import (
 )
 from app.errors import CommandError, DatabaseUnavailableError, PredictionFailedError
 from tests.fakes import FakeClock, fetch_at_once
+
+T = TypeVar("T")
 
 A, B, C, D = (str(UUID(int=number)) for number in (0xA, 0xB, 0xC, 0xD))
 
@@ -549,6 +551,50 @@ async def test_what_a_view_gains_while_it_is_read_is_seen_within_a_minute(url: s
     clock.now += SCHEMA_LOOK_SECONDS
     assert (await find())[1] != UNKNOWN_LEAD
     assert "external_ref" in source.source_columns()
+
+
+async def test_requests_that_come_together_look_at_the_relation_once_and_for_a_bad_value_not_again(
+    url: str,
+) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE TABLE few (lead_id uuid, n float8)")
+        connection.execute("INSERT INTO few SELECT gen_random_uuid(), n FROM generate_series(0, 20) n")
+        connection.execute("CREATE VIEW inverses AS SELECT lead_id, 1 / n AS x FROM few")
+        bad, *good = (str(row[0]) for row in connection.execute("SELECT lead_id FROM few ORDER BY n"))
+    database = CountedDatabase(url, pool_size=4, deadline_seconds=10)
+    source = PostgresLeadSource(database, "inverses")
+
+    async def read(lead_id: str) -> int:
+        return (await fetch_at_once(source, [lead_id], [InputColumn("x", "number")])).leads.n
+
+    assert await asyncio.gather(*map(read, good)) == [1] * 20
+    assert database.calls == 1
+    with pytest.raises(PredictionFailedError):
+        await read(bad)
+    assert await asyncio.gather(*map(read, good)) == [1] * 20
+    assert database.calls == 1
+    with psycopg.connect(url) as connection:
+        connection.execute("ALTER VIEW inverses RENAME x TO y")
+    failed = await asyncio.gather(*map(read, good), return_exceptions=True)
+    assert {type(outcome) for outcome in failed} == {PredictionFailedError}
+    with psycopg.connect(url) as connection:
+        connection.execute("ALTER VIEW inverses RENAME y TO x")
+    before = database.calls
+    assert await asyncio.gather(*map(read, good)) == [1] * 20
+    assert database.calls == before + 1
+    await database.close()
+
+
+class CountedDatabase(Database):
+    """Counts calls with the driver's connection: of a source, its looks at the relation."""
+
+    def __init__(self, url: str, *, pool_size: int, deadline_seconds: float) -> None:
+        super().__init__(url, pool_size=pool_size, deadline_seconds=deadline_seconds)
+        self.calls = 0
+
+    async def run(self, call: Callable[[Connection], Awaitable[T]]) -> T:
+        self.calls += 1
+        return await super().run(call)
 
 
 async def test_nothing_the_driver_says_reaches_the_error(url: str, connect: Connect) -> None:

@@ -6,6 +6,7 @@ knows what a feature is. Used by the predictor through `LeadSource`, and by trai
 same cells by `app.db.lead_pages`.
 """
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -63,6 +64,9 @@ _FEW_LEADS = 8
 SCHEMA_LOOK_SECONDS = 60.0
 """So often the relation is looked at again by whoever reads it: the CRM may have given it more columns."""
 
+_OF_THE_RELATION = ("42", "0A")
+"""Classes of SQLSTATE after which it is looked at again: it may have other columns now, or other types."""
+
 _Key = TypeVar("_Key", bound=Hashable)
 
 _log = structlog.get_logger(__name__)
@@ -81,6 +85,7 @@ class PostgresLeadSource:
         self._types: ColumnTypes = {}
         self._stale = True
         self._look_again = 0.0
+        self._looking = asyncio.Lock()
         self._statements: dict[tuple[object, ...], str] = {}
         self._under_way = 0
 
@@ -124,9 +129,14 @@ class PostgresLeadSource:
         if not self._stale and now < self._look_again:
             await self._fetch(lead_ids, tuple(columns), use_part)
             return
-        self._look_again = now + SCHEMA_LOOK_SECONDS  # one looks; who comes meanwhile goes by what is known
         async with self._database.one_deadline():
-            await self.fetch_schema()
+            if self._stale:
+                async with self._looking:
+                    if self._stale:  # else it was looked at while this one waited
+                        await self.fetch_schema()
+            else:
+                self._look_again = now + SCHEMA_LOOK_SECONDS  # who comes meanwhile goes by what is known
+                await self.fetch_schema()
             await self._fetch(lead_ids, tuple(columns), use_part)
 
     async def _fetch(
@@ -153,7 +163,8 @@ class PostgresLeadSource:
         try:
             result = await self._database.query(statement, parameters, use_row if rows == "parts" else None)
         except psycopg.Error as exc:
-            self._stale = True
+            # A value that cannot be read, say, tells nothing of the relation.
+            self._stale = self._stale or (exc.sqlstate or "").startswith(_OF_THE_RELATION)
             raise self._failure("the statement failed", exc) from exc
         finally:
             self._under_way -= 1
