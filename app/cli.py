@@ -142,7 +142,21 @@ def import_file(
     replace: bool,
     as_json: bool,
 ) -> None:
-    """Load leads from a CSV file, typed, all or nothing."""
+    """Load leads from a CSV file, typed, all or nothing.
+
+    FILE is in UTF-8 and its first line names the columns, separated by commas, semicolons, tabs or bars. An
+    empty value is missing. A column is
+
+    \b
+    numbers  where every value is like 1234.50 or 1.2e3: no decimal comma, thousands
+             mark, currency or percent sign; a leading zero makes it a code, and text
+    times    where every value is like 2026-01-31 or 2026-01-31T23:59:00+01:00
+             (UTC without an offset)
+    yes/no   where the values are yes/no, true/false, y/n or t/f
+    text     otherwise
+
+    Nothing is guessed: where text looks like numbers or dates written otherwise, a hint says so.
+    """  # noqa: D301  (click asks for the escape)
     from app.db.csv_import import import_csv
 
     with _database(_settings()) as url, _progress() as progress:
@@ -163,6 +177,9 @@ def import_file(
         click.echo(
             f"  {column['name']}: {column['kind']}, {column['missing']:,} missing ({column['header']})"
         )
+    for column in columns:
+        for hint in column["hints"]:
+            click.echo(f"hint: {column['name']} is text: {hint}")
 
 
 @cli.command()

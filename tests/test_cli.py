@@ -116,6 +116,16 @@ def test_a_file_becomes_a_source_a_model_and_scores(run: Run, csv_file: Path, da
     assert all(0 <= probability <= 1 for probability, _ in rows)
 
 
+def test_an_import_says_what_was_not_read_as_a_number(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "leads.csv"
+    path.write_text("No;Fee;City\n1;12,5;Bonn\n2;13,5;Ulm\n")
+    command = ("import", str(path), "--table", "leads", "--id", "No", "--replace")
+    (hint,) = [line for line in run(*command).stdout.splitlines() if line.startswith("hint: ")]
+    assert hint.startswith("hint: fee is text: 2 of 2 values look like numbers: write them 1234.50")
+    columns = json.loads(run(*command, "--json").stdout)["columns"]
+    assert [len(column["hints"]) for column in columns] == [1, 0]
+
+
 @pytest.mark.parametrize("command", ["models list", "models verify", "score"])
 def test_a_models_directory_that_is_not_there_is_named(run: Run, tmp_path: Path, command: str) -> None:
     result = run(*command.split(), ML_MODEL_DIR=str(tmp_path / "nowhere"))

@@ -100,6 +100,77 @@ def test_values_arrive_as_they_stand_in_the_file(load: Import, csv_url: str) -> 
     ]
 
 
+_NUMBERS = "write them 1234.50: no decimal comma, thousands mark, currency or percent sign, and below 1e308"
+_DATES = "write them YYYY-MM-DD, or 2026-01-31T23:59:00"
+
+
+@pytest.mark.parametrize(
+    ("values", "hints"),
+    [
+        (["12,5", "0,25", "-3"], [f"2 of 3 values look like numbers: {_NUMBERS}"]),
+        (["1.234,50", "12,5"], [f"2 of 2 values look like numbers: {_NUMBERS}"]),
+        (["£15,610.38", "$5", "1 100,50 €", "EUR 20", "5%", "-5 %", "+1"],
+         [f"6 of 7 values look like numbers: {_NUMBERS}"]),
+        (["1,100", "1,00,000", "1'234.50", "1\u00a0234", "\u22125,1"],
+         [f"5 of 5 values look like numbers: {_NUMBERS}"]),
+        (["1", "1e309", "9" * 310], [f"2 of 3 values look like numbers: {_NUMBERS}"]),
+        (["09.02.2025", "9.2.2025 10:30", "09.02.25", "2025-02-30"],
+         [f"4 of 4 values look like dates: {_DATES}"]),
+        (["05/09/2025", "5/9/25", "01/13/2025 5:30 PM", "2025-01-31"],
+         [f"3 of 4 values look like dates: {_DATES}"]),
+        (["2025/02/09", "9 Feb 2025", "09-Feb-25", "Feb 9, 2025", "2025-01-31 10:00:00.1234567"],
+         [f"5 of 5 values look like dates: {_DATES}"]),
+        (["1.5", "NULL", "2", "NULL", "N/A"],
+         ["2 of 5 values are NULL: if that means missing, give --missing NULL",
+          "1 of 5 values are N/A: if that means missing, give --missing N/A"]),
+        (["(blank)", "2026-01-31"],
+         ["1 of 2 values are (blank): if that means missing, give --missing '(blank)'"]),
+        (["12,5", "-"], [f"1 of 2 values look like numbers: {_NUMBERS}",
+                         "1 of 2 values are -: if that means missing, give --missing -"]),
+        ([*map(str, range(10)), "nobody knows"], ["1 of 11 values are no numbers, the first in line 12"]),
+        (["2026-01-31"] * 10 + ["soon"], ["1 of 11 values are no dates, the first in line 12"]),
+        (["1,5"] * 18 + ["about 2", "1,5"],
+         [f"19 of 20 values look like numbers: {_NUMBERS}",
+          "1 of 20 values are no numbers, the first in line 20"]),
+    ],
+)  # fmt: skip
+def test_text_that_looks_like_numbers_or_dates_is_hinted_at(
+    load: Import, csv_url: str, values: list[str], hints: list[str]
+) -> None:
+    content = "".join(f'{at},"{value}"\n' for at, value in enumerate(values))
+    (column,) = load(f"Lead No,A\n{content}").columns
+    assert column.kind == "text"
+    assert list(column.hints) == hints
+    stored = _all(csv_url, "SELECT a FROM leads ORDER BY external_ref::int")
+    assert [value for (value,) in stored] == values  # nothing is guessed
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["Jane Doe", "None", "O'Neil"],
+        ["Called 3 times, wants 12,5 % off", "on 09.02.2025 she called", "-"],
+        ["01234", "10115", "99999"],
+        ["12345-6789", "SW1A 1AA", "10115", "8001"],
+        ["0170 1234567", "+49 170 1234567", "030/1234567", "555-0123", "(020) 7946 0958"],
+        ["612 345 678", "612.345.678", "01.23.45.67.89", "01 23 45 67 89"],
+        [*map(str, range(1, 20)), "12a"],
+        [*map(str, range(10000, 10020)), "01234", "NULL"],
+        ["MAT 101", "ABC 200"],
+        ["10:30", "9:15"],
+        ["20-30-40", "12-34-56"],
+        ["1.2.3", "10.0.0.1"],
+        ["yes", "no", "perhaps"],
+        ["NULL", "N/A"],
+        ["1.5", "2"],
+        ["2026-01-31", "2026-01-31 10:00:00+00"],
+    ],
+)
+def test_columns_that_are_what_they_should_be_have_no_hint(load: Import, values: list[str]) -> None:
+    content = "".join(f'{at},"{value}"\n' for at, value in enumerate(values))
+    assert load(f"Lead No,A\n{content}").columns[0].hints == ()
+
+
 def test_an_id_that_is_a_uuid_is_the_lead_id_and_any_other_gets_one_that_stays(
     load: Import, csv_url: str
 ) -> None:
@@ -567,6 +638,7 @@ def test_every_number_python_writes_is_read_back(number: float) -> None:
         (["t", "f", "t"], "boolean"),
         (["yes", "no", "maybe"], "text"),
         (["2026-01-31", "2026-01-31 23:59", "2026-01-31T23:59:59.5Z"], "timestamp"),
+        (["2026-01-31 23:59:59+00"], "timestamp"),
         (["2026-02-30"], "text"),
         (["0001-01-01T00:00+05:00"], "text"),
         (["31/01/2026"], "text"),

@@ -1,7 +1,7 @@
 """What the columns of a CSV file are called in the database, and what type their values have.
 
 Pure: texts in, decisions out, one value at a time. Missing values never reach it. Called by
-`app.db.csv_inspection` and `app.db.csv_import`.
+`app.db.csv_inspection`, `app.db.csv_hints` and `app.db.csv_import`.
 """
 
 import math
@@ -22,7 +22,7 @@ _FALSE = frozenset({"false", "no", "f", "n"})
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 _TIMESTAMP = re.compile(
-    r"\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?(?:Z|[+-]\d\d:?\d\d)?)?", re.ASCII
+    r"\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?(?:Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII
 )
 
 
@@ -60,11 +60,12 @@ def _snake_case(header: str) -> str:
 class TypeGuess:
     """Narrows down the type of a column, value by value: boolean, number, timestamp, or else text.
 
-    Booleans are words (yes/no, true/false, y/n, t/f in any case); 0 and 1 are numbers.
+    Booleans are words (yes/no, true/false, y/n, t/f in any case); 0 and 1 are numbers. `numbers` and `times`
+    count the values before the first that is something else.
     """
 
     def __init__(self) -> None:
-        self.present = 0
+        self.present = self.numbers = self.times = 0
         self._words: set[str] = set()
         self._numbers = True
         self._any_finite = False
@@ -78,9 +79,16 @@ class TypeGuess:
         if self._numbers:
             number = read_number(value)
             self._numbers = number is not None
+            self.numbers += self._numbers
             self._any_finite |= number is not None and math.isfinite(number)
         if self._timestamps:
             self._timestamps = read_timestamp(value) is not None
+            self.times += self._timestamps
+
+    @property
+    def is_word(self) -> bool:
+        """Whether the column can be neither numbers nor timestamps any more."""
+        return not (self._numbers or self._timestamps)
 
     @property
     def kind(self) -> ColumnKind:

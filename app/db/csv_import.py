@@ -51,12 +51,16 @@ _REASONS: dict[type[psycopg.Error], str] = {
 
 @dataclass(frozen=True, slots=True)
 class ImportedColumn:
-    """A column of the table: the header it comes from, its type, and in how many rows it is missing."""
+    """A column of the table: the header it comes from, its type, and in how many rows it is missing.
+
+    `hints` say what kept a column of text from being numbers or times.
+    """
 
     name: str
     header: str
     kind: ColumnKind
     missing: int
+    hints: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +267,13 @@ def _lead_id(table: str, text: str) -> str:
 
 def _summarise(table: str, header: Sequence[str], found: Inspection) -> ImportSummary:
     columns = tuple(
-        ImportedColumn(found.names[at], header[at], found.kind(at), found.rows - found.guesses[at].present)
+        ImportedColumn(
+            found.names[at],
+            header[at],
+            found.kind(at),
+            found.rows - found.guesses[at].present,
+            found.hints[at].tell(found.guesses[at]) if found.kind(at) == "text" else (),
+        )
         for at in _kept(found)
     )
     label = None if found.label_at is None else found.names[found.label_at]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from app.ai.domain import LEAD_ID_PATTERN, ColumnKind, Progress, canonical_lead_id
 from app.db.csv_columns import TypeGuess, build_names, could_be_header, read_label
 from app.db.csv_file import CsvFile, Record
+from app.db.csv_hints import TextHints
 from app.errors import ImportFileError
 
 _is_askable = re.compile(LEAD_ID_PATTERN).fullmatch  # what a scoring request can carry
@@ -18,13 +19,14 @@ _LONGEST_ID = 500
 
 @dataclass(slots=True)
 class Inspection:
-    """What the first reading found; `names` and `guesses` have one entry for each column of the file."""
+    """What the first reading found; `names`, `guesses` and `hints` have an entry for each column."""
 
     names: list[str]
     id_at: int
     label_at: int | None
     placeholders: frozenset[str]
     guesses: list[TypeGuess]
+    hints: list[TextHints]
     rows: int = 0
     unaskable_ids: int = 0
     line_of_id: dict[str, int] = field(default_factory=dict)
@@ -48,7 +50,14 @@ def inspect_csv(
     if id_at == label_at:
         raise ImportFileError("line 1: the id column cannot be the label as well")
     names = build_names(file.header, taken={"lead_id", "external_ref"})
-    found = Inspection(names, id_at, label_at, frozenset(missing) | {""}, [TypeGuess() for _ in names])
+    found = Inspection(
+        names,
+        id_at,
+        label_at,
+        frozenset(missing) | {""},
+        [TypeGuess() for _ in names],
+        [TextHints() for _ in names],
+    )
     for record in file.records("check", progress):
         _take(found, record)
     if not found.rows:
@@ -82,9 +91,11 @@ def _take(found: Inspection, record: Record) -> None:
             raise ImportFileError(
                 f"line {record.line}: the label is none of yes/no, true/false, y/n, t/f, 1/0"
             )
-    for guess, value in zip(found.guesses, record.fields, strict=True):
+    for guess, hints, value in zip(found.guesses, found.hints, record.fields, strict=True):
         if value not in found.placeholders:
             guess.see(value)
+            if guess.is_word:
+                hints.see(value, record.line)
 
 
 def _check_id(found: Inspection, record: Record) -> None:
