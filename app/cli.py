@@ -128,7 +128,12 @@ def demo(people: int, seed: int, until: datetime | None, as_json: bool) -> None:
 @click.argument("file", type=_existing_file)
 @click.option("--table", required=True, help="Table to create; name it in LEAD_SOURCE to serve it.")
 @click.option("--id", "id_column", required=True, help="Column that identifies a lead.")
-@click.option("--label", "label_column", help="Column that holds the outcome as two values.")
+@click.option(
+    "--label",
+    "label_column",
+    help="Column that holds the outcome: yes/no, true/false, y/n, t/f, 1/0, or two words and --positive.",
+)
+@click.option("--positive", metavar="WORD", help="The word in the label that means yes (won of won/lost).")
 @click.option("--missing", multiple=True, metavar="TEXT", help="Placeholder that means missing (repeatable).")
 @click.option("--replace", is_flag=True, help="Replace the table if it exists.")
 @_json_option
@@ -138,6 +143,7 @@ def import_file(
     table: str,
     id_column: str,
     label_column: str | None,
+    positive: str | None,
     missing: tuple[str, ...],
     replace: bool,
     as_json: bool,
@@ -159,6 +165,8 @@ def import_file(
     """  # noqa: D301  (click asks for the escape)
     from app.db.csv_import import import_csv
 
+    if positive is not None and label_column is None:
+        raise click.UsageError("Give --label as well: --positive is a word of that column.")
     with _database(_settings()) as url, _progress() as progress:
         summary = import_csv(
             url,
@@ -166,6 +174,7 @@ def import_file(
             table=table,
             id_column=id_column,
             label_column=label_column,
+            positive=positive,
             missing=missing,
             replace=replace,
             progress=progress,

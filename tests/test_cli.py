@@ -126,6 +126,17 @@ def test_an_import_says_what_was_not_read_as_a_number(run: Run, tmp_path: Path) 
     assert [len(column["hints"]) for column in columns] == [1, 0]
 
 
+def test_a_word_that_means_yes_needs_a_label(run: Run, csv_file: Path) -> None:
+    refused = run("import", str(csv_file), "--table", "leads", "--id", "Lead No", "--positive", "Yes")
+    assert refused.exit_code == 2
+    assert "--label" in refused.stderr
+    accepted = run(
+        *("import", str(csv_file), "--table", "leads", "--id", "Lead No"),
+        *("--label", "Enrolled", "--positive", "Yes"),
+    )
+    assert accepted.exit_code == 0, accepted.output
+
+
 @pytest.mark.parametrize("command", ["models list", "models verify", "score"])
 def test_a_models_directory_that_is_not_there_is_named(run: Run, tmp_path: Path, command: str) -> None:
     result = run(*command.split(), ML_MODEL_DIR=str(tmp_path / "nowhere"))

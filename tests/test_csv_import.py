@@ -277,6 +277,36 @@ def test_a_label_that_is_neither_yes_nor_no_is_refused(load: Import, label: str)
     assert label not in str(error.value).split("none of")[0]
 
 
+def test_a_label_of_two_other_words_is_read_when_told_which_means_yes(load: Import, csv_url: str) -> None:
+    content = "Lead No,Outcome\n1,Won\n2,lost\n3,open\n4,won\n5,Lost\n6,\n"
+    summary = load(content, label_column="Outcome", positive="WON ", missing=["open"])
+    assert [(column.kind, column.missing) for column in summary.columns] == [("boolean", 2)]
+    stored = [outcome for (outcome,) in _all(csv_url, "SELECT outcome FROM leads ORDER BY external_ref")]
+    assert stored == [True, False, None, True, False, None]
+
+
+@pytest.mark.parametrize(
+    ("positive", "message"),
+    [
+        (None, "line 2: the label in outcome .* with --positive, .* with --missing"),
+        ("won", "line 4: the label in outcome .* beside 'won'; .* --missing"),
+        ("sold", "line 3: the label in outcome .* beside 'sold'"),
+    ],
+)
+def test_a_label_of_other_words_is_refused_with_what_to_do(
+    load: Import, positive: str | None, message: str
+) -> None:
+    with pytest.raises(ImportFileError, match=message) as error:
+        load("Lead No,Outcome\n1,won\n2,lost\n3,open\n", label_column="Outcome", positive=positive)
+    assert "lost" not in str(error.value)
+    assert "open" not in str(error.value)
+
+
+def test_a_word_for_yes_that_no_lead_has_is_refused(load: Import) -> None:
+    with pytest.raises(ImportFileError, match="no lead has the label 'sold'"):
+        load("Lead No,Outcome\n1,lost\n2,lost\n", label_column="Outcome", positive="sold")
+
+
 def test_the_id_cannot_be_the_label(load: Import) -> None:
     with pytest.raises(ImportFileError, match="label"):
         load(LEADS, label_column="Lead No")

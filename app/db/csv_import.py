@@ -81,6 +81,7 @@ def import_csv(
     table: str,
     id_column: str,
     label_column: str | None = None,
+    positive: str | None = None,
     missing: Sequence[str] = (),
     replace: bool = False,
     patience: float = 15.0,
@@ -95,6 +96,7 @@ def import_csv(
         id_column: the column that identifies a lead. It becomes `external_ref`; `lead_id` is the same where
             that is a UUID, and otherwise a UUID derived from it and the table's name.
         label_column: the column of the outcome (yes/no, true/false, 1/0 ...); it becomes a boolean.
+        positive: the outcome that means yes, where it is another word; beside it there may be one more.
         missing: texts that mean missing, beside the empty one.
         replace: put the new table in the place of one that was imported before, with its owner and its
             grants. Indexes, constraints, triggers and policies that were added to it by hand are not kept.
@@ -110,7 +112,14 @@ def import_csv(
     if not _RELATION.fullmatch(table):
         raise CommandError("the table needs a name in lower case, such as leads or crm.leads")
     with open_csv(path) as file:
-        found = inspect_csv(file, id_column, label_column, missing, progress)
+        found = inspect_csv(
+            file,
+            id_column=id_column,
+            label_column=label_column,
+            positive=positive,
+            missing=missing,
+            progress=progress,
+        )
         needs = f"CREATE and USAGE on the schema of {table}, and to own a table that is replaced"
         with open_connection(url, needs=needs, failure=f"{table} cannot be made") as connection:
             try:
@@ -246,6 +255,8 @@ def _build_columns(block: Sequence[Record], found: Inspection, table: str) -> di
     columns: dict[str, CopyColumn] = {"lead_id": [_lead_id(table, text) for text in ids], "external_ref": ids}
     for at in _kept(found):
         _, write = TO_POSTGRES[found.kind(at)]
+        if at == found.label_at:
+            write = found.write_label
         columns[found.names[at]] = [
             None if text in found.placeholders else write(text) for text in by_place[at]
         ]

@@ -24,22 +24,40 @@ class Inspection:
     names: list[str]
     id_at: int
     label_at: int | None
+    positive: str | None
     placeholders: frozenset[str]
     guesses: list[TypeGuess]
     hints: list[TextHints]
     rows: int = 0
     unaskable_ids: int = 0
+    outcomes: set[str] = field(default_factory=set)
     line_of_id: dict[str, int] = field(default_factory=dict)
 
     def kind(self, at: int) -> ColumnKind:
         """Returns the type of the column at this place."""
         return "boolean" if at == self.label_at else self.guesses[at].kind
 
+    def read_label(self, value: str) -> bool | None:
+        """Returns the outcome a label stands for, or None."""
+        return read_label(value) if self.positive is None else value.casefold() == self.positive
+
+    def write_label(self, value: str) -> str:
+        """Returns the outcome a label stands for, as it is written for COPY."""
+        return "t" if self.read_label(value) else "f"
+
 
 def inspect_csv(
-    file: CsvFile, id_column: str, label_column: str | None, missing: Sequence[str], progress: Progress
+    file: CsvFile,
+    *,
+    id_column: str,
+    label_column: str | None,
+    positive: str | None,
+    missing: Sequence[str],
+    progress: Progress,
 ) -> Inspection:
     """Reads the whole file; `missing` are texts that mean missing, beside the empty one.
+
+    `positive` is the label that means yes, in any case; whatever else there is must then be one and the same.
 
     Raises:
         ImportFileError: a line is broken, an ID missing or used twice, a label neither yes nor no, or a
@@ -54,6 +72,7 @@ def inspect_csv(
         names,
         id_at,
         label_at,
+        None if positive is None else positive.strip().casefold(),
         frozenset(missing) | {""},
         [TypeGuess() for _ in names],
         [TextHints() for _ in names],
@@ -62,6 +81,8 @@ def inspect_csv(
         _take(found, record)
     if not found.rows:
         raise ImportFileError("line 1: the file has a header but no leads")
+    if found.positive is not None and found.positive not in found.outcomes:
+        raise ImportFileError(f"no lead has the label {positive!r}, which was to mean yes")
     return found
 
 
@@ -86,16 +107,30 @@ def _take(found: Inspection, record: Record) -> None:
     found.rows += 1
     _check_id(found, record)
     if found.label_at is not None:
-        label = record.fields[found.label_at]
-        if label not in found.placeholders and read_label(label) is None:
-            raise ImportFileError(
-                f"line {record.line}: the label is none of yes/no, true/false, y/n, t/f, 1/0"
-            )
+        _check_label(found, record, found.label_at)
     for guess, hints, value in zip(found.guesses, found.hints, record.fields, strict=True):
         if value not in found.placeholders:
             guess.see(value)
             if guess.is_word:
                 hints.see(value, record.line)
+
+
+def _check_label(found: Inspection, record: Record, at: int) -> None:
+    label, where = record.fields[at], f"line {record.line}: the label in {found.names[at]}"
+    if label in found.placeholders:
+        return
+    if found.read_label(label) is None:
+        raise ImportFileError(
+            f"{where} is none of yes/no, true/false, y/n, t/f, 1/0; name the word that means yes with"
+            " --positive, or one that means not known with --missing"
+        )
+    if found.positive is not None:
+        found.outcomes.add(label.casefold())
+        if len(found.outcomes - {found.positive}) > 1:
+            raise ImportFileError(
+                f"{where} is a second word beside {found.positive!r}; name those that mean not known with"
+                " --missing"
+            )
 
 
 def _check_id(found: Inspection, record: Record) -> None:
