@@ -186,6 +186,11 @@ def import_file(
         click.echo(
             f"  {column['name']}: {column['kind']}, {column['missing']:,} missing ({column['header']})"
         )
+    if summary.unaskable_ids and not as_json:
+        click.echo(
+            f"hint: IDs that cannot be asked for over HTTP: {summary.unaskable_ids:,} (allowed are 1 to 64 of"
+            " A-Z a-z 0-9 . _ : @ -, a letter or digit first); ask for those leads by their lead_id"
+        )
     for column in columns:
         for hint in column["hints"]:
             click.echo(f"hint: {column['name']} is text: {hint}")

@@ -126,6 +126,17 @@ def test_an_import_says_what_was_not_read_as_a_number(run: Run, tmp_path: Path) 
     assert [len(column["hints"]) for column in columns] == [1, 0]
 
 
+def test_an_import_says_what_is_to_be_done_about_ids_no_request_can_carry(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "leads.csv"
+    path.write_text("No,Fee\nA 1,2\n#2,3\nL-3,4\n")
+    command = ("import", str(path), "--table", "leads", "--id", "No", "--replace")
+    (hint,) = [line for line in run(*command).stdout.splitlines() if line.startswith("hint: ")]
+    assert hint.startswith("hint: IDs that cannot be asked for over HTTP: 2 (allowed are 1 to 64 of")
+    assert hint.endswith("ask for those leads by their lead_id")
+    path.write_text("No,Fee\nL-3,4\n")
+    assert "hint: " not in run(*command).stdout
+
+
 def test_a_word_that_means_yes_needs_a_label(run: Run, csv_file: Path) -> None:
     refused = run("import", str(csv_file), "--table", "leads", "--id", "Lead No", "--positive", "Yes")
     assert refused.exit_code == 2
