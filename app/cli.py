@@ -7,11 +7,13 @@ decided here. Heavy imports live inside the commands, so that `--help` and a wro
 # ruff: noqa: PLC0415
 
 import dataclasses
+import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -614,7 +616,20 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of the `leadscore` program."""
-    cli()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sign the terminal cannot show is no reason to fail
+    try:
+        cli()
+    except OSError as exc:
+        *_, (frame, _) = traceback.walk_tb(exc.__traceback__)
+        if frame.f_globals["__name__"].partition(".")[0] not in {"click", "rich"}:  # whatever prints
+            raise
+        with suppress(OSError):
+            click.echo(f"Error: output cannot be written: {os.strerror(exc.errno or 0)}", err=True)
+        # What is still to be written would fail once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

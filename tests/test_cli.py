@@ -148,6 +148,50 @@ def test_a_word_that_means_yes_needs_a_label(run: Run, csv_file: Path) -> None:
     assert accepted.exit_code == 0, accepted.output
 
 
+@pytest.mark.parametrize(("unbuffered", "command"), [("", "models list"), ("1", "import --help")])
+def test_output_that_cannot_be_written_is_one_line(unbuffered: str, command: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "app.cli", *command.split()],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "Error: output cannot be written: No space left on device\n"
+
+
+def test_a_sign_that_cannot_be_shown_fails_no_command(
+    run: Run, csv_file: Path, tmp_path: Path, database_url: str
+) -> None:
+    csv_file.write_text("".join(csv_file.read_text().splitlines(keepends=True)[:20]))
+    run("import", str(csv_file), "--table", "leads", "--id", "Lead No", "--label", "Enrolled")
+    environment = {"DATABASE_URL": database_url, "ML_MODEL_DIR": str(tmp_path / "modèles")}
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "app.cli",
+            "train",
+            "--source",
+            "leads",
+            "--label",
+            "enrolled",
+            "--base-rate",
+            ".3",
+        ],
+        cwd=ROOT,
+        env={**os.environ, **environment, "PYTHONIOENCODING": "ascii", "COLUMNS": "500"},
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "mod?les").encode() in result.stdout
+
+
 @pytest.mark.parametrize("command", ["models list", "models verify", "score"])
 def test_a_models_directory_that_is_not_there_is_named(run: Run, tmp_path: Path, command: str) -> None:
     result = run(*command.split(), ML_MODEL_DIR=str(tmp_path / "nowhere"))
