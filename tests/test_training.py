@@ -266,6 +266,12 @@ def test_a_published_version_is_never_overwritten(report: TrainingReport, demo_u
         train(build_options(demo_url, report.manifest_path.parent))
 
 
+def test_the_report_has_the_paths_whole_however_narrow_the_output_is(report: TrainingReport) -> None:
+    out = StringIO()
+    print_report(report, Console(file=out, width=40))
+    assert {str(report.manifest_path), str(report.card_path)} <= set(out.getvalue().splitlines())
+
+
 def test_the_report_and_the_card_say_the_held_out_figures_and_no_value_of_a_lead(
     report: TrainingReport, demo_url: str
 ) -> None:

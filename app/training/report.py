@@ -143,9 +143,11 @@ def print_report(report: TrainingReport, console: Console) -> None:
         console.print(escape(f"left out: {column} ({reason})"))
     for warning in manifest.report["warnings"]:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
-    console.print(
-        escape(f"published {report.manifest_path} in {report.seconds:.1f} s; card: {report.card_path}")
-    )
+    console.print(f"published in {report.seconds:.1f} s, with a card:")
+    for path in (report.manifest_path, report.card_path):
+        console.print(
+            escape(str(path)), soft_wrap=True
+        )  # whole, for whoever copies it or reads it from a pipe
     if not charts_available():
         console.print(escape(NO_CHARTS))
 
