@@ -594,8 +594,8 @@ def _progress() -> Iterator["Progress"]:
 
     def report(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total, completed=done, rate="")
-        bar.update(tasks[stage], completed=done, total=total)
+            tasks[stage] = bar.add_task(stage, total=None, completed=done, rate="")
+        bar.update(tasks[stage], completed=done, total=total or None)  # 0: nobody knows yet
         task = next(task for task in bar.tasks if task.id == tasks[stage])
         # A stage of a few long steps has no rate worth reading.
         if task.speed and task.speed >= _SHOWN_RATE:

@@ -231,6 +231,20 @@ def test_whoever_watches_sees_how_far_the_verification_is(run: Run, tmp_path: Pa
     assert "1/1" not in run("models", "verify").stderr
 
 
+def test_a_progress_bar_shows_no_total_that_nobody_knows(run: Run, csv_file: Path) -> None:
+    csv_file.write_text("".join(csv_file.read_text().splitlines(keepends=True)[:20]))
+    run("import", str(csv_file), "--table", "leads", "--id", "Lead No", "--label", "Enrolled")
+    watched = run(
+        *("train", "--source", "leads", "--label", "enrolled", "--base-rate", "0.3"),
+        FORCE_COLOR="1",
+        TERM="xterm",
+    )
+    assert watched.exit_code == 0, watched.output
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", watched.stderr)
+    assert re.search(r"read .*19/\?", shown)
+    assert "19/0" not in shown
+
+
 def test_no_model_at_all_fails_the_verify_command(run: Run) -> None:
     result = run("models", "verify")
     assert result.exit_code == 1
