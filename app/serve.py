@@ -245,7 +245,9 @@ def _run(settings: Settings, listener: socket.socket) -> None:
 
     def announce() -> None:
         _check_listening(listener, settings)
-        _announce(listener, guarded=settings.auth_mode != "none")
+        demo = settings.lead_source == Settings.model_fields["lead_source"].default
+        ids = '["lead_1", "lead_2", "nobody"]' if demo else '["YOUR_LEAD_ID"]'
+        _announce(listener, ids, guarded=settings.auth_mode != "none")
 
     if settings.workers > 1:
         _Supervisor(config, [listener], announce, settings.drain_seconds).run()
@@ -382,7 +384,7 @@ def _check_listening(listener: socket.socket, settings: Settings) -> None:
         raise SettingsError(_explain_refusal(settings.host, settings.port, _taken()))
 
 
-def _announce(listener: socket.socket, *, guarded: bool) -> None:
+def _announce(listener: socket.socket, ids: str, *, guarded: bool) -> None:
     curl = "curl -s" + (' -H "Authorization: Bearer $KEY"' if guarded else "")
     address = listener.getsockname()
     if listener.family == socket.AF_UNIX:
@@ -395,7 +397,7 @@ def _announce(listener: socket.socket, *, guarded: bool) -> None:
         f"\nLead Scoring listens on {where}   (API: {base}/docs, stop: Ctrl-C)\n\n"
         f"  {curl} {base}/ai/advanced-ml/health\n"
         f"  {curl} {base}/ai/advanced-ml/models\n"
-        f'  {post} -d \'["lead_1", "lead_2", "nobody"]\'\n'
+        f"  {post} -d '{ids}'\n"
     )
 
 

@@ -67,6 +67,19 @@ def test_sigterm_fails_readiness_first_and_closes_the_listener_last(
         assert service.wait() == 0
 
 
+@pytest.mark.parametrize(
+    ("source", "ids"),
+    [("lead_source", b'["lead_1", "lead_2", "nobody"]'), ("lead_training", b'["YOUR_LEAD_ID"]')],
+)
+def test_the_lines_to_try_ask_for_leads_of_the_demo_only_where_it_is_served(
+    database_url: str, tmp_path: Path, source: str, ids: bytes
+) -> None:
+    models = publish_crm_model(tmp_path / "models")
+    with Service(tmp_path, database_url, models, LEAD_SOURCE=source) as service:
+        assert service.stop() == 0
+    assert b"-d '" + ids + b"'\n" in service.printed
+
+
 def test_who_is_not_answered_before_the_end_is_told_nothing_and_leaves_an_event(
     database_url: str, tmp_path: Path
 ) -> None:
