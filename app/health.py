@@ -185,6 +185,7 @@ def build_router() -> APIRouter:
     health = describe_answers("Healthy.", HealthResponse)
     health[503] = {"description": "Unhealthy: the same body, with what is missing.", "model": HealthResponse}
     metrics = describe_answers("Metrics of all workers, in the Prometheus text format.", None)
+    metrics[200]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     models = describe_answers("What the registry holds.", ModelsResponse)
     _add(router, "/ai/advanced-ml/health", get_health, "Is the service healthy, and with which model",
          responses=health)  # fmt: skip

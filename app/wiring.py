@@ -125,9 +125,10 @@ def find_incompatibility(manifest: ModelManifest, source: Mapping[str, ColumnKin
     """Returns why the model cannot read a source with these columns; None if it can, or none are known."""
     if not source:
         return None
-    for column in FeatureSet.from_json(manifest.feature_set).input_columns:
-        if column.name not in source:
-            return f"The lead source has no column {column.name}."
+    columns = FeatureSet.from_json(manifest.feature_set).input_columns
+    if absent := [column.name for column in columns if column.name not in source]:
+        return f"The lead source has no column {', '.join(absent)}."
+    for column in columns:
         if column.kind != source[column.name]:
             return f"The lead source's column {column.name} is not a {column.kind}."
     return None

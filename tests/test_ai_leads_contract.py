@@ -21,6 +21,7 @@ import psycopg
 import pytest
 from fastapi import FastAPI
 
+from app.ai.features import FeatureSet
 from app.ai.model_manifest import ModelManifest, read_manifest
 from app.db.demo_crm import load_demo
 from app.schemas.ai_ml import (
@@ -31,6 +32,7 @@ from app.schemas.ai_ml import (
     Problem,
 )
 from app.training.publish import publish_model
+from app.wiring import find_incompatibility
 from tests.in_process import add_odd_leads, build_settings, serve
 from tests.lead_models import VERSION, describe_model, publish_lead_model
 
@@ -539,6 +541,19 @@ def test_the_hardened_router_is_mounted_first_and_the_routers_have_tags_of_their
     paths = client.get("/openapi.json").json()["paths"]
     assert next(iter(paths)) == SCORE
     assert paths[SCORE]["post"]["tags"] != paths[LEGACY]["post"]["tags"]
+
+
+def test_openapi_says_that_metrics_are_text(client: httpx2.Client) -> None:
+    declared = client.get("/openapi.json").json()["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
+    assert [client.get("/metrics").headers["content-type"].partition(";")[0]] == list(declared)
+
+
+def test_a_source_that_does_not_suit_a_model_is_told_every_column_it_lacks(manifest: ModelManifest) -> None:
+    first, second, *others = FeatureSet.from_json(manifest.feature_set).input_columns
+    source = {column.name: column.kind for column in others}
+    assert find_incompatibility(manifest, source) == (
+        f"The lead source has no column {first.name}, {second.name}."
+    )
 
 
 # --- 2. Operations ----------------------------------------------------------------------------------------
