@@ -98,7 +98,7 @@ def build_html(card: Card) -> str:
 
 
 def build_markdown(card: Card) -> str:
-    """Returns the same facts as Markdown; a chart is its caption, its figures are in the table below it."""
+    """Returns the same facts as Markdown, without charts: their figures are in the tables below them."""
     lines = [f"# {_plain(card.title)}", ""]
     lines += [
         f"- {_plain(name)}: **{_plain(figure)}** {_plain(remark)}" for name, figure, remark in card.glance
@@ -106,7 +106,6 @@ def build_markdown(card: Card) -> str:
     for section in card.sections:
         lines += ["", f"## {_plain(section.heading)}", ""]
         lines += [line for text in section.paragraphs for line in (_plain(text), "")]
-        lines += [line for chart in section.charts for line in (f"*{_plain(chart.caption)}*", "")]
         for table in section.tables:
             lines += [f"**{_plain(table.caption)}**", ""] if table.caption else []
             rows = [table.head, ["---"] * len(table.head), *table.rows]
