@@ -373,7 +373,12 @@ def test_models_are_signed_listed_and_verified_by_key(run: Run, csv_file: Path, 
     assert "signature_missing" in refused.stderr
     assert "leadscore models sign" in refused.stderr
 
-    assert run("models", "sign", "20200101_000000", "--key", key).exit_code == 1
+    refused = run("models", "sign", version[:8], "--key", key)
+    assert refused.exit_code == 1
+    assert (
+        f"no manifest of version {version[:8]} to sign in {models}; the newest there: {version}."
+        in refused.stderr
+    )
     assert run("models", "sign", version, "--key", key).exit_code == 0
     (listed,) = json.loads(run("models", "list", "--json", ML_TRUSTED_KEYS=trusted).stdout)
     assert (listed["state"], listed["signature"]) == ("verified", "valid")

@@ -5,6 +5,7 @@ Called by `app.db.csv_inspection` and `app.db.csv_import`.
 """
 
 import csv
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from app.errors import ImportFileError
 _DELIMITERS = ",;\t|"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_LINE = 16_777_216
+_WORKBOOK = b"PK\x03\x04"  # how a ZIP archive begins
+_is_separator_line = re.compile(rb'"?sep=.?"?\s*', re.IGNORECASE).fullmatch
 
 
 class Record(NamedTuple):
@@ -76,6 +79,11 @@ class CsvFile:
         number = 0
         while raw := self._file.readline(_LONGEST_LINE):
             number += 1
+            text = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
+            if number == 1 and text.startswith(_WORKBOOK):
+                raise ImportFileError("line 1: this is an Excel workbook; save it as CSV UTF-8")
+            if number == 1 and _is_separator_line(text):
+                raise ImportFileError("line 1: this is Excel's sep= line, not the header; delete it")
             if len(raw) == _LONGEST_LINE:
                 raise ImportFileError(
                     f"line {number}: longer than {_LONGEST_LINE:,} bytes; is this a CSV file?"
@@ -83,7 +91,7 @@ class CsvFile:
             if b"\0" in raw:
                 raise ImportFileError(f"line {number}: a NUL character; is this a text file in UTF-8?")
             try:
-                yield raw.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode()
+                yield text.decode()
             except UnicodeDecodeError as exc:
                 raise ImportFileError(f"line {number}: not valid UTF-8; save the file as UTF-8") from exc
 
@@ -102,7 +110,10 @@ def _explain(reason: str, first_line: int, last_line: int) -> str:
         longest = csv.field_size_limit()
         return f"line {first_line}: a field is longer than {longest:,} characters; is a quote left open?"
     if "new-line" in reason:
-        return f"line {last_line}: a carriage return stands outside quotes"
+        return (
+            f"line {last_line}: a carriage return stands outside quotes; save the file with the line ends of"
+            " Windows or Unix, not of the old Macintosh"
+        )
     return f"line {last_line}: a closing quote is followed by something else than a separator"
 
 

@@ -81,13 +81,12 @@ def sign_models(model_dir: Path, pattern: str, version: str | None, key: Ed25519
             `not_writable`; what was signed before that stays.
     """
     catalogue = ModelCatalogue(model_dir, pattern)
-    found = [
-        (artifact.manifest_name, artifact)
-        for artifact in catalogue.find()
-        if artifact.manifest_name and version in {None, artifact.version}
-    ]
+    there = [(artifact.manifest_name, artifact) for artifact in catalogue.find() if artifact.manifest_name]
+    found = [(name, artifact) for name, artifact in there if version in {None, artifact.version}]
     if not found:
-        raise ArtifactError("missing", f"There is no manifest to sign in {model_dir}.")
+        wanted = f"There is no manifest{f' of version {version}' if version else ''} to sign in {model_dir}"
+        listed = ", ".join(artifact.version for _, artifact in there[:5])
+        raise ArtifactError("missing", f"{wanted}; the newest there: {listed}." if listed else f"{wanted}.")
     signatures = {}
     for name, artifact in found:
         try:
