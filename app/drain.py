@@ -71,9 +71,10 @@ def end_with_supervisor() -> None:
     loop.add_reader(supervisor.sentinel, end)
 
 
-def end_without_memory() -> None:
+def end_without_memory(write_out: Callable[[], None]) -> None:
     """Has this worker end at once when its event loop cannot take a connection for want of memory.
 
+    `write_out` waits, for a moment, until its last lines are written.
     The loop would offer no other connection after that one, however much memory there is again: the worker
     would live on and hear nobody. What was answered is on disk; whoever watches the process starts another.
     """
@@ -86,6 +87,7 @@ def end_without_memory() -> None:
             loop.default_exception_handler(context)
             if deaf:
                 _log.critical("out_of_memory", meaning="this worker ends", remedy="raise its limit on memory")
+                write_out()
         finally:
             if deaf:
                 os._exit(OUT_OF_MEMORY)

@@ -3,14 +3,20 @@
 A driver's exception quotes the row it choked on, so of a foreign exception the type, its SQLSTATE and the
 places in the code are logged, never its text; the errors of our own tree are written by us and are logged in
 full. Of a library's log call only the template is kept, not what was to be filled in. A line that cannot be
-written is lost, and nothing else: whoever logs goes on. Called once by each process that serves.
+written is lost, and nothing else: whoever logs goes on, and waits for nobody. Called by each process
+that serves.
 """
 
+import atexit
 import logging
+import os
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TextIO, cast
 
@@ -27,13 +33,20 @@ _TRUSTED_LOGGERS = ("app", "uvicorn", "alembic")
 _MOST_FRAMES = 12
 _MOST_CAUSES = 5
 
+MOST_WAITING = 4 << 20
+"""How many characters of lines may wait to be written; at the highest rate there is, those of seconds."""
 
-def configure_logging(level: str, stream: TextIO | None = None) -> None:
-    """Sends every log line of the process, ours and the libraries', to `stream` (standard error) as JSON.
+_LAST_SECONDS = 1.0
 
-    May be called again: the last call counts.
+
+def configure_logging(level: str, on_drop: Callable[[], None] = lambda: None) -> None:
+    """Sends every log line of the process, ours and the libraries', to standard error as JSON.
+
+    `on_drop` is called for each line that is dropped, since too many wait already. May be called again: the
+    last call counts.
     """
-    output = cast("TextIO", _Unfailing(stream or sys.stderr))
+    _lines.begin(sys.stderr, on_drop)
+    output = cast("TextIO", _lines)
     structlog.configure(
         processors=[*_shared_processors(), _render_exception, _render_line],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -104,19 +117,91 @@ def _name_type(value: object) -> str:
     return type(value).__name__
 
 
-class _Unfailing:
-    """A stream that a full disk, a reader who has gone or a closed file takes lines from, and no more."""
+class _Lines:
+    """Takes lines for a stream, and has a thread write them: whoever reads the stream may stall.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    He would hold up the event loop, and with it all that is served, as soon as the pipe to him is full. What
+    does not fit beside the lines that wait for him is dropped and counted. What a full disk, a reader who has
+    gone or a closed file does not take is lost.
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+        self._on_drop: Callable[[], None] = lambda: None
+        self._in_memory = False
+        self._queue: SimpleQueue[str] = SimpleQueue()
+        self._changed = threading.Condition(threading.RLock())  # a finaliser may log in the midst of a call
+        self._waiting = 0
+        self._dropped = 0
+        self._thread: threading.Thread | None = None
+        self._ends_at: float | None = None
+
+    def begin(self, stream: TextIO, on_drop: Callable[[], None]) -> None:
+        """Has all lines go to this stream from now on."""
+        self._stream, self._on_drop, self._ends_at = stream, on_drop, None
+        try:
+            self._in_memory = stream.fileno() < 0
+        except (OSError, ValueError):
+            self._in_memory = True
 
     def write(self, text: str) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.write(text)
+        """Leaves a line for the thread, which is started with the first one, after workers have forked."""
+        if self._in_memory:  # as in tests, where nobody can stall
+            with suppress(ValueError):
+                self._stream.write(text)
+            return
+        with self._changed:
+            fits = self._waiting + len(text) <= MOST_WAITING
+            if fits:
+                self._waiting += len(text)
+                self._queue.put(text)
+                if self._thread is None:
+                    self._start()
+            else:
+                self._dropped += 1
+        if not fits:
+            self._on_drop()
+        if self._ends_at is not None:
+            self._wait(self._ends_at)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.flush()
+        """Does nothing: loggers call it after each line, and would wait."""
+
+    def write_out(self) -> None:
+        """Waits for the lines there are, and has whoever logs from now on wait for his, a second in all."""
+        self._ends_at = time.monotonic() + _LAST_SECONDS
+        self._wait(self._ends_at)
+
+    def _wait(self, until: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, max(0.0, until - time.monotonic()))
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._write_on, name="log", daemon=True)
+        with suppress(RuntimeError):  # no thread is to be had; with the next line there may be
+            thread.start()
+            self._thread = thread
+
+    def _write_on(self) -> None:
+        while True:
+            text = self._queue.get()
+            with suppress(OSError, ValueError, MemoryError):
+                data = text.encode()
+                while data:
+                    # Not by the stream: its lock, held by a thread that stalls, would end the process badly.
+                    data = data[os.write(self._stream.fileno(), data) :]
+            with self._changed:
+                self._waiting -= len(text)
+                dropped = 0 if self._waiting else self._dropped
+                self._dropped -= dropped
+                self._changed.notify_all()
+            if dropped:
+                structlog.get_logger("app.log_setup").warning("log_lines_dropped", lines=dropped)
+
+
+_lines = _Lines()
+write_out = _lines.write_out
+atexit.register(write_out)
 
 
 class _LibraryFormatter(logging.Formatter):

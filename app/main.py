@@ -24,8 +24,8 @@ from app.drain import Drain, begin_on_signals, end_with_supervisor, end_without_
 from app.error_handlers import FRAMEWORK_ERRORS, ErrorBoundary, Problems
 from app.errors import CircuitOpenError, InternalError, LeadScoringError
 from app.health import DatabaseProbe, Operations
-from app.log_setup import configure_logging
-from app.metrics import expect_failures
+from app.log_setup import configure_logging, write_out
+from app.metrics import LOG_LINES_DROPPED, expect_failures
 from app.middleware.audit import AuditMiddleware
 from app.middleware.body_limit import BodyLimit
 from app.middleware.cors import ProblemCors
@@ -65,7 +65,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         SettingsError: an environment variable is wrong.
     """
     settings = settings or load_settings()
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, on_drop=LOG_LINES_DROPPED.inc)
     app = FastAPI(
         title="Lead Scoring",
         version=__version__,
@@ -117,32 +117,35 @@ def _build_lifespan(settings: Settings) -> Lifespan:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         drain = Drain(settings.drain_seconds, time.monotonic)
-        async with open_services(settings) as services:
-            _settle_memory()
-            begin_on_signals(drain)
-            end_with_supervisor()
-            end_without_memory()
-            yield {
-                "client_deadline_seconds": settings.ai_client_deadline_seconds,
-                "drain": drain,
-                "predictor": services.predictor,
-                "breaker": services.breaker,
-                "telemetry": services.telemetry,
-                "registry": services.registry,
-                "authenticator": services.authenticator,
-                "rate_limiter": services.rate_limiter,
-                "operations": Operations(
-                    registry=services.registry,
-                    telemetry=services.telemetry,
-                    database=DatabaseProbe(services.ping_database, time.monotonic),
-                    drift=services.drift,
-                    cache_freshness=services.cache_freshness,
-                    drain=drain,
-                    breaker=services.breaker if settings.ai_enable_legacy_advanced_ml else None,
-                    clock=time.monotonic,
-                    started=time.monotonic(),
-                ),
-            }
+        try:
+            async with open_services(settings) as services:
+                _settle_memory()
+                begin_on_signals(drain)
+                end_with_supervisor()
+                end_without_memory(write_out)
+                yield {
+                    "client_deadline_seconds": settings.ai_client_deadline_seconds,
+                    "drain": drain,
+                    "predictor": services.predictor,
+                    "breaker": services.breaker,
+                    "telemetry": services.telemetry,
+                    "registry": services.registry,
+                    "authenticator": services.authenticator,
+                    "rate_limiter": services.rate_limiter,
+                    "operations": Operations(
+                        registry=services.registry,
+                        telemetry=services.telemetry,
+                        database=DatabaseProbe(services.ping_database, time.monotonic),
+                        drift=services.drift,
+                        cache_freshness=services.cache_freshness,
+                        drain=drain,
+                        breaker=services.breaker if settings.ai_enable_legacy_advanced_ml else None,
+                        clock=time.monotonic,
+                        started=time.monotonic(),
+                    ),
+                }
+        finally:
+            write_out()  # the signal that ends a worker leaves its threads no time
 
     return lifespan
 

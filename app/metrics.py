@@ -50,6 +50,9 @@ FEATURE_COVERAGE = Counter(
 CLIENT_TIMEOUTS = Counter(
     "leadscore_client_timeouts", "Connections cut off because the client was too slow.", ["waited_for"]
 )
+LOG_LINES_DROPPED = Counter(
+    "leadscore_log_lines_dropped", "Log lines dropped because standard error is not read fast enough."
+)
 MODEL_LOADS = Counter("leadscore_model_loads", "Attempts to load a model.", ["result"])
 MODEL_READY = Gauge(
     "leadscore_model_ready", "1 when every worker has a verified model.", multiprocess_mode="livemin"

@@ -34,7 +34,7 @@ from app.db.embedded import open_embedded
 from app.db.schema_state import check_lead_source, current_state
 from app.drain import ANNOUNCEMENT, end_worker
 from app.errors import CommandError, DatabaseUnavailableError, MissingRightError, SettingsError
-from app.log_setup import configure_logging
+from app.log_setup import configure_logging, write_out
 from app.settings import UNIX_PREFIX, Settings
 from app.shared_counts import open_shared_counts
 
@@ -83,6 +83,8 @@ def serve(settings: Settings) -> None:
             _run(settings, listener)
     except _Stopped:
         return
+    finally:
+        write_out()  # what the command says of an error comes after the log
 
 
 @contextmanager

@@ -333,8 +333,8 @@ def test_production_serves_a_signed_model_and_no_other(run: Run, database_url: s
     with Service(tmp_path, database_url, models, **environment) as service:
         status, body = asyncio.run(_get(service.port, "/readyz"))
         assert (status, json.loads(body)["error_code"]) == (503, "MODEL_NOT_READY")
-        assert "signature_missing" in service.stderr.read_text()
         assert service.stop() == 0
+    assert "signature_missing" in service.stderr.read_text()
     assert run("models", "sign", "all", "--key", str(tmp_path / "key")).exit_code == 0
     with Service(tmp_path, database_url, models, **environment) as service:
         assert asyncio.run(_get(service.port, "/readyz"))[0] == 200

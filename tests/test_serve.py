@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -162,6 +163,33 @@ def test_sighup_replaces_the_workers_one_by_one(database_url: str, tmp_path: Pat
 
         wait_until(answers_and_is_replaced)
         assert service.stop() == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_stalled_reader_of_the_log_stops_neither_the_service_nor_its_end(
+    database_url: str, tmp_path: Path, workers: str
+) -> None:
+    models = publish_crm_model(tmp_path / "models")
+    os.mkfifo(tmp_path / "stderr.log")
+    reader = os.open(tmp_path / "stderr.log", os.O_RDONLY | os.O_NONBLOCK)
+    filler = os.open(tmp_path / "stderr.log", os.O_WRONLY | os.O_NONBLOCK)
+    with Service(tmp_path, database_url, models, WORKERS=workers) as service:
+        with suppress(BlockingIOError):
+            while True:
+                os.write(filler, b"x")
+        for _ in range(50):
+            assert httpx2.get(f"http://127.0.0.1:{service.port}/livez").status_code == 200
+        assert service.stop() == 0
+    os.close(filler)
+    os.close(reader)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_last_lines_of_every_worker_are_written(database_url: str, tmp_path: Path, workers: str) -> None:
+    models = publish_crm_model(tmp_path / "models")
+    with Service(tmp_path, database_url, models, WORKERS=workers) as service:
+        assert service.stop() == 0
+    assert service.stderr.read_text().count("Finished server process") == int(workers)
 
 
 def has_ended(pid: int) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from app.drain import OUT_OF_MEMORY
 from app.errors import DatabaseUnavailableError, EmptyBatchError
 from app.log_setup import describe_exception
 
@@ -145,6 +146,90 @@ def test_a_line_that_cannot_be_written_is_lost_and_nothing_else(where: str) -> N
     finally:
         os.close(stderr)
     assert done.stdout == b"went on\n"
+
+
+def start(code: str) -> "subprocess.Popen[bytes]":
+    """Starts code whose standard error is a pipe that is read when the test wants to."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+
+
+def test_a_reader_who_stalls_keeps_nobody_waiting_and_no_process_from_its_end() -> None:
+    with start(
+        "import structlog\n"
+        "from app.log_setup import configure_logging\n"
+        "configure_logging('INFO')\n"
+        "for _ in range(1000):\n"
+        "    structlog.get_logger('app.x').info('x' * 1000)\n"
+        "print('went on')"
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read() == b"went on\n"  # to its end: nothing is read before the process ends
+        assert process.wait() == 0
+
+
+def test_lines_that_no_longer_fit_are_counted_and_told_when_they_are_read_again() -> None:
+    with start(
+        "import structlog, sys\n"
+        "from app import log_setup\n"
+        "from app.main import create_app\n"
+        "from app.metrics import LOG_LINES_DROPPED, render_metrics\n"
+        "from app.settings import Settings\n"
+        "log_setup.MOST_WAITING = 200_000\n"
+        "create_app(Settings(_env_file=None))\n"
+        "for number in range(1000):\n"
+        "    structlog.get_logger('app.x').info('x' * 1000, number=number)\n"
+        "told = render_metrics()[0].decode().split('\\nleadscore_log_lines_dropped_total ')[1]\n"
+        "print(int(float(told.split()[0])), flush=True)\n"
+        "sys.stdin.read()"
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        dropped = int(process.stdout.readline())
+        lines: list[dict[str, Any]] = []
+        while sum(line.get("lines", 0) for line in lines) < dropped:
+            lines.append(json.loads(process.stderr.readline()))
+        process.stdin.close()
+        assert process.wait() == 0
+        assert process.stderr.read() == b""
+    assert dropped > 500
+    kept = [line["number"] for line in lines if "number" in line]
+    assert kept == sorted(set(kept))
+    assert len(kept) + dropped == 1000
+    assert lines[-1]["event"] == "log_lines_dropped"
+
+
+def test_what_was_logged_before_the_end_is_written_with_what_ended_it() -> None:
+    *lines, last = run(
+        "for number in range(2000):\n"
+        "    structlog.get_logger('app.x').info('x' * 100, number=number)\n"
+        "raise ValueError(CANARY)"
+    )
+    assert [line["number"] for line in lines] == list(range(2000))
+    assert last["event"] == "uncaught_exception"
+
+
+def test_a_worker_without_memory_says_so_before_it_ends() -> None:
+    with start(
+        "import asyncio, structlog\n"
+        "from app.drain import end_without_memory\n"
+        "from app.log_setup import configure_logging, write_out\n"
+        "configure_logging('INFO')\n"
+        "async def main():\n"
+        "    end_without_memory(write_out)\n"
+        "    context = {'message': 'cannot take a connection', 'exception': MemoryError()}\n"
+        "    asyncio.get_running_loop().call_exception_handler(context)\n"
+        "asyncio.run(main())"
+    ) as process:
+        _, written = process.communicate(timeout=60)
+    lines = [json.loads(line)["event"] for line in written.splitlines()]
+    assert (process.returncode, lines) == (OUT_OF_MEMORY, ["cannot take a connection", "out_of_memory"])
 
 
 def fail_with(error: Exception) -> None:
