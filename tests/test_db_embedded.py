@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -209,6 +209,40 @@ def test_a_killed_initialisation_is_begun_again(var: Path) -> None:
     with open_embedded(var) as url:
         assert execute(url, "SELECT 1") == [(1,)]
     assert not unfinished.exists()
+
+
+@contextmanager
+def being_stopped(var: Path) -> Iterator[Guest]:
+    """Yields the last guest in the midst of stopping a server that has not written its process file yet."""
+    guest = Guest(var)
+    process_file = var / "postgres" / "data" / "postmaster.pid"
+    written = process_file.rename(var / "postmaster.pid")
+    os.mkfifo(process_file)
+    assert guest.process.stdin is not None
+    guest.process.stdin.write("\n")
+    guest.process.stdin.flush()
+    with process_file.open("w"):  # as soon as the guest reads it
+        yield guest
+        written.replace(process_file)
+
+
+def test_a_server_that_has_only_just_been_started_is_stopped_as_soon_as_it_can_be_told(kept: Path) -> None:
+    with being_stopped(kept) as guest:
+        pass
+    assert guest.leave() == 0
+    assert not is_running(kept)
+    log = (kept / "postgres" / "server.log").read_text()
+    assert "received fast shutdown request" in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_told_once_more_to_end_stops_the_server_all_the_same(
+    kept: Path, number: signal.Signals
+) -> None:
+    with being_stopped(kept) as guest:
+        guest.process.send_signal(number)
+    assert guest.leave() == 0
+    assert not is_running(kept)
 
 
 def test_a_process_number_that_belongs_to_somebody_else_by_now_stops_nothing(kept: Path) -> None:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,12 +81,13 @@ class _Server:
         try:
             self._ensure_running()
         except BaseException:
-            self._depart()
+            with _undisturbed():
+                self._depart()
             raise
 
     def leave(self) -> None:
         """Stops the server if nobody else uses it."""
-        with _opened(self._home / "door.lock") as door:
+        with _undisturbed(), _opened(self._home / "door.lock") as door:
             fcntl.flock(door, fcntl.LOCK_EX)
             self._depart()
 
@@ -230,14 +232,22 @@ class _Server:
 
     def _stop(self) -> None:
         with _opened(self._home / "alive.lock") as alive:
+            # One that has only just been started is nobody to signal until it has written its process file.
+            _poll(lambda: _try_lock(alive) or self._process_number() is not None, _STOP_SECONDS)
             # Fast, then immediate, then by force; recovery at the next start makes each of them safe.
             for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
                 if _try_lock(alive):
                     return
-                with contextlib.suppress(OSError, IndexError):  # it has just ended by itself
-                    os.kill(int(self._process_file()[0]), number)
+                if (process := self._process_number()) is not None:
+                    with contextlib.suppress(OSError):  # it has just ended by itself
+                        os.kill(process, number)
                 if _poll(lambda: _try_lock(alive), _STOP_SECONDS):
                     return
+
+    def _process_number(self) -> int | None:
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            return int(self._process_file()[0])
+        return None
 
     def _process_file(self) -> list[str]:
         """Returns the lines of `postmaster.pid`: process number, socket directory fifth, status eighth."""
@@ -278,6 +288,20 @@ def _opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignores SIGINT and SIGTERM: who is told once more to end would leave the server running."""
+    if threading.current_thread() is not threading.main_thread():  # it hears none
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _poll(condition: Callable[[], bool], seconds: float) -> bool:
