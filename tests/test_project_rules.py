@@ -99,6 +99,14 @@ def test_every_alert_has_a_test_metrics_that_exist_and_a_place_in_the_runbook() 
     assert not [place for place in places if f"| {place} |" not in runbook and f"## {place}" not in runbook]
 
 
+def test_alerts_on_failures_look_at_predictions_only() -> None:
+    failures = re.findall(
+        r'leadscore_requests_total\{([^}]*status=~?"5[^}]*)\}', _read("docs/alerts/rules.yml")
+    )
+    assert len(failures) >= 2
+    assert all('route=~"/ai/advanced-ml(-legacy)?/predict-batch"' in failure for failure in failures)
+
+
 def test_every_reason_to_refuse_an_artifact_is_documented() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "app").rglob("*.py"))
     reasons = set(re.findall(r'ArtifactError\(\s*"([a-z_]+)"', source)) - {"refused"}
