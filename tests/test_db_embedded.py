@@ -202,6 +202,16 @@ def test_a_killed_server_is_recovered(kept: Path) -> None:
         assert answer(url) == 43
 
 
+def test_a_killed_server_is_started_again_by_the_next_command_for_those_who_are_there(kept: Path) -> None:
+    service = Guest(kept)
+    os.kill(postmaster(kept), signal.SIGKILL)
+    command = Guest(kept)
+    assert command.leave() == 0
+    assert answer(service.url) == 42
+    assert service.leave() == 0
+    assert not is_running(kept)
+
+
 def test_a_killed_initialisation_is_begun_again(var: Path) -> None:
     unfinished = var / "postgres" / "new-abc" / "data"
     unfinished.mkdir(parents=True)
