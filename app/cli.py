@@ -308,7 +308,12 @@ def train(
     "--outcome", metavar="COLUMN", help="Time of the outcome, counted over the model's horizon (or 90 days)."
 )
 @click.option("--as-of", type=_moment, help="The moment up to which anything is known (UTC); by default now.")
-@click.option("--model", "version", metavar="VERSION", help="Version to evaluate; by default ML_MODEL_VERSION, or the newest.")
+@click.option(
+    "--model",
+    "version",
+    metavar="VERSION",
+    help="Version to evaluate; by default ML_MODEL_VERSION, or the newest.",
+)
 @_json_option
 def evaluate(
     *,
