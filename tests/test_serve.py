@@ -488,3 +488,24 @@ def test_an_address_that_is_not_this_machines_is_the_fault_of_the_host(
     (line,) = refuse_to_start(database_url, tmp_path, HOST=host)
     assert line.startswith(f"HOST: cannot listen on {host} (")
     assert line.endswith("); set an address of this machine")
+
+
+def test_why_a_service_does_not_start_is_said_after_its_log() -> None:
+    code = (
+        "import os, structlog\n"
+        "from app import serve\n"
+        "from app.errors import SettingsError\n"
+        "from app.settings import Settings\n"
+        "def refuse(*_):\n"
+        "    for _ in range(1000):\n"
+        "        structlog.get_logger('app.x').info('x')\n"
+        "    raise SettingsError('no')\n"
+        "serve.bind = refuse\n"
+        "try:\n"
+        "    serve.serve(Settings(_env_file=None))\n"
+        "except SettingsError:\n"
+        "    os.write(2, b'why')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    *log, last = done.stderr.splitlines()
+    assert (len(log), last) == (1000, b"why")
