@@ -331,3 +331,10 @@ def test_names_lead_to_type_and_version_and_back():
         f"advanced_ml_x_{ARABIC}",
     ):
         assert parse_stem(name) is None
+
+
+@pytest.mark.parametrize(
+    ("weights", "nothing"), [([0.0, 0.0], True), ([0.0, 1.0], False), (msgspec.UNSET, False)]
+)
+def test_a_model_has_learnt_nothing_if_none_of_its_features_is_worth_anything(weights, nothing):
+    assert build_manifest(feature_weights=weights).learnt_nothing is nothing

@@ -19,7 +19,7 @@ ROWS_OF_FILE = 400
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Enquiries numbered in the order they came, their outcome half told by the visits; ten are open."""
     random = np.random.default_rng(3)
-    visits = random.poisson(4, ROWS_OF_FILE)
+    visits = random.poisson(4, ROWS_OF_FILE) + random.integers(0, 4, ROWS_OF_FILE) / 4
     won = random.random(ROWS_OF_FILE) < 1 / (1 + np.exp(3 - 0.6 * visits))
     path = tmp_path_factory.mktemp("leads") / "leads.csv"
     with path.open("w", encoding="utf-8", newline="") as out:

@@ -53,6 +53,10 @@ _UPSERT = (
     f" IS NOT DISTINCT FROM ({', '.join(f'stage.{name}' for name in _COMPARED)}))"
     f" ON CONFLICT (lead_id) DO UPDATE SET {', '.join(f'{name} = EXCLUDED.{name}' for name in _COLUMNS[1:])}"
 )
+_NAME = """
+SELECT CASE WHEN pg_table_is_visible(c.oid) THEN c.relname::text ELSE n.nspname || '.' || c.relname END
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s::regclass
+"""
 _UNFINISHED = (
     "SELECT last_lead_id, leads, scored FROM lead_score_runs WHERE source = %s AND manifest_sha256 = %s"
     " AND as_of = %s AND min_coverage = %s AND finished_at IS NULL"
@@ -107,8 +111,7 @@ class LeadScoreWriter:
         _lock(connection)
         connection.execute(_STAGE)
         # Under one name, however it is spelled: what one spelling wrote, the other would never take away.
-        name = [quoted_relation(key.source)]
-        [(self._source,)] = connection.execute("SELECT %s::regclass::text", name).fetchall()
+        [(self._source,)] = connection.execute(_NAME, [quoted_relation(key.source)]).fetchall()
         names = (self._source, key.model.manifest_sha256, key.as_of, key.min_coverage)
         with connection.cursor(row_factory=namedtuple_row) as cursor:
             row = cursor.execute(_UNFINISHED, names).fetchone()

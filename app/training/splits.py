@@ -3,7 +3,7 @@
 Where the source says in which order leads came to be, the past foretells the future: no training row is later
 than a test row. Elsewhere rows are drawn, both classes evenly. Rows that are equal in every column a
 feature could read never sit on both sides, nor do rows of one lead: a model may know them by heart. Only
-where hardly a row is like no other equal rows may: there the next lead is like a known one, too. Pure, and
+where most leads are like many others equal rows may: there the next lead is like known ones, too. Pure, and
 the seed is a parameter. Called by `app.training.train` and wherever a fit is cross-validated.
 """
 
@@ -26,7 +26,10 @@ _FIRST_SHARE = 1 / 3
 """The share of rows, from the earliest on, that every time-ordered fold learns from."""
 
 _NEW_SHARE = 0.25
-"""With fewer rows like no other, of all or of the last fifth, what is measured would be their oddities."""
+"""With fewer rows like no earlier one, the last fifth would be tested on its odd ones only."""
+
+_MOST_COPIES = 10
+"""Nobody enters the same lead more often; leads that are equal in larger numbers happen to be alike."""
 
 
 class Fold(NamedTuple):
@@ -98,9 +101,9 @@ def build_folds(rows: TrainingRows, seed: int) -> list[Fold]:
 def group_rows(rows: TrainingRows) -> IntArray:
     """Numbers the groups of rows (n,) that stay together: those equal in every column, and those of one lead.
 
-    Columns that could never become a feature, as they number the leads or name them, do not count. With fewer
-    than a quarter of the rows like that of no other lead, equal ones do not stay together: a few columns of
-    few values cannot tell leads apart, and whole values of them would be held out, unheard of.
+    Columns that could never become a feature, as they number the leads or name them, do not count. Where half
+    of the rows are equal to those of more leads than anybody enters twice, equal ones do not stay together: a
+    few columns of few values cannot tell leads apart, and whole values would be held out, unheard of.
     """
     group, told_apart = np.zeros(rows.leads.n, dtype=np.int64), False
     one_a_lead = rows.take_one_a_lead().leads.columns
@@ -110,18 +113,15 @@ def group_rows(rows: TrainingRows) -> IntArray:
             group = np.unique(group * (codes.max() + 1) + codes, return_inverse=True)[1]
             told_apart = True
     each = np.arange(rows.leads.n)
-    if not told_apart or _share_alone(group, each if rows.lead is None else rows.lead) < _NEW_SHARE:
+    if not told_apart or not _are_copies(group, each if rows.lead is None else rows.lead):
         group = each
     return group if rows.lead is None else _join_leads(group, rows.lead)
 
 
-def _share_alone(group: IntArray, lead: IntArray) -> float:
-    """Returns the share of rows (n,) whose group has rows of one lead only.
-
-    It estimates how likely the next lead is like none before (Good, Biometrika 40, 1953).
-    """
+def _are_copies(group: IntArray, lead: IntArray) -> bool:
+    """Tells whether equal rows (n,) may be copies of a lead: half of them have no more equals than that."""
     leads = np.bincount(np.unique(np.stack((group, lead)), axis=1)[0])
-    return float((leads[group] == 1).mean())
+    return bool(np.median(leads[group]) <= _MOST_COPIES)
 
 
 def _join_leads(group: IntArray, lead: IntArray) -> IntArray:
