@@ -110,7 +110,7 @@ def connections(url: str) -> int:
         return int(row[0])
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
+async def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
