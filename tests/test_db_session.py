@@ -370,7 +370,9 @@ async def test_an_answer_that_does_not_come_costs_the_connections_nobody_has_hea
     finally:
         os.kill(next_one, signal.SIGCONT)
     assert len(opened) == 3
-    assert await eventually(lambda: connections(url) == 1)
+    with psycopg.connect(url, autocommit=True) as watching:
+        find = "SELECT array_agg(pid) FROM pg_stat_activity WHERE pid = ANY (%s)"
+        assert await eventually(lambda: watching.execute(find, [list(opened)]).fetchone() == ([heard],))
 
 
 @pytest.mark.parametrize(("given", "idle"), [("", 30), ("?keepalives_idle=7", 7)])
