@@ -18,14 +18,14 @@ from app.errors import ArtifactError, InvalidParameterError, NotFoundError
 from app.schemas.openapi import Responses, describe_answers
 
 PATH = "/ai/advanced-ml/models/{version}/card"
-PAGE_HEADERS = {
+_HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
 }
-"""What every page is sent with: it has its own styles, and may load and run nothing else at all."""
+"""What a card is sent with: it has its own styles, and may load and run nothing else at all."""
 
 _MEDIA_TYPES: dict[CardForm, str] = {"html": "text/html", "markdown": "text/markdown"}
 _VERSION = r"^[0-9]{8}_[0-9]{6}$"
@@ -65,7 +65,7 @@ async def get_card(version: Version, request: Request, registry: Registry) -> Re
         if exc.reason != "missing":
             _log.warning("card_refused", version=version, reason=exc.reason)
         raise NotFoundError("There is no model card of this version.") from exc
-    return Response(body, headers=PAGE_HEADERS, media_type=_MEDIA_TYPES[form])
+    return Response(body, headers=_HEADERS, media_type=_MEDIA_TYPES[form])
 
 
 def _read_form(request: Request) -> CardForm:

@@ -116,25 +116,30 @@ def test_a_file_becomes_a_source_a_model_and_scores(run: Run, csv_file: Path, da
     assert all(0 <= probability <= 1 for probability, _ in rows)
 
 
+def import_text(run: Run, path: Path, text: str, *options: str) -> str:
+    """Imports a file of this text, whose IDs are in the column No; returns what is printed."""
+    path.write_text(text)
+    return run("import", str(path), "--table", "leads", "--id", "No", "--replace", *options).stdout
+
+
+def list_hints(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("hint: ")]
+
+
 def test_an_import_says_what_was_not_read_as_a_number(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "leads.csv"
-    path.write_text("No;Fee;City\n1;12,5;Bonn\n2;13,5;Ulm\n")
-    command = ("import", str(path), "--table", "leads", "--id", "No", "--replace")
-    (hint,) = [line for line in run(*command).stdout.splitlines() if line.startswith("hint: ")]
+    path, text = tmp_path / "leads.csv", "No;Fee;City\n1;12,5;Bonn\n2;13,5;Ulm\n"
+    (hint,) = list_hints(import_text(run, path, text))
     assert hint.startswith("hint: fee is text: 2 of 2 values look like numbers: write them 1234.50")
-    columns = json.loads(run(*command, "--json").stdout)["columns"]
+    columns = json.loads(import_text(run, path, text, "--json"))["columns"]
     assert [len(column["hints"]) for column in columns] == [1, 0]
 
 
 def test_an_import_says_what_is_to_be_done_about_ids_no_request_can_carry(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "leads.csv"
-    path.write_text("No,Fee\nA 1,2\n#2,3\nL-3,4\n")
-    command = ("import", str(path), "--table", "leads", "--id", "No", "--replace")
-    (hint,) = [line for line in run(*command).stdout.splitlines() if line.startswith("hint: ")]
+    (hint,) = list_hints(import_text(run, path, "No,Fee\nA 1,2\n#2,3\nL-3,4\n"))
     assert hint.startswith("hint: IDs that cannot be asked for over HTTP: 2 (allowed are 1 to 64 of")
     assert hint.endswith("ask for those leads by their lead_id")
-    path.write_text("No,Fee\nL-3,4\n")
-    assert "hint: " not in run(*command).stdout
+    assert "hint: " not in import_text(run, path, "No,Fee\nL-3,4\n")
 
 
 def test_a_word_that_means_yes_needs_a_label(run: Run, csv_file: Path) -> None:

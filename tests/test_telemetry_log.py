@@ -406,14 +406,17 @@ def test_however_many_processes_die_what_they_leave_takes_no_more_files(director
     assert list(directory.iterdir()) == []
 
 
-def test_orphans_that_hold_much_are_not_moved(
-    open_log: Callable[..., TelemetryLog], directory: Path, files: FailingFiles
-) -> None:
-    dead = [open_log(), open_log()]
+def leave_orphans(open_log: Callable[..., TelemetryLog], count: int, apart: int = 1, events: int = 1) -> None:
+    """Leaves the segments of so many dead processes, all alive at once; their events are numbered `apart`."""
+    dead = [open_log() for _ in range(count)]
     for number, orphan in enumerate(dead):
-        orphan.write(make_events(10 * number, 4))
+        orphan.write(make_events(apart * number, events))
     for orphan in dead:
         orphan.close()
+
+
+def test_orphans_that_hold_much_are_not_moved(open_log: Callable[..., TelemetryLog], directory: Path) -> None:
+    leave_orphans(open_log, 2, apart=10, events=4)
     before = list_segments(directory)
     assert len(read_all(open_log())) == 8
     assert list_segments(directory) == before
@@ -422,11 +425,7 @@ def test_orphans_that_hold_much_are_not_moved(
 def test_what_orphans_hold_is_moved_to_as_many_files_as_it_takes(
     open_log: Callable[..., TelemetryLog], directory: Path
 ) -> None:
-    dead = [open_log() for _ in range(16)]
-    for number, orphan in enumerate(dead):
-        orphan.write(make_events(number, 1))
-    for orphan in dead:
-        orphan.close()
+    leave_orphans(open_log, 16)
     log = open_log()
     assert sorted(read_all(log), key=lambda event: event.id) == make_events(0, 16)
     assert len(list_segments(directory)) == 2
@@ -438,11 +437,7 @@ def test_what_orphans_hold_is_moved_to_as_many_files_as_it_takes(
 def test_orphans_that_cannot_be_moved_are_shipped_from_where_they_are(
     open_log: Callable[..., TelemetryLog], directory: Path, files: FailingFiles, operation: str
 ) -> None:
-    dead = [open_log() for _ in range(3)]
-    for number, orphan in enumerate(dead):
-        orphan.write(make_events(number, 1))
-    for orphan in dead:
-        orphan.close()
+    leave_orphans(open_log, 3)
     files.failing[operation] = errno.EIO
     log = open_log()
     assert ship_all(log) == make_events(0, 3)
@@ -452,11 +447,7 @@ def test_orphans_that_cannot_be_moved_are_shipped_from_where_they_are(
 def test_a_damaged_orphan_whose_events_are_moved_is_set_aside(
     open_log: Callable[..., TelemetryLog], directory: Path
 ) -> None:
-    dead = [open_log(), open_log()]
-    for number, orphan in enumerate(dead):
-        orphan.write(make_events(number, 1))
-    for orphan in dead:
-        orphan.close()
+    leave_orphans(open_log, 2)
     path = list_segments(directory)[0]
     overwrite(path, 0, b"L")
     log = open_log()
@@ -683,11 +674,7 @@ def test_a_segment_there_was_no_memory_for_leaves_nothing_behind(directory: Path
 def test_orphans_there_was_no_memory_for_are_taken_over_later(
     directory: Path, open_log: Callable[..., TelemetryLog]
 ) -> None:
-    dead = [open_log(), open_log()]
-    for number, orphan in enumerate(dead):
-        orphan.write(make_events(number, 1))
-    for orphan in dead:
-        orphan.close()
+    leave_orphans(open_log, 2)
     files = NoMemory()
     log = TelemetryLog(directory, segment_bytes=SEGMENT, files=files)
     files.operation, files.spared = "pread", 1

@@ -53,7 +53,7 @@ _UPSERT = (
     f" IS NOT DISTINCT FROM ({', '.join(f'stage.{name}' for name in _COMPARED)}))"
     f" ON CONFLICT (lead_id) DO UPDATE SET {', '.join(f'{name} = EXCLUDED.{name}' for name in _COLUMNS[1:])}"
 )
-_NAME = """
+_FIND_NAME = """
 SELECT CASE WHEN pg_table_is_visible(c.oid) THEN c.relname::text ELSE n.nspname || '.' || c.relname END
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s::regclass
 """
@@ -111,7 +111,7 @@ class LeadScoreWriter:
         _lock(connection)
         connection.execute(_STAGE)
         # Under one name, however it is spelled: what one spelling wrote, the other would never take away.
-        [(self._source,)] = connection.execute(_NAME, [quoted_relation(key.source)]).fetchall()
+        [(self._source,)] = connection.execute(_FIND_NAME, [quoted_relation(key.source)]).fetchall()
         names = (self._source, key.model.manifest_sha256, key.as_of, key.min_coverage)
         with connection.cursor(row_factory=namedtuple_row) as cursor:
             row = cursor.execute(_UNFINISHED, names).fetchone()

@@ -145,9 +145,8 @@ def print_report(report: TrainingReport, console: Console) -> None:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     console.print(f"published in {report.seconds:.1f} s, with a card:")
     for path in (report.manifest_path, report.card_path):
-        console.print(
-            escape(str(path)), soft_wrap=True
-        )  # whole, for whoever copies it or reads it from a pipe
+        # Whole, for whoever copies it or reads it from a pipe.
+        console.print(escape(str(path)), soft_wrap=True)
     if not charts_available():
         console.print(escape(NO_CHARTS))
 
