@@ -84,7 +84,7 @@ TELEMETRY_RECORD_SECONDS = Histogram(
 
 # At 0 from the start: whoever watches a count sees it rise only if it was there before.
 for _counter, _labels in {
-    LEADS: ("LEAD_NOT_FOUND",),
+    LEADS: ("DATABASE_UNAVAILABLE", "LEAD_NOT_FOUND"),
     MODEL_LOADS: ("loaded", "refused"),
     AUTH_REFRESH_FAILURES: ("api_keys", "key_set"),
     TELEMETRY_FAILURES: ("adopt", "check", "deadline", "direct", "lost", "ship", "write"),

@@ -14,6 +14,7 @@ import pytest
 from app.db.demo_crm import load_demo
 from app.db.embedded import open_embedded
 from app.db.migrations import upgrade
+from app.schemas.ai_ml import PredictBatchResponse
 from tests.in_process import build_settings, serve
 from tests.lead_models import publish_lead_model
 from tests.test_db_engine import frozen
@@ -81,6 +82,18 @@ def assert_unavailable(client: httpx2.Client, *lead_ids: str, within: float = DE
     assert seconds <= within + SLACK_SECONDS
 
 
+def assert_answered_in_part(client: httpx2.Client, remembered: str, *, unread: str) -> None:
+    response, seconds = timed(client, SCORE, unread, remembered)
+    answer = response.json()
+    PredictBatchResponse.model_validate_json(response.content)
+    assert [answered["lead_id"] for answered in answer["predictions"]] == [remembered]
+    assert [(told["position"], told["error_code"]) for told in answer["errors"]] == [
+        (0, "DATABASE_UNAVAILABLE")
+    ]
+    assert answer["degraded"] is True
+    assert seconds <= DEADLINE_SECONDS + SLACK_SECONDS
+
+
 def assert_recovers(client: httpx2.Client, *lead_ids: str, within: float) -> None:
     began = time.monotonic()
     while (response := client.post(SCORE, json=list(lead_ids))).status_code != 200:
@@ -122,7 +135,7 @@ def test_a_stopped_database_costs_new_leads_a_503_and_nothing_else(
         assert cached.json()["predictions"][1::-1] == before["predictions"]
         assert_says_that_it_is_degraded(client, "lead_2", "lead_1")
         assert_unavailable(client, "lead_3")
-        assert_unavailable(client, "lead_1", "lead_3")
+        assert_answered_in_part(client, "lead_1", unread="lead_3")
         assert_operations_answer_at_once(client)
     finally:
         server.start()
@@ -136,7 +149,7 @@ def test_a_frozen_database_is_given_up_at_the_deadline_and_used_again_at_once(
     client.post(SCORE, json=["lead_1"])
     with frozen(server.data):
         assert_unavailable(client, "lead_3")
-        assert_unavailable(client, "lead_1", "lead_4")
+        assert_answered_in_part(client, "lead_1", unread="lead_4")
         assert timed(client, SCORE, "lead_1")[0].json()["cache_hit"] is True
         assert_says_that_it_is_degraded(client, "lead_1")
         assert_operations_answer_at_once(client)
@@ -190,6 +203,22 @@ def test_the_legacy_circuit_opens_on_failures_of_the_service_and_one_probe_close
         assert response.json()["error_code"] == "CIRCUIT_OPEN"
         assert time.monotonic() - began < 3
     assert client.get(HEALTH).json()["breaker"] == {"state": "closed"}
+
+
+def test_a_lead_that_is_not_remembered_is_left_out_of_the_old_answer_and_the_circuit_hears_of_it(
+    server: Server, client: httpx2.Client
+) -> None:
+    client.post(LEGACY, json=["lead_1"])
+    server.stop()
+    try:
+        for _ in range(FAILURES):
+            assert client.get(HEALTH).json()["breaker"] == {"state": "closed"}
+            answer = client.post(LEGACY, json=["lead_3", "lead_1"]).json()
+            assert [answered["lead_id"] for answered in answer["predictions"]] == ["lead_1"]
+            assert (answer["total_processed"], answer["degraded"]) == (2, True)
+        assert client.get(HEALTH).json()["breaker"] == {"state": "open"}
+    finally:
+        server.start()
 
 
 def test_a_read_that_loses_its_connection_is_answered_and_the_circuit_hears_nothing_of_it(

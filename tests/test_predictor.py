@@ -241,11 +241,31 @@ async def test_who_waits_for_a_look_up_of_others_waits_no_longer_than_his_own_de
     assert [answer.lead_ids for answer in answers] == [["lead_0"], ["lead_1"], ["lead_2"]]
 
 
-async def test_a_mixed_batch_fails_while_the_database_is_away(caching_world: World) -> None:
-    await caching_world.ask("lead_1")
-    caching_world.source.error = DatabaseUnavailableError()
+@pytest.mark.parametrize("listening", [True, False])
+async def test_with_the_database_away_what_is_remembered_is_answered_and_the_rest_is_to_be_asked_again(
+    executor: ThreadPoolExecutor, listening: bool
+) -> None:
+    clock = FakeClock()
+    cache = build_cache(1000, clock, ttl_seconds=300, trusted_until=2000 if listening else 0)
+    world = World(executor, cache)
+    await world.ask("lead_2")
+    clock.now += 100
+    await world.ask("lead_1")
+    clock.now += 100
+    world.source.error = DatabaseUnavailableError()
+    mixed = await world.ask("nobody", "lead_1", "lead_3", "lead_1", context=WITH_INTERVALS)
+    alone = await world.ask("lead_1", context=WITH_INTERVALS)
+    assert rows_of(mixed) == 2 * rows_of(alone)
+    assert mixed.intervals == pytest.approx(np.repeat(alone.intervals, 2, axis=0), abs=0)
+    assert [(*msgspec.structs.astuple(told)[:3],) for told in mixed.rejections] == [
+        ("nobody", 0, "DATABASE_UNAVAILABLE"),
+        ("lead_3", 2, "DATABASE_UNAVAILABLE"),
+    ]
+    assert (mixed.asked, mixed.cache_hits, mixed.degraded) == (4, 2, True)
+    assert mixed.degraded_age_seconds == (0 if listening else 100)
+    assert VERDICTS[mixed.verdict[0]] == ("ok" if listening else "caution")
     with pytest.raises(DatabaseUnavailableError):
-        await caching_world.ask("lead_1", "lead_2")
+        await world.ask("nobody", "lead_3")
 
 
 async def test_a_lead_that_changes_while_it_is_read_is_read_again_next_time(caching_world: World) -> None:
@@ -274,8 +294,6 @@ async def test_with_the_database_away_and_nobody_listening_the_last_known_answer
     assert after.probability.tolist() == before.probability.tolist()[::-1]
     assert (before.degraded, after.degraded) == (False, True)
     assert VERDICTS[min(after.verdict)] == "caution"
-    with pytest.raises(DatabaseUnavailableError):
-        await caching_world.ask("lead_1", "lead_3")
 
 
 async def test_degraded_answers_tell_their_age_and_their_intervals_widen_with_it(

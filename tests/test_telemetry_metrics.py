@@ -142,6 +142,7 @@ def test_the_first_failure_of_a_service_can_be_seen_to_rise() -> None:
     ):
         assert samples["leadscore_requests_total", f"code={code},route={route},status={status}"] == 0
     assert samples["leadscore_leads_total", "outcome=LEAD_NOT_FOUND"] == 0
+    assert samples["leadscore_leads_total", "outcome=DATABASE_UNAVAILABLE"] == 0
 
 
 async def test_a_service_with_two_workers_counts_every_request_once(

@@ -218,8 +218,8 @@ class Predictions(msgspec.Struct, frozen=True, eq=False):
 
     `lead_ids` are as they were sent. `verdict` holds indices into `VERDICTS`. `stages_ms` is wall time by
     stage, in milliseconds. `intervals` (m, 2), the ends of each interval, `explanations` (m) and `features`
-    (m) are there when they were asked for. `degraded_age_seconds` is there when the lead source is away and
-    the answers are the last that was known: the age of the oldest.
+    (m) are there when they were asked for. `degraded_age_seconds` is there when the lead source is away: the
+    age of the oldest answer that is the last that was known, 0 if all were known to hold.
     """
 
     asked: int
@@ -244,11 +244,11 @@ class Predictions(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def degraded(self) -> bool:
-        """Whether the answers are remembered ones that nobody can check at present."""
+        """Whether the lead source is away: the answers are remembered ones, and more may have been asked."""
         return self.degraded_age_seconds is not None
 
     def describe_age(self) -> "JsonObject":
-        """Returns what an answer says of remembered ones that nobody can check: nothing where none is."""
+        """Returns what an answer says while the lead source is away: nothing while it is not."""
         if self.degraded_age_seconds is None:
             return {}
         return {"degraded": True, "degraded_age_seconds": round(self.degraded_age_seconds, 3)}

@@ -62,13 +62,17 @@ _log = structlog.get_logger("app.predictor")
 
 _CAUTION, _ABSTAIN = VERDICTS.index("caution"), VERDICTS.index("abstain")
 
-_FEATURES_REJECTED, _ANSWERED = -3, 0
+_UNREAD, _FEATURES_REJECTED, _ANSWERED = -4, -3, 0
 _REJECTIONS = {
     UNKNOWN_LEAD: ("LEAD_NOT_FOUND", "No lead has this ID."),
     AMBIGUOUS_LEAD: ("LEAD_AMBIGUOUS", "More than one lead has this external reference; ask by UUID."),
     _FEATURES_REJECTED: (
         "FEATURES_REJECTED",
         "The lead's data cannot be made safe to score with this model.",
+    ),
+    _UNREAD: (
+        DatabaseUnavailableError.code,
+        "The lead database did not answer in time; ask for this lead again shortly.",
     ),
 }
 
@@ -125,11 +129,15 @@ class _Found(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """What became of each position asked (m,), and the answers of those that are answered, in order."""
+    """What became of each position asked (m,), and the answers of those that are answered, in order.
+
+    `age_seconds` is that of the oldest answer that was recalled, None while the lead source answers.
+    """
 
     fate: IntArray
     kept: AnswerArray
     cache_hits: int
+    age_seconds: float | None
 
 
 class Stopwatch:
@@ -159,7 +167,7 @@ class Predictor:
     """Answers batches of lead IDs; one for each worker process, on its event loop.
 
     `executor` has one thread, which works out reasons, and scores what is many leads at once. With
-    `degraded_answers`, leads that are all remembered are answered while the lead source is away.
+    `degraded_answers`, leads that are remembered are answered while the lead source is away.
     """
 
     def __init__(
@@ -190,7 +198,7 @@ class Predictor:
         Raises:
             ModelNotReadyError: no verified model is loaded.
             InvalidParameterError: intervals are asked for, and the model has none.
-            DatabaseUnavailableError: the lead source does not answer, and a lead is not even remembered.
+            DatabaseUnavailableError: the lead source does not answer, and none of the leads is remembered.
             OverloadedError: what is not remembered could not be found and scored by `context.answer_by`.
             PredictionFailedError: anything else went wrong; the cause is chained and logged.
         """
@@ -241,17 +249,21 @@ class Predictor:
                 fate.put(missing, found.fate)
                 watch.stages_ms |= found.stages_ms
             except DatabaseUnavailableError:
-                hit, answers, ages = cache.recall(bundle.ref, context.as_of, canonical)
-                if not (self._degraded_answers and hit.all()):
+                if not self._degraded_answers:
                     raise
-                age = float(ages.max())
-                answers["verdict"] = np.maximum(answers["verdict"], _CAUTION)
+                asked = _pick(canonical, missing)
+                recalled, last_known, ages = cache.recall(bundle.ref, context.as_of, asked)
+                hit.put(missing, recalled)
+                if not hit.any():
+                    raise
+                last_known["verdict"] = np.maximum(last_known["verdict"], _CAUTION)
+                answers.put(missing, last_known)
+                fate.put(missing, np.where(recalled, _ANSWERED, _UNREAD))
+                age = float(ages.max(initial=0.0, where=recalled))
         answered = (fate == _ANSWERED).nonzero()[0]
         kept = answers if len(answered) == len(answers) else answers.take(answered)
-        outcome = _Outcome(fate, kept, int(np.count_nonzero(hit)))
+        outcome = _Outcome(fate, kept, int(np.count_nonzero(hit)), age)
         predictions = self._assemble(bundle, lead_ids, outcome, watch.stages_ms)
-        if age is not None:
-            predictions = replace(predictions, degraded_age_seconds=age)
         if "interval" in context.include:
             intervals = widen(find_intervals(bundle, kept), age or 0.0, predictions.bounds)
             predictions = replace(predictions, intervals=intervals)
@@ -349,7 +361,7 @@ class Predictor:
     def _assemble(
         self, bundle: ModelBundle, lead_ids: Sequence[str], outcome: _Outcome, stages_ms: dict[Stage, float]
     ) -> Predictions:
-        fate, kept, cache_hits = outcome
+        fate, kept, cache_hits, age = outcome
         declined = (fate != _ANSWERED).nonzero()[0].tolist()
         return Predictions(
             asked=len(lead_ids),
@@ -370,6 +382,7 @@ class Predictor:
             confidence_method=self._policy.confidence_method,
             bounds=(bundle.calibrator.lower, bundle.calibrator.upper),
             stages_ms=stages_ms,
+            degraded_age_seconds=age,
         )
 
 

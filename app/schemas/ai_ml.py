@@ -103,7 +103,7 @@ class LeadError(_Message):
 
     lead_id: LeadId
     position: Count
-    error_code: Literal["LEAD_NOT_FOUND", "LEAD_AMBIGUOUS", "FEATURES_REJECTED"]
+    error_code: Literal["LEAD_NOT_FOUND", "LEAD_AMBIGUOUS", "FEATURES_REJECTED", "DATABASE_UNAVAILABLE"]
     message: str
 
 
