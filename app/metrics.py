@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -93,7 +94,7 @@ for _counter, _labels in {
         _counter.labels(_label)
 
 _ANSWERED = LEADS.labels("answered")
-_HITS, _MISSES = CACHE_LOOKUPS.labels("hit"), CACHE_LOOKUPS.labels("miss")
+_LOOKUPS = {result: CACHE_LOOKUPS.labels(result) for result in ("hit", "miss", "recalled")}
 _BREAKER_LEVELS = {"closed": 0, "half_open": 1, "open": 2}
 
 
@@ -124,10 +125,9 @@ def observe_batch(
         _stage_seconds(stage).observe(milliseconds / 1000)
 
 
-def observe_lookups(asked: int, hits: int) -> None:
-    """Counts the lead IDs that one look into the prediction cache was for, and those it found."""
-    _HITS.inc(hits)
-    _MISSES.inc(asked - hits)
+def observe_lookups(result: Literal["hit", "miss", "recalled"], leads: int) -> None:
+    """Counts the lead IDs of one look into the prediction cache that ended so."""
+    _LOOKUPS[result].inc(leads)
 
 
 # The library finds a label's counter anew each time, which takes as long as to count; there are few labels.

@@ -455,15 +455,22 @@ async def test_features_are_told_as_they_are_read_whatever_is_remembered(caching
 async def test_only_looks_into_a_cache_are_counted(world: World, caching_world: World) -> None:
     def count() -> list[float]:
         name = "leadscore_prediction_cache_lookups_total"
-        return [REGISTRY.get_sample_value(name, {"result": result}) or 0 for result in ("hit", "miss")]
+        results = ("hit", "miss", "recalled")
+        return [REGISTRY.get_sample_value(name, {"result": result}) or 0 for result in results]
 
-    hits, misses = count()
+    hits, misses, recalled = count()
     await caching_world.ask("lead_1", "lead_2")
     await caching_world.ask("lead_1", "nobody")
-    assert count() == [hits + 1, misses + 3]
+    assert count() == [hits + 1, misses + 3, recalled]
     await caching_world.ask("lead_1", context=WITH_REASONS)  # a receipt is made afresh
     await world.ask("lead_1")  # where nothing is remembered
-    assert count() == [hits + 1, misses + 3]
+    assert count() == [hits + 1, misses + 3, recalled]
+    assert isinstance(caching_world.cache, PredictionCache)
+    caching_world.cache.trust_until(0)
+    await caching_world.ask("lead_1")  # read, since nobody listens
+    caching_world.source.error = DatabaseUnavailableError()
+    await caching_world.ask("lead_1", "nobody", "lead_2")  # an outage is no fault of the cache
+    assert count() == [hits + 1, misses + 4, recalled + 2]
 
 
 async def test_reasons_of_a_remembered_lead_need_the_database(caching_world: World) -> None:

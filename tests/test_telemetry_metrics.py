@@ -23,7 +23,8 @@ metrics.observe_request("/ai/advanced-ml/predict-batch", 422, "EMPTY_BATCH", 0.0
 metrics.observe_batch(
     answered=4, coverage_sum=3.0, rejections={"LEAD_NOT_FOUND": 2}, stages_ms=[("scoring", 2.0)]
 )
-metrics.observe_lookups(asked=4, hits=1)
+metrics.observe_lookups("hit", 1)
+metrics.observe_lookups("miss", 3)
 metrics.observe_model_look(ready=sys.argv[1] == "ready", refused=sys.argv[1] != "ready")
 metrics.observe_breaker(sys.argv[2])
 metrics.TELEMETRY_BACKLOG.set(int(sys.argv[3]))

@@ -60,6 +60,10 @@ class AnswerCache(Protocol):
         """
         ...
 
+    def count_misses(self, leads: int) -> None:
+        """Notes that so many lead IDs were not found, and read instead."""
+        ...
+
     def remember(
         self,
         model: ModelRef,
@@ -115,7 +119,7 @@ class PredictionCache:
             hit, answers, _ = self._find(model, as_of, lead_ids, self._monotonic())
         else:
             hit, answers = NullCache().find(model, as_of, lead_ids)
-        observe_lookups(len(lead_ids), int(np.count_nonzero(hit)))
+        observe_lookups("hit", int(np.count_nonzero(hit)))
         return hit, answers
 
     def recall(
@@ -124,7 +128,12 @@ class PredictionCache:
         """See `AnswerCache.recall`."""
         now = self._monotonic()
         hit, answers, expires = self._find(model, as_of, lead_ids, now)
+        observe_lookups("recalled", int(np.count_nonzero(hit)))
         return hit, answers, now + self._ttl_seconds - expires
+
+    def count_misses(self, leads: int) -> None:
+        """See `AnswerCache.count_misses`."""
+        observe_lookups("miss", leads)
 
     def _find(
         self, model: ModelRef, as_of: float, lead_ids: Sequence[str], now: float
@@ -204,6 +213,9 @@ class NullCache:
     ) -> tuple[BoolArray, AnswerArray, FloatArray]:
         """Recalls nothing."""
         return *self.find(model, as_of, lead_ids), np.zeros(len(lead_ids))
+
+    def count_misses(self, leads: int) -> None:
+        """Counts nothing: there was no look."""
 
     def remember(
         self,

@@ -248,6 +248,7 @@ class Predictor:
                 answers.put(missing, found.answers)
                 fate.put(missing, found.fate)
                 watch.stages_ms |= found.stages_ms
+                cache.count_misses(missing.size)
             except DatabaseUnavailableError:
                 if not self._degraded_answers:
                     raise
