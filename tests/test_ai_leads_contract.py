@@ -543,6 +543,17 @@ def test_the_hardened_router_is_mounted_first_and_the_routers_have_tags_of_their
     assert paths[SCORE]["post"]["tags"] != paths[LEGACY]["post"]["tags"]
 
 
+def test_openapi_describes_every_field_and_lets_answers_grow_but_not_bodies(client: httpx2.Client) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    fields = {
+        (name, field): told for name in schemas for field, told in schemas[name].get("properties", {}).items()
+    }
+    assert len(fields) > 100
+    assert not [place for place, told in fields.items() if len(told.get("description", "")) < 10]
+    assert [name for name in schemas if "additionalProperties" in schemas[name]] == ["LeadIdObject"]
+    assert schemas["LeadIdObject"]["additionalProperties"] is False
+
+
 def test_openapi_says_that_metrics_are_text(client: httpx2.Client) -> None:
     declared = client.get("/openapi.json").json()["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
     assert [client.get("/metrics").headers["content-type"].partition(";")[0]] == list(declared)

@@ -98,6 +98,8 @@ def complete_document(
     _, definitions = models_json_schema(models, ref_template=_REFERENCES)  # type: ignore[arg-type]
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas.update(definitions["$defs"])
+    for name in schemas.keys() - {LeadIdObject.__name__}:
+        schemas[name].pop("additionalProperties", None)  # answers may get fields, which a client is to ignore
     schemas["LeadIdArray"]["maxItems"] = max_batch_size
     schemas["LeadIdObject"]["properties"]["lead_ids"]["maxItems"] = max_batch_size
     for (path, method), field in _NAMES_VERSION.items():
