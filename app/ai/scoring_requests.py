@@ -130,11 +130,18 @@ def read_include(query: bytes, offered: AbstractSet[Extra]) -> frozenset[Extra]:
     wanted: set[str] = set()
     for name, value in QueryParams(query).multi_items():
         if name != "include":
-            raise InvalidParameterError("There is a query parameter that this path does not know.")
+            raise InvalidParameterError(_say_what_is_offered(offered))
         wanted.update(value.split(",") if value else ())
     if not wanted <= offered:
-        raise InvalidParameterError("The parameter include names something that is not available.")
+        raise InvalidParameterError(_say_what_is_offered(offered))
     return frozenset(extra for extra in offered if extra in wanted)
+
+
+def _say_what_is_offered(offered: AbstractSet[Extra]) -> str:
+    if not offered:
+        return "This path takes no query parameter."
+    names = ", ".join(offered)
+    return f"The one query parameter is include; it may name {names}, separated by commas without spaces."
 
 
 def decode_lead_ids(body: bytes, max_batch_size: int) -> list[str]:
