@@ -57,6 +57,13 @@ def test_what_is_not_one_of_the_two_shapes_in_json_is_an_invalid_payload(body: b
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
+def test_a_byte_order_mark_is_named() -> None:
+    with pytest.raises(InvalidPayloadError, match="byte order mark"):
+        decode_lead_ids(b'\xef\xbb\xbf["a"]', LIMIT)
+    with pytest.raises(InvalidPayloadError, match="not JSON"):
+        decode_lead_ids(b'[\xef\xbb\xbf"a"]', LIMIT)
+
+
 def test_hostile_bodies_are_refused_quickly() -> None:
     keys = b"{" + b",".join(b'"k%d":0' % number for number in range(20_000)) + b"}"
     began = time.process_time()

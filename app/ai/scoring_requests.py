@@ -7,6 +7,7 @@ routers.
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
@@ -183,8 +184,11 @@ def _decode_json(body: bytes) -> Any:
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        detail = "The body is not JSON in UTF-8."
+        if body.startswith(BOM_UTF8):
+            detail = "The body begins with a byte order mark; send JSON in UTF-8 without one."
         # The cause would carry the body into a log.
-        raise InvalidPayloadError("The body is not JSON in UTF-8.") from None
+        raise InvalidPayloadError(detail) from None
 
 
 def _refuse_duplicate_keys(body: bytes) -> None:

@@ -34,7 +34,7 @@ class BodyLimit:
             raise NotFoundError  # the router would take it for the path without, which limits do not
         for value in _values(scope, b"content-length"):
             if _parse_length(value) > self._max_bytes:
-                raise BodyTooLargeError
+                raise self._too_large()
         read = 0
 
         async def receive_counting() -> Message:
@@ -42,10 +42,13 @@ class BodyLimit:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._max_bytes:
-                raise BodyTooLargeError
+                raise self._too_large()
             return message
 
         await self._app(scope, receive_counting, send)
+
+    def _too_large(self) -> BodyTooLargeError:
+        return BodyTooLargeError(f"One request may carry {self._max_bytes} bytes of body; split the batch.")
 
 
 def _check_host(scope: Scope) -> None:

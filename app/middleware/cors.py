@@ -10,7 +10,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.errors import LeadScoringError, MalformedRequestError
 
 ALLOWED_HEADERS = ("Authorization", "Content-Type", "X-Request-ID", "traceparent")
-EXPOSED_HEADERS = ("X-Request-ID", "Retry-After", "Deprecation", "Sunset", "Link")
+EXPOSED_HEADERS = (
+    "X-Request-ID",
+    "Retry-After",
+    "Allow",
+    "WWW-Authenticate",
+    "Deprecation",
+    "Sunset",
+    "Link",
+)
 
 
 class ProblemCors(CORSMiddleware):
