@@ -863,7 +863,7 @@ def test_a_preflight_is_answered_and_a_foreign_one_refused_in_the_shape_of_every
 ) -> None:
     asks = {
         "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "content-type, x-request-id",
+        "Access-Control-Request-Headers": "content-type, traceparent, tracestate, x-request-id",
     }
     good = client.options(SCORE, headers={"Origin": ORIGIN, **asks})
     assert good.status_code == 200

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import LeadScoringError, MalformedRequestError
 
-ALLOWED_HEADERS = ("Authorization", "Content-Type", "X-Request-ID", "traceparent")
+ALLOWED_HEADERS = ("Authorization", "Content-Type", "X-Request-ID", "traceparent", "tracestate")
 EXPOSED_HEADERS = (
     "X-Request-ID",
     "Retry-After",
