@@ -554,6 +554,12 @@ def test_openapi_describes_every_field_and_lets_answers_grow_but_not_bodies(clie
     assert schemas["LeadIdObject"]["additionalProperties"] is False
 
 
+def test_openapi_names_the_headers_of_a_route_on_its_way_out(client: httpx2.Client) -> None:
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        for answer in operations.get("post", {}).get("responses", {}).values():
+            assert ({"Deprecation", "Sunset", "Link"} <= answer["headers"].keys()) == (path == LEGACY)
+
+
 def test_openapi_says_that_metrics_are_text(client: httpx2.Client) -> None:
     declared = client.get("/openapi.json").json()["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
     assert [client.get("/metrics").headers["content-type"].partition(";")[0]] == list(declared)

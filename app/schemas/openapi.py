@@ -28,6 +28,14 @@ _HEADERS: dict[int, dict[str, Any]] = {
     429: {"Retry-After": _RETRY_AFTER},
     503: {"Retry-After": _RETRY_AFTER},
 }
+_DEPRECATED: dict[str, Any] = {
+    name: {"schema": {"type": "string"}, "description": description}
+    for name, description in {
+        "Deprecation": "Since when the route is, as `@` and seconds since 1970-01-01 UTC (RFC 9745).",
+        "Sunset": "When it ends, where that is known (RFC 8594).",
+        "Link": 'What takes its place, as `rel="successor-version"`.',
+    }.items()
+}
 _CARD = "/ai/advanced-ml/models/{version}/card"
 _NAMES_VERSION = {
     ("/ai/advanced-ml/predict-batch", "post"): "model_version",
@@ -90,7 +98,7 @@ def _describe_include(limits: Mapping[str, int], max_batch_size: int) -> dict[st
 def complete_document(
     document: dict[str, Any], max_batch_size: int, guard_errors: Sequence[type[LeadScoringError]]
 ) -> dict[str, Any]:
-    """Adds the schemas that routes only refer to, `guard_errors` where a credential is asked for, and links.
+    """Adds the schemas routes only refer to, `guard_errors` where a credential is asked for, links, headers.
 
     Returns the same document.
     """
@@ -109,6 +117,9 @@ def complete_document(
         for operation in path.values():
             if "security" in operation:
                 _add_errors(operation["responses"], guard_errors)
+            if operation.get("deprecated"):
+                for answer in operation["responses"].values():
+                    answer["headers"] |= _DEPRECATED
     return document
 
 
