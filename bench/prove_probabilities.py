@@ -197,7 +197,8 @@ def _measure_intervals(leads: Leads) -> Figure:
     told = measure_coverage(pooled.intervals, pooled.probability, pooled.outcome)
     beside = (
         f"of {told['bins']} bins, at the 95 % margin of a bin's rate; "
-        f"{told['covered_within_one_error']} within one standard error; mean width {told['mean_width']:.4f}"
+        f"{told['covered_within_one_error']} within one standard error, "
+        f"{told['covered_without_width']} by the probability alone; mean width {told['mean_width']:.4f}"
     )
     return Figure(told["covered"], beside)
 
@@ -234,6 +235,11 @@ PROOFS = {
         "receipts add up to the probability, to 1e-9",
         "test_receipts",
         "test_receipts_of_leads_with_gaps_add_up_for_every_model_and_calibrator",
+    ),
+    "width": Proof(
+        "a Venn-Abers pair is no confidence interval: true rates of groups lie outside most mean pairs",
+        "test_interval_coverage",
+        "test_a_pair_is_no_confidence_interval_for_the_rate_of_a_group",
     ),
     "verdict": Proof(
         "Brier score rises from ok to caution to abstain",

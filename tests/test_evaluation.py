@@ -286,6 +286,9 @@ def test_the_command_prints_the_figures_of_the_model_that_serves(
     low, high = expected.intervals["roc_auc"]
     assert f"{expected.metrics['roc_auc']:.4f}  (95 %: {low:.4f} to {high:.4f})" in text
     assert "verdict abstain" in text
+    assert expected.interval_coverage is not None
+    without = expected.interval_coverage["covered_without_width"]
+    assert f"the bare probabilities in {without}; mean width" in " ".join(text.split())
     assert "warning" not in text
 
 

@@ -1,7 +1,11 @@
 """Coverage of intervals: true ones are covered, wrong ones are noticed."""
 
-import numpy as np
+from collections.abc import Callable
 
+import numpy as np
+import pytest
+
+from app.ai.calibration import equal_mass_bins
 from app.ai.domain import FloatArray, IntArray
 from app.ai.venn_abers import build_table, look_up, merge
 from app.training.interval_coverage import measure_coverage
@@ -33,6 +37,32 @@ def test_intervals_in_the_wrong_place_are_noticed() -> None:
     scores, outcome = draw(3000, 1)
     wrong = np.column_stack([scores, scores + 0.02])
     assert measure_coverage(wrong, scores, outcome)["covered"] < 10
+
+
+@pytest.mark.parametrize("leads", [1000, 3000, 10_000])
+def test_a_pair_is_no_confidence_interval_for_the_rate_of_a_group(
+    leads: int, record_property: Callable[[str, object], None]
+) -> None:
+    held = []
+    for seed in range(60):
+        scores, _ = draw(3000, seed + 100)
+        p0, p1 = look_up(build_table(*draw(leads, seed)), scores)
+        held += [
+            p0[part].mean() <= (scores[part] ** 2).mean() <= p1[part].mean()
+            for part in equal_mass_bins(merge(p0, p1))
+        ]
+    record_property(f"{leads:,} outcomes to calibrate on: true rates inside", f"{np.mean(held):.0%}")
+    assert 0.2 < np.mean(held) < 0.5, "the documents have these shares"
+
+
+def test_the_check_says_how_many_bins_need_no_interval() -> None:
+    scores, outcome = draw(3000, 2)
+    true = scores**2
+    held = measure_coverage(np.column_stack([true, true]), true, outcome)
+    assert held["covered"] == held["covered_without_width"] >= 13
+    # As wide as can be, around a probability that is far off: without the width nothing is left.
+    told = measure_coverage(np.tile([0.0, 1.0], (3000, 1)), 0.5 + true / 2, outcome)
+    assert (told["covered"], told["covered_without_width"]) == (15, 0)
 
 
 def test_a_bin_is_widened_by_the_sampling_error_of_its_own_size_only() -> None:

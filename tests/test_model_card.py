@@ -479,6 +479,12 @@ def test_the_candidates_and_the_intervals_come_from_the_report(
     assert "| log-loss without | 0.4179 |" in markdown
     assert "| leads foretold | 1,200 |" in markdown
     assert "tried" not in markdown
+    assert "confidence interval" not in markdown
+    coverage = {"bins": 15, "covered": 14, "covered_without_width": 13, "mean_width": 0.0123}
+    told = msgspec.structs.replace(shifted, report={**shifted.report, "interval_coverage": coverage})
+    _, with_intervals = render(told, held_out, charts=False)
+    assert "It is no confidence interval" in with_intervals
+    assert "in 14 of 15 bins, the bare probabilities in 13; mean width 0.0123" in with_intervals
     assert re.search(r"\| ROC AUC \| 0\.\d{4} \| 0\.8100 to 0\.8700 \|", markdown)
     _, plain = render(manifest, held_out, charts=False)
     assert "Candidates compared" not in plain

@@ -103,7 +103,7 @@ class LeadPrediction(_Message):
     """`caution`: little is known, values are unusual, or the lead may have changed (see `degraded`);
     `abstain`: nothing to go on, the number is the base rate."""
     interval: Interval | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)
-    """With `include=interval` only: where the probability may lie, lower end first; holds `probability`."""
+    """With `include=interval` only: how far one more outcome could move it, lower end first; holds it."""
     receipt: Receipt | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)
     """With `include=reasons` only: how the probability comes about."""
     reasons: list[str] | SkipJsonSchema[None] = Field(None, json_schema_extra=_never_null)

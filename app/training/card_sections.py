@@ -11,7 +11,7 @@ from app.training.card_evidence import Evidence
 from app.training.card_page import Chart, Section, Table
 from app.training.card_slices import MIN_SLICE_ROWS, Division
 from app.training.held_out import SHUFFLES
-from app.training.report import HEADLINES
+from app.training.report import HEADLINES, describe_coverage
 
 _MEANINGS = {
     "roc_auc": "how often it puts a lead with the outcome above one without; 0.5 is guessing",
@@ -50,14 +50,21 @@ def describe_metrics(manifest: ModelManifest) -> Section:
     return Section("How good it is on leads it has not seen", (text,), tables=(table,))
 
 
-def describe_calibration(evidence: Evidence) -> Section:
-    """Returns the section on whether the probabilities are true."""
+def describe_calibration(manifest: ModelManifest, evidence: Evidence) -> Section:
+    """Returns the section on whether the probabilities are true, and what the intervals are."""
     bins = evidence.bins
     inside = sum(entry.inside for entry in bins)
     text = (
         f"The held-out leads in {len(bins)} groups of equal size, by predicted probability. In {inside} of "
         "them the share that reached the outcome lies where a perfect model's would lie 95 times in 100."
     )
+    texts = [text]
+    if coverage := manifest.report.get("interval_coverage"):
+        texts.append(
+            "The interval of a lead says how far one more outcome could move its probability. It is no "
+            "confidence interval: the true rate of such leads often lies outside. On the held-out leads the "
+            f"intervals, {describe_coverage(coverage)}."
+        )
     caption = (
         "How to read it: a dot on the dashed line means that 30% is 30 in 100. Dots within the shaded band "
         "are as close as a perfect model with this many leads would be."
@@ -75,9 +82,7 @@ def describe_calibration(evidence: Evidence) -> Section:
             for entry in bins
         ],
     )
-    return Section(
-        "Are the probabilities true", (text,), _charts(evidence, ("reliability", caption)), (table,)
-    )
+    return Section("Are the probabilities true", texts, _charts(evidence, ("reliability", caption)), (table,))
 
 
 def describe_ranking(evidence: Evidence) -> Section:

@@ -36,7 +36,7 @@ def build_card(manifest: ModelManifest, held_out: HeldOut | None, *, charts: boo
         sections.append(describe_metrics(manifest))
     if evidence is not None:
         sections += [
-            describe_calibration(evidence),
+            describe_calibration(manifest, evidence),
             describe_ranking(evidence),
             describe_gain(evidence),
             describe_features(manifest, evidence),

@@ -119,6 +119,15 @@ def describe_metrics(
     ]
 
 
+def describe_coverage(coverage: Mapping[str, Any]) -> str:
+    """Returns what came of `measure_coverage`: what the intervals hold, and what no width would."""
+    return (
+        f"widened by the sampling error of a bin, hold the observed rate in {coverage['covered']} of "
+        f"{coverage['bins']} bins, the bare probabilities in {coverage['covered_without_width']}; mean width "
+        f"{coverage['mean_width']:.4f}"
+    )
+
+
 def _range(ends: Sequence[float]) -> str:
     return f"  (95 %: {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
 
@@ -136,6 +145,8 @@ def print_report(report: TrainingReport, console: Console) -> None:
     table.add_section()
     for heading, text in describe_metrics(manifest.metrics, manifest.report.get("intervals", {})):
         table.add_row(f"held-out {heading}", text)
+    if coverage := manifest.report.get("interval_coverage"):
+        table.add_row("held-out intervals", describe_coverage(coverage))
     console.print(table)
     if choice := manifest.report.get("choice"):
         console.print(_candidates_table(choice))
@@ -168,11 +179,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         brier = "" if told["brier"] is None else f", Brier score {told['brier']:.4f}"
         table.add_row(f"verdict {verdict}", f"{told['share']:.1%} of the leads{brier}")
     if coverage := evaluation.interval_coverage:
-        table.add_row(
-            "intervals",
-            f"hold the observed rate in {coverage['covered']} of {coverage['bins']} bins; "
-            f"mean width {coverage['mean_width']:.4f}",
-        )
+        table.add_row("intervals", describe_coverage(coverage))
     console.print(table)
     for warning in evaluation.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
