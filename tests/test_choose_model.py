@@ -84,6 +84,15 @@ def test_the_choice_tells_every_candidate_its_spread_the_winner_and_the_runner_u
     assert choice["calibrator"] == choice["calibrators"][0]["method"] == linear.calibrator.method
 
 
+def test_the_base_rate_alone_stands_beside_the_candidates(linear: CalibratedModel) -> None:
+    alone, chosen = linear.choice["base_rate_alone"], linear.choice["candidates"][0]
+    assert chosen["log_loss"] < alone["log_loss"] == pytest.approx(np.log(2), abs=0.01)
+    assert chosen["brier"] < alone["brier"] == pytest.approx(0.25, abs=0.01)
+    noise = np.random.default_rng(7).normal(size=(500, 3))
+    told = choose(build_rows(noise, np.zeros(500), seed=8), [LOGISTIC]).choice
+    assert told["candidates"][0]["log_loss"] > told["base_rate_alone"]["log_loss"]
+
+
 def test_finalists_are_the_best_of_their_type(linear: CalibratedModel) -> None:
     assert [one["name"] for one in linear.choice["candidates"][3:]] == ["one split"]
 

@@ -57,7 +57,7 @@ def crm(create_database: Callable[..., str], tmp_path_factory: pytest.TempPathFa
             CREATE TABLE leads AS SELECT
                 md5(i::text)::uuid AS lead_id, '2025-01-01'::timestamptz + i * interval '1 hour' AS as_of,
                 (i %% 3 = 0)::int AS won, sin(i) + 0.7 * (i %% 3 = 0)::int AS signal, cos(i) AS noise,
-                CASE WHEN i %% 10 > 0 THEN i %% 3 = 0 END AS known
+                CASE WHEN i %% 10 > 0 THEN i %% 3 = 0 END AS known, i %% 7 < 2 AS chance
             FROM generate_series(1, %s) i;
             """,
             [2000],
@@ -83,8 +83,15 @@ def crm(create_database: Callable[..., str], tmp_path_factory: pytest.TempPathFa
             """
         )
     models = tmp_path_factory.mktemp("models")
-    options = TrainingOptions(url=url, model_dir=models, source="seen", label="won",
-                              exclude=("known",), model="logistic_regression", now=DEMO_UNTIL)  # fmt: skip
+    options = TrainingOptions(
+        url=url,
+        model_dir=models,
+        source="seen",
+        label="won",
+        exclude=("known", "chance"),
+        model="logistic_regression",
+        now=DEMO_UNTIL,
+    )
     train(options)
     return replace(options, source="unseen")
 
@@ -216,6 +223,17 @@ def test_the_figures_of_a_training_are_those_of_what_the_held_out_leads_are_answ
     assert f"| abstain | {empty.sum()} | 0.0% | {bundle.manifest.base_rate:.1%} |" in card
 
 
+def test_a_model_that_does_no_better_on_these_leads_than_the_base_rate_is_warned_of(
+    crm: TrainingOptions, bundle: ModelBundle
+) -> None:
+    found = evaluate_quietly(replace(crm, label="chance"), bundle)
+    assert found.metrics["log_loss"] > found.base_rate_alone["log_loss"]
+    out = StringIO()
+    print_evaluation(found, Console(file=out, width=200))
+    assert "It may order leads no better than chance" in out.getvalue()
+    assert "no better than answering every lead the base rate" in out.getvalue()
+
+
 def test_leads_without_an_outcome_are_left_out_and_counted(crm: TrainingOptions, bundle: ModelBundle) -> None:
     found = evaluate_quietly(replace(crm, label="known"), bundle)
     assert found.undecided == 126
@@ -289,6 +307,8 @@ def test_the_command_prints_the_figures_of_the_model_that_serves(
     assert expected.interval_coverage is not None
     without = expected.interval_coverage["covered_without_width"]
     assert f"the bare probabilities in {without}; mean width" in " ".join(text.split())
+    (line,) = (line for line in text.splitlines() if "Brier score, the base rate alone" in line)
+    assert f"{expected.base_rate_alone['brier']:.4f}" in line
     assert "warning" not in text
 
 

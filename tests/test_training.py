@@ -301,6 +301,29 @@ def test_the_report_and_the_card_say_the_held_out_figures_and_no_value_of_a_lead
     assert not [value for value in values if value in published]
 
 
+def test_a_model_that_knows_nothing_is_not_recommended_for_anything_but_what_the_base_rate_does(
+    made_up: Callable[[int], str], tmp_path: Path
+) -> None:
+    options = quick_options(made_up(600), tmp_path)
+    said = {}
+    for name, kept_out in (("noise", ("signal", "after_the_fact")), ("signal", ("noise", "after_the_fact"))):
+        report = train(replace(options, exclude=kept_out, model_dir=tmp_path / name))
+        out = StringIO()
+        print_report(report, Console(file=out, width=200))
+        said[name] = out.getvalue(), report.card_path.with_suffix(".md").read_text()
+        alone = report.manifest.report["base_rate_alone"]
+        (line,) = (line for line in said[name][0].splitlines() if "log-loss, the base rate alone" in line)
+        assert f"{alone['log_loss']:.4f}" in line
+        assert f"lower is better; the base rate alone has {alone['brier']:.4f}" in said[name][1]
+        assert all("the base rate alone " in text.split("Candidates", 1)[1] for text in said[name])
+    for text in said["noise"]:
+        assert "It may order leads no better than chance" in " ".join(text.split())
+        assert "no better than answering every lead the base rate" in " ".join(text.split())
+    assert "whom to call first" not in said["noise"][1]
+    assert "whom to call first" in said["signal"][1]
+    assert not [text for text in said["signal"] if "no better than" in text]
+
+
 def test_progress_tells_every_stage_to_its_end(made_up: Callable[[int], str], tmp_path: Path) -> None:
     seen: dict[str, tuple[int, int]] = {}
 

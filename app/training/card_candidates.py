@@ -47,6 +47,9 @@ def _candidates(choice: Mapping[str, Any]) -> Table:
         )
         for entry in choice["candidates"]
     ]
+    if alone := choice.get("base_rate_alone"):
+        figures = _number(alone.get("log_loss"), ".4f"), "0.5000", _number(alone.get("brier"), ".4f")
+        rows.append(("the base rate alone", *figures, "", "to be better than"))
     head = ("candidate", "log-loss", "ROC AUC", "Brier", "folds", "")
     return Table(head, rows, "Candidates (mean ± standard deviation over folds)")
 

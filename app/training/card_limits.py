@@ -14,6 +14,7 @@ from app.training.card_slices import MIN_SLICE_ROWS, OTHERS, Division, find_off_
 from app.training.held_out import HeldOut
 from app.training.interval_coverage import NINETY_FIVE_PERCENT
 from app.training.reliability import ReliabilityBin
+from app.training.report import describe_worth, measured_beside
 
 _FEW_ROWS = 1000
 
@@ -70,6 +71,7 @@ def describe_held_out_limits(
     # Of leads drawn at random, what differs from those it learnt from differs by the draw.
     later = manifest.report.get("split") == "time"
     found = (
+        *describe_worth(*measured_beside(manifest)),
         _base_rate(manifest, held_out) if later else "",
         _calibration(bins),
         *(

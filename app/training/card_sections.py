@@ -11,7 +11,7 @@ from app.training.card_evidence import Evidence
 from app.training.card_page import Chart, Section, Table
 from app.training.card_slices import MIN_SLICE_ROWS, Division
 from app.training.held_out import SHUFFLES
-from app.training.report import HEADLINES, describe_coverage
+from app.training.report import HEADLINES, describe_coverage, measured_beside
 
 _MEANINGS = {
     "roc_auc": "how often it puts a lead with the outcome above one without; 0.5 is guessing",
@@ -32,16 +32,17 @@ _COUNTED = {"age_days": "days since {}", "days_until": "days until {}"}
 
 def describe_metrics(manifest: ModelManifest) -> Section:
     """Returns the section with the held-out metrics and, where they were measured, their intervals."""
-    intervals = manifest.report.get("intervals") or {}
+    metrics, intervals, alone = measured_beside(manifest)
     rows = [
         (
             heading,
-            f"{manifest.metrics[name]:.4f}",
+            f"{metrics[name]:.4f}",
             "{:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else "",
-            _MEANINGS.get(name, ""),
+            _MEANINGS.get(name, "")
+            + (f"; the base rate alone has {alone[name]:.4f}" if name in alone else ""),
         )
         for name, heading in HEADLINES
-        if name in manifest.metrics
+        if name in metrics
     ]
     head, drawn = ("metric", "value", "95% interval", "meaning"), any(row[2] for row in rows)
     table = Table(head, rows) if drawn else Table(_without(head), [_without(row) for row in rows])

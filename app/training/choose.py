@@ -31,6 +31,7 @@ from app.training.fit import (
     fit_model,
     learn_features,
 )
+from app.training.model_metrics import measure_rate_alone
 from app.training.recency import (
     HALF_LIVES,
     NEVER,
@@ -117,6 +118,7 @@ def choose_model(
             "order": "random" if rows.order is None else "time",
             "folds": len(measured[ranked[0].name]),
             "candidates": [_describe(one, measured[one.name]) for one in ranked],
+            "base_rate_alone": _measure_rate_alone(rows.outcome, folds),
             "chosen": ranked[0].name,
             "runner_up": ranked[1].name if len(ranked) > 1 else None,
             "calibrators": choice.evidence,
@@ -227,6 +229,12 @@ def _parts(fold: IntArray) -> list[BoolArray]:
 def _measure(probability: FloatArray, outcome: IntArray) -> tuple[float, float, float]:
     told = calibration_statistics(probability, outcome)
     return told["log_loss"], float(roc_auc_score(outcome, probability)), told["brier"]
+
+
+def _measure_rate_alone(outcome: IntArray, folds: Sequence[Fold]) -> dict[str, float]:
+    """Measures what the rate of each fold's training rows alone foretells of its test rows."""
+    told = [measure_rate_alone(float(outcome[fold.train].mean()), outcome[fold.test]) for fold in folds]
+    return {name: round(float(np.mean([one[name] for one in told])), 6) for name in ("brier", "log_loss")}
 
 
 def _mean_log_loss(measured: Measured) -> float:

@@ -16,7 +16,7 @@ from app.training.answers import answer_leads
 from app.training.bootstrap import bootstrap_intervals
 from app.training.fit import CalibratedModel
 from app.training.interval_coverage import measure_coverage
-from app.training.model_metrics import evaluate, measure_importance
+from app.training.model_metrics import evaluate, measure_importance, measure_rate_alone
 from app.training.options import TrainingOptions
 from app.training.reliability import describe_reliability
 from app.training.rows import LeftOut, TrainingRows
@@ -81,6 +81,7 @@ def describe_model(
             "choice": model.choice,
             "importance": importance,
             "reliability": describe_reliability(probability, test_part.outcome),
+            "base_rate_alone": measure_rate_alone(rule.base_rate, test_part.outcome),
             "intervals": bootstrap_intervals(probability, test_part.outcome, options.seed),
             "interval_coverage": measure_coverage(answers.intervals, probability, test_part.outcome),
         },

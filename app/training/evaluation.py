@@ -19,7 +19,7 @@ from app.db.leads import fetch_columns
 from app.errors import TrainingError
 from app.training.bootstrap import bootstrap_intervals
 from app.training.interval_coverage import measure_coverage
-from app.training.model_metrics import evaluate
+from app.training.model_metrics import evaluate, measure_rate_alone
 from app.training.options import TrainingOptions
 from app.training.reliability import describe_reliability
 from app.training.rows import TrainingRows, begins_at_creation, fetch_rows
@@ -34,9 +34,10 @@ MIN_LEADS, MIN_OF_EACH_OUTCOME = 50, 10
 class Evaluation:
     """A model's worth on the decided leads of a source.
 
-    `metrics` and their `intervals` are those of a manifest; `verdicts` has leads, share and Brier score (None
-    for no leads) of each; `interval_coverage` is None for a model without intervals. `rejected` leads get no
-    answer and count nowhere else. `warnings` say what makes the figures look better than they are.
+    `metrics` and their `intervals` are those of a manifest; `base_rate_alone` has what some of them would be
+    if all were answered the model's base rate; `verdicts` has leads, share and Brier score (None for no
+    leads) of each; `interval_coverage` is None for a model without intervals. `rejected` leads get no answer
+    and count nowhere else. `warnings` say what makes the figures look better than they are.
     """
 
     model_id: str
@@ -51,6 +52,7 @@ class Evaluation:
     rejected: int
     metrics: dict[str, float]
     intervals: dict[str, list[float]]
+    base_rate_alone: dict[str, float]
     verdicts: dict[str, JsonObject]
     interval_coverage: JsonObject | None
     reliability: list[list[float]]
@@ -98,6 +100,7 @@ def evaluate_model(
         rejected=int(rejected.sum()),
         metrics=evaluate(probability, outcome, manifest.threshold),
         intervals=bootstrap_intervals(probability, outcome, _SEED),
+        base_rate_alone=measure_rate_alone(manifest.base_rate, outcome),
         verdicts=_describe_verdicts(answered, outcome),
         interval_coverage=(
             measure_coverage(find_intervals(bundle, answered), probability, outcome)

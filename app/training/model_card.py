@@ -19,7 +19,7 @@ from app.training.card_sections import (
     describe_slices,
 )
 from app.training.held_out import HeldOut
-from app.training.report import describe_data, rate_of_when
+from app.training.report import describe_data, measured_beside, orders_by_chance, rate_of_when
 
 
 def build_cards(manifest: ModelManifest, held_out: HeldOut | None) -> dict[CardForm, str]:
@@ -74,6 +74,8 @@ def _outcomes(manifest: ModelManifest) -> str:
 
 def _purpose(manifest: ModelManifest) -> list[Section]:
     within = f" within {manifest.horizon_days} days" if manifest.horizon_days else ""
+    _, intervals, _ = measured_beside(manifest)
+    makes_order = not (manifest.learnt_nothing or orders_by_chance(intervals))
     estimate = f"It estimates how likely a lead of {manifest.source} is to reach {manifest.label}{within}."
     return [
         Section(
@@ -83,7 +85,7 @@ def _purpose(manifest: ModelManifest) -> list[Section]:
                 "A probability of 30% means: of 100 such leads about 30 do.",
             ),
             points=(
-                *([] if manifest.learnt_nothing else ["Deciding whom to call first."]),
+                *(["Deciding whom to call first."] if makes_order else []),
                 "Planning how many calls a team will make.",
                 "Adding up: the sum of the probabilities is how many outcomes to expect from these leads.",
                 "Seeing of which leads too little is known to say anything (the verdict).",

@@ -47,6 +47,12 @@ def evaluate(probability: FloatArray, outcome: IntArray, threshold: float) -> di
     }
 
 
+def measure_rate_alone(rate: float, outcome: IntArray) -> dict[str, float]:
+    """Returns Brier score and log-loss of answering this rate to all leads (n,): what a model has to beat."""
+    told = calibration_statistics(np.full(len(outcome), rate), outcome)
+    return {name: round(float(told[name]), 6) for name in ("brier", "log_loss")}
+
+
 def measure_importance(
     fitted: FittedCandidate, matrix: FeatureMatrix, outcome: IntArray, seed: int
 ) -> dict[str, float]:

@@ -105,18 +105,53 @@ def describe_day_one(known: Mapping[str, Any]) -> str:
     )
 
 
+def measured_beside(
+    manifest: ModelManifest,
+) -> tuple[Mapping[str, float], Mapping[str, Sequence[float]], Mapping[str, float]]:
+    """Returns the held-out metrics, their intervals, and metrics of the base rate alone, as far as known."""
+    report = manifest.report
+    return manifest.metrics, report.get("intervals", {}), report.get("base_rate_alone", {})
+
+
 def describe_metrics(
-    metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]]
+    metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]], alone: Mapping[str, float]
 ) -> list[tuple[str, str]]:
     """Returns the metrics people ask for as pairs of heading and text, each with its interval if it has one.
 
-    The interval is that of `bootstrap_intervals`: the 95 % range of the metric.
+    The interval is that of `bootstrap_intervals`: the 95 % range of the metric. After a metric comes that of
+    the base rate `alone`, if it is there.
     """
-    return [
-        (heading, f"{metrics[name]:.4f}" + _range(intervals.get(name, ())))
-        for name, heading in HEADLINES
-        if name in metrics
-    ]
+    rows = []
+    for name, heading in HEADLINES:
+        if name in metrics:
+            rows.append((heading, f"{metrics[name]:.4f}" + _range(intervals.get(name, ()))))
+        if name in alone:
+            rows.append((f"{heading}, the base rate alone", f"{alone[name]:.4f}"))
+    return rows
+
+
+def describe_worth(
+    metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]], alone: Mapping[str, float]
+) -> list[str]:
+    """Returns what a reader must know of a model that does no better than one that knows nothing."""
+    told = []
+    if orders_by_chance(intervals):
+        low, high = intervals["roc_auc"]
+        told.append(
+            "It may order leads no better than chance does: the 95 % interval of its ROC AUC is "
+            f"{low:.4f} to {high:.4f}, and 0.5 is guessing."
+        )
+    if alone and metrics["log_loss"] >= alone["log_loss"]:
+        told.append(
+            "Its probabilities were no better than answering every lead the base rate: their log-loss is "
+            f"{metrics['log_loss']:.4f}, the base rate's {alone['log_loss']:.4f}."
+        )
+    return told
+
+
+def orders_by_chance(intervals: Mapping[str, Sequence[float]]) -> bool:
+    """Tells whether guessing lies within what the ROC AUC may be."""
+    return "roc_auc" in intervals and intervals["roc_auc"][0] <= 0.5
 
 
 def describe_coverage(coverage: Mapping[str, Any]) -> str:
@@ -143,7 +178,8 @@ def print_report(report: TrainingReport, console: Console) -> None:
     for heading, text in describe_data(manifest):
         table.add_row(heading, escape(text))
     table.add_section()
-    for heading, text in describe_metrics(manifest.metrics, manifest.report.get("intervals", {})):
+    measured = measured_beside(manifest)
+    for heading, text in describe_metrics(*measured):
         table.add_row(f"held-out {heading}", text)
     if coverage := manifest.report.get("interval_coverage"):
         table.add_row("held-out intervals", describe_coverage(coverage))
@@ -152,7 +188,7 @@ def print_report(report: TrainingReport, console: Console) -> None:
         console.print(_candidates_table(choice))
     for column, reason in manifest.report["dropped"].items():
         console.print(escape(f"left out: {column} ({reason})"))
-    for warning in manifest.report["warnings"]:
+    for warning in [*manifest.report["warnings"], *describe_worth(*measured)]:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     console.print(f"published in {report.seconds:.1f} s, with a card:")
     for path in (report.manifest_path, report.card_path):
@@ -172,7 +208,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for heading, text in _describe_evaluated(evaluation):
         table.add_row(heading, escape(text))
     table.add_section()
-    for heading, text in describe_metrics(evaluation.metrics, evaluation.intervals):
+    measured = evaluation.metrics, evaluation.intervals, evaluation.base_rate_alone
+    for heading, text in describe_metrics(*measured):
         table.add_row(heading, text)
     table.add_section()
     for verdict, told in evaluation.verdicts.items():
@@ -181,7 +218,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     if coverage := evaluation.interval_coverage:
         table.add_row("intervals", describe_coverage(coverage))
     console.print(table)
-    for warning in evaluation.warnings:
+    for warning in [*evaluation.warnings, *describe_worth(*measured)]:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
 
 
@@ -226,4 +263,6 @@ def _candidates_table(choice: Mapping[str, Any]) -> Table:
         table.add_row(
             escape(one["name"]), *figures, style="bold" if one["name"] == choice["chosen"] else None
         )
+    alone = choice["base_rate_alone"]
+    table.add_row("the base rate alone", f"{alone['log_loss']:.4f}", "0.5000", f"{alone['brier']:.4f}", "")
     return table
