@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import psycopg
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 from scipy.stats import lognorm
 
 from app.ai.domain import FloatArray
@@ -19,6 +21,7 @@ from app.cli import cli
 from app.errors import TrainingError
 from app.training.evaluation import evaluate_model
 from app.training.options import TrainingOptions
+from app.training.report import print_report
 from app.training.rows import LeftOut, choose_columns, fetch_rows
 from app.training.train import train
 from tests.builders import DAY, column, leads
@@ -92,6 +95,33 @@ def test_waiting_for_the_horizon_calibrates_and_taking_young_leads_for_lost_does
     record_property("taken for lost", round(taken_for_lost, 4))
     assert patient < 0.02
     assert taken_for_lost > 0.05
+
+
+def test_labels_that_fall_among_the_latest_leads_may_not_be_in_yet_and_the_report_and_card_say_so(
+    options: Callable[..., TrainingOptions], tmp_path: Path
+) -> None:
+    create_delayed_leads(options().url)
+    with psycopg.connect(options().url) as connection:
+        connection.execute(
+            "CREATE VIEW labelled AS SELECT lead_id, created_at, interest, (won_at IS NOT NULL)::int AS won, "
+            f"CASE WHEN created_at < '{NOW}'::timestamptz - interval '{HORIZON_DAYS} days' "
+            f"THEN (won_at < created_at + interval '{HORIZON_DAYS} days')::int END AS waiting "
+            f"FROM delayed WHERE lead_id < '00000000-0000-0000-0000-000000004000'"
+        )
+    said = {}
+    for label, other in (("won", "waiting"), ("waiting", "won")):
+        asked = options(source="labelled", label=label, exclude=(other,), order_by="created_at",
+                        model_dir=tmp_path / label)  # fmt: skip
+        report, out = train(asked), StringIO()
+        print_report(report, Console(file=out, width=200))
+        said[label] = [
+            " ".join(text.split())
+            for text in (out.getvalue(), report.card_path.with_suffix(".md").read_text())
+        ]
+    for text in said["won"]:
+        assert "their outcomes are not in yet and were taken for no" in text
+        assert "name the time of the outcome with --outcome and --horizon-days" in text
+    assert not [text for text in said["waiting"] if "not in yet" in text]
 
 
 def create_few(url: str, rows: str, time: str = "created_at") -> None:

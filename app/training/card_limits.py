@@ -14,7 +14,7 @@ from app.training.card_slices import MIN_SLICE_ROWS, OTHERS, Division, find_off_
 from app.training.held_out import HeldOut
 from app.training.interval_coverage import NINETY_FIVE_PERCENT
 from app.training.reliability import ReliabilityBin
-from app.training.report import describe_worth, measured_beside
+from app.training.report import describe_worth, explain_fall, measured_beside
 
 _FEW_ROWS = 1000
 
@@ -73,6 +73,7 @@ def describe_held_out_limits(
     found = (
         *describe_worth(*measured_beside(manifest)),
         _base_rate(manifest, held_out) if later else "",
+        *explain_fall(manifest),
         _calibration(bins),
         *(
             f"Where {title} is {part.name!r} the predictions are too {'low' if part.gap > 0 else 'high'} by "

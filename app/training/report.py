@@ -16,6 +16,7 @@ from rich.table import Table
 from app.ai.model_manifest import ModelManifest, manifest_fingerprint
 from app.training.card_evidence import NO_CHARTS, charts_available
 from app.training.evaluation import Evaluation
+from app.training.interval_coverage import NINETY_FIVE_PERCENT
 
 HEADLINES: tuple[tuple[str, str], ...] = (
     ("roc_auc", "ROC AUC"), ("pr_auc", "PR AUC"), ("lift_at_10_percent", "lift in the top tenth"),
@@ -154,6 +155,24 @@ def orders_by_chance(intervals: Mapping[str, Sequence[float]]) -> bool:
     return "roc_auc" in intervals and intervals["roc_auc"][0] <= 0.5
 
 
+def explain_fall(manifest: ModelManifest) -> list[str]:
+    """Says what else it may mean that fewer of the latest leads have a label of 1: some may be too young."""
+    training, latest = manifest.training, manifest.metrics.get("mean_observed")
+    if latest is None or manifest.horizon_days is not None or manifest.report.get("split") != "time":
+        return []
+    before = (training.positives - latest * training.test_rows) / training.train_rows
+    spread = before * (1 - before) * (1 / training.train_rows + 1 / training.test_rows)
+    if latest >= before or before - latest <= NINETY_FIVE_PERCENT * spread**0.5:
+        return []
+    text = (
+        f"Of the latest leads, which it was tested on, {latest:.1%} reached the outcome, of those before "
+        f"{before:.1%}. Either the rate fell, or their outcomes are not in yet and were taken for no: then "
+        "its probabilities are too low, though they look too high here. Leave such outcomes empty, or name "
+        "the time of the outcome with --outcome and --horizon-days."
+    )
+    return [text]
+
+
 def describe_coverage(coverage: Mapping[str, Any]) -> str:
     """Returns what came of `measure_coverage`: what the intervals hold, and what no width would."""
     return (
@@ -188,7 +207,7 @@ def print_report(report: TrainingReport, console: Console) -> None:
         console.print(_candidates_table(choice))
     for column, reason in manifest.report["dropped"].items():
         console.print(escape(f"left out: {column} ({reason})"))
-    for warning in [*manifest.report["warnings"], *describe_worth(*measured)]:
+    for warning in [*manifest.report["warnings"], *describe_worth(*measured), *explain_fall(manifest)]:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     console.print(f"published in {report.seconds:.1f} s, with a card:")
     for path in (report.manifest_path, report.card_path):
