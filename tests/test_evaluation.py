@@ -79,6 +79,7 @@ def crm(create_database: Callable[..., str], tmp_path_factory: pytest.TempPathFa
             CREATE VIEW only_lost AS SELECT * FROM unseen WHERE won = 0;
             CREATE VIEW a_few AS SELECT * FROM unseen LIMIT 30;
             CREATE VIEW timeless AS SELECT lead_id, won, signal, noise FROM leads;
+            CREATE VIEW timeless_too AS SELECT * FROM timeless;
             CREATE VIEW begun AS SELECT lead_id, as_of AS created_at, won, signal, noise FROM leads
             """
         )
@@ -170,8 +171,11 @@ def test_leads_without_a_time_of_their_own_are_warned_of_only_where_the_model_co
     timeless = replace(crm, source="timeless")
     assert evaluate_quietly(timeless, bundle).warnings == ()
     train(replace(timeless, model_dir=tmp_path, exclude=()))
-    (warning,) = evaluate_quietly(timeless, ModelRegistry(ModelCatalogue(tmp_path)).load()).warnings
-    assert "trained on timeless" in warning
+    bundle = ModelRegistry(ModelCatalogue(tmp_path)).load()
+    for spelling in ("timeless", "public.timeless"):
+        (warning,) = evaluate_quietly(replace(crm, source=spelling), bundle).warnings
+        assert "trained on timeless" in warning
+    assert evaluate_quietly(replace(crm, source="timeless_too"), bundle).warnings == ()
 
 
 def test_leads_taken_as_they_were_when_the_model_was_trained_overlap_if_they_had_begun(

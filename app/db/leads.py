@@ -237,6 +237,18 @@ def fetch_columns(url: str, relation: str) -> Mapping[str, ColumnKind]:
         return column_kinds(fetch_types(connection, relation))
 
 
+def is_same_relation(url: str, relation: str, other: str) -> bool:
+    """Tells whether both names, spelled as they may be, stand for the same table or view of this database.
+
+    Raises:
+        DatabaseUnavailableError: the database cannot be reached.
+    """
+    with open_reader(url, relation) as connection:
+        names = [quoted_relation(relation), quoted_relation(other)]
+        row = connection.execute("SELECT to_regclass(%s) = to_regclass(%s)", names).fetchone()
+    return row == (True,)
+
+
 def count_leads(url: str, relation: str) -> int:
     """Returns how many leads the relation has.
 

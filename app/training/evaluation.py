@@ -15,7 +15,7 @@ import numpy as np
 from app.ai.domain import VERDICTS, AnswerArray, BoolArray, ColumnKind, IntArray, JsonObject, Progress
 from app.ai.model_bundle import ModelBundle
 from app.ai.predictor import ScoringPolicy, find_intervals, score_leads
-from app.db.leads import fetch_columns
+from app.db.leads import fetch_columns, is_same_relation
 from app.errors import TrainingError
 from app.training.bootstrap import bootstrap_intervals
 from app.training.interval_coverage import measure_coverage
@@ -172,7 +172,7 @@ def _explain_overlap(options: TrainingOptions, bundle: ModelBundle, rows: Traini
     if trained_from is None or trained_to is None:
         return None
     if rows.order is None:
-        if options.source != manifest.source:
+        if not is_same_relation(options.url, options.source, manifest.source):
             return None
         return (
             f"model {manifest.version} was trained on {manifest.source}, and these leads have no time of "
