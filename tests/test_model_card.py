@@ -30,6 +30,7 @@ from app.training.held_out import HeldOut
 from app.training.model_card import build_card
 from app.training.model_metrics import evaluate
 from app.training.reliability import build_reliability_bins
+from app.training.report import describe_day_one
 from tests.builders import spec
 from tests.model_files import V1, manifest_of, publish
 
@@ -335,6 +336,26 @@ def test_a_day_one_card_tells_what_was_seen_from_what_is_expected(
     assert f"| expected rate | {expected:.1%} |" in page
     assert "outcome rate" not in page
     assert "when it came" not in page, "nobody asked: there is nothing to measure in order"
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "positives", "said"),
+    [
+        (199, 0, "Train again at 200 outcomes, 40 of each kind."),
+        (5000, 39, "Train again at 40 leads with the outcome; 39 of 5,000 are known."),
+        (5000, 4961, "Train again at 40 leads without the outcome; 39 of 5,000 are known."),
+        (500, 0, "40 leads with the outcome; 0 of 500 are known. Or is this not the label, or --positive of"),
+        (
+            500,
+            500,
+            "40 leads without the outcome; 0 of 500 are known. Or is this not the label, or --positive",
+        ),
+    ],
+)
+def test_a_day_one_model_asks_for_what_is_missing(outcomes: int, positives: int, said: str) -> None:
+    known = {"outcomes": outcomes, "positives": positives, "evidence": 0, "enough": 200, "enough_of_each": 40}
+    assert said in describe_day_one(known)
+    assert ("--positive" in describe_day_one(known)) is ("--positive" in said)
 
 
 @pytest.mark.parametrize("learnt", [True, False])

@@ -100,10 +100,19 @@ def describe_day_one(known: Mapping[str, Any]) -> str:
             f"{outcomes} outcomes, {positives} of them positive: answers are shrunk towards the base rate "
             f"(probability that the features say anything: {known['evidence']:.0%})"
         )
-    return (
-        f"{basis}. Nothing was left to test on. Train again at {known['enough']} outcomes, "
-        f"{known['enough_of_each']} of each kind."
-    )
+    return f"{basis}. Nothing was left to test on. {_when_again(known)}"
+
+
+def _when_again(known: Mapping[str, Any]) -> str:
+    """Says what is missing yet; of many outcomes of one kind perhaps none of the other will ever come."""
+    outcomes, positives, enough_of_each = known["outcomes"], known["positives"], known["enough_of_each"]
+    if outcomes < known["enough"]:
+        return f"Train again at {known['enough']} outcomes, {enough_of_each} of each kind."
+    rarer, kind = min((positives, "with"), (outcomes - positives, "without"))
+    again = f"Train again at {enough_of_each} leads {kind} the outcome; {rarer} of {outcomes:,} are known."
+    if rarer:
+        return again
+    return f"{again} Or is this not the label, or --positive of the import not the word that means yes?"
 
 
 def measured_beside(
