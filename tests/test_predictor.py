@@ -619,6 +619,16 @@ async def test_every_stage_is_timed_and_drift_sees_what_was_built(world: World) 
     assert world.drift.statistics(BUNDLE.statistics, FEATURES.fingerprint).rows == 2
 
 
+async def test_drift_counts_a_lead_once_however_often_it_is_explained(caching_world: World) -> None:
+    world, leads = caching_world, [f"lead_{number}" for number in range(25)]
+    for context in (WITH_REASONS, WITH_FEATURES, CONTEXT) * 4:
+        await world.ask(*leads, context=context)
+    assert world.drift.statistics(BUNDLE.statistics, FEATURES.fingerprint).rows == 25
+    world.source.part_leads = 2
+    await world.ask("lead_3", "nobody", "lead_26", "lead_4", "lead_27", context=WITH_REASONS)
+    assert world.drift.statistics(BUNDLE.statistics, FEATURES.fingerprint).rows == 27
+
+
 @pytest.mark.parametrize(("leads", "inline"), [(INLINE_LEADS, True), (INLINE_LEADS + 1, False)])
 async def test_large_batches_leave_the_event_loop_for_the_scoring_thread(
     executor: ThreadPoolExecutor, world: World, leads: int, inline: bool

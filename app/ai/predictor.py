@@ -304,6 +304,8 @@ class Predictor:
         """Reads and scores leads the cache does not know; a part of them while the next one is being read."""
         watch = Stopwatch(self._clock)
         since = self._cache.moment()
+        # A lead that is explained is read even if it is remembered; drift counts it once all the same.
+        seen = self._cache.recall(bundle.ref, as_of, lead_ids)[0] if explain else None
         parts: dict[int, tuple[FetchedLeads, ScoredLeads | None]] = {}
 
         def use_part(first: int, fetched: FetchedLeads) -> None:
@@ -325,8 +327,11 @@ class Predictor:
             if not leads.n:
                 continue
             scored = inline or await self._score_apart(bundle, leads, as_of, watch.lap)
-            self._drift.add(scored.features, bundle.feature_set.fingerprint)
             found = (row_of >= 0).nonzero()[0]
+            features = scored.features
+            if seen is not None:
+                features = np.delete(features, row_of[found[seen[first + found]]], axis=0)
+            self._drift.add(features, bundle.feature_set.fingerprint)
             rows, places = row_of.take(found), first + found
             answers.put(places, scored.answers.take(rows))
             fate.put(places, np.where(scored.rejected.take(rows), _FEATURES_REJECTED, _ANSWERED))
