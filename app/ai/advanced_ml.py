@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from app.ai.dependencies import DirectRoute, breaker_of, predictor_of, record_of
 from app.ai.domain import Predictions, RequestContext
 from app.ai.scoring_requests import SCORING_ERRORS, read_lead_ids
-from app.errors import CircuitOpenError, DatabaseUnavailableError
+from app.errors import CircuitOpenError
 from app.metrics import observe_breaker
 from app.schemas.ai_ml import LegacyPredictBatchResponse
 from app.schemas.openapi import describe_answers, describe_scoring_body
@@ -47,11 +47,6 @@ def build_router(max_batch_size: int, dependencies: Sequence[Any] = ()) -> APIRo
         try:
             async with breaker.guard():
                 record.predictions = await predictor_of(request).predict(lead_ids, context)
-                if DatabaseUnavailableError.code in record.predictions.count_rejections():
-                    raise DatabaseUnavailableError  # noqa: TRY301 - counted, though others are answered
-        except DatabaseUnavailableError:
-            if record.predictions is None:
-                raise
         finally:
             observe_breaker(breaker.state)
         return Response(encode_answer(record.predictions, record.request_id), media_type="application/json")
