@@ -16,6 +16,7 @@ import time
 from typing import Any, Literal
 
 import httptools
+import structlog
 from uuid_utils import uuid7
 from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.config import Config
@@ -54,6 +55,8 @@ _NO_REQUEST = (
     "What was sent is not an HTTP request, is transferred in another coding than chunked, or its head is too "
     f"large: at most {MAX_OVERHEAD_BYTES // 1024} KiB and {MAX_FIELDS} fields."
 )
+
+_log = structlog.get_logger("app.http_protocol")
 
 
 class _RoomForOneAnswer(FlowControl):
@@ -122,6 +125,14 @@ class ProblemProtocol(HttpToolsProtocol):
                 except httptools.HttpParserUpgrade as offer:
                     piece = piece[offer.args[0] :]
                     self._read_head_without_offer()
+        except httptools.HttpParserCallbackError as exc:
+            if isinstance(exc.__context__, MalformedRequestError):
+                self.send_400_response("")
+                return
+            # Ours, for want of memory as a rule: who hears that a request is wrong does not send it again.
+            _log.error("request_not_read", error=type(exc.__context__).__name__)
+            self._give_up()
+            self.transport.abort()
         except httptools.HttpParserError:
             self.send_400_response("")
 

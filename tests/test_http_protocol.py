@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client import REGISTRY
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from app.ai.events import UNMATCHED_ROUTE
 from app.drain import Drain
@@ -62,11 +62,31 @@ async def tell(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": told})
 
 
+class _NoMemory(Drain):
+    @property
+    def active(self) -> bool:
+        raise MemoryError
+
+
+async def tell_without_memory(scope: Scope, receive: Receive, send: Send) -> None:
+    """Fails within the parser, which asks for the drain at the end of a head."""
+
+    async def send_after(message: Message) -> None:
+        scope["state"]["drain"] = _NoMemory(0.0, time.monotonic)
+        await send(message)
+
+    await tell(scope, receive, send_after)
+
+
 @pytest.fixture(scope="module")
 def address() -> Iterator[tuple[str, int]]:
     with serve_app(tell) as base:
-        url = urlsplit(base)
-        yield url.hostname or "", url.port or 0
+        yield split_address(base)
+
+
+def split_address(base: str) -> tuple[str, int]:
+    url = urlsplit(base)
+    return url.hostname or "", url.port or 0
 
 
 class Client:
@@ -308,3 +328,11 @@ def test_what_is_cancelled_says_nothing_but_what_was_answered_before_it_stays(cl
     assert client.answer()[0] == 200
     assert client.answer() == (0, None)
     assert client._received == b""
+
+
+def test_who_meets_a_failure_of_the_service_is_not_told_that_the_request_is_wrong() -> None:
+    before = count_refused()
+    with serve_app(tell_without_memory) as base, closing(Client(split_address(base))) as client:
+        client.send(GET + b"\r\n")
+        assert client.answer() == (0, None)
+    assert count_refused() == before
