@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from app.ai.column_blocks import NULL_NUMBER, NULL_TEXT, ColumnBlocks, encode_text, stack_columns
 from app.ai.domain import InputColumn, LeadColumns
+from app.ai.feature_plan import _OPERATIONS
 from app.ai.feature_safety import SafetyRules, apply_rules, build_statistics
 from app.ai.feature_transforms import RANGES, TRANSFORMS
 from app.ai.features import FeatureMatrix, FeatureSet, build_features
-from app.ai.score_kernels import CHECKED, installed_kernels
+from app.ai.score_kernels import CHECKED, Operation, installed_kernels
 from tests.builders import (
     AS_OF,
     DAY,
@@ -44,6 +45,10 @@ NUMBERS = st.one_of(
 WORDS = ["web", "fair", "Web ", "ﬁn", "fin", "", "  ", "pigeon"]
 PARAMETERS = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -2.5]), st.floats(-3e38, 3e38))
 MOMENTS = st.one_of(st.just(AS_OF), st.floats(-1e12, 1e12), st.sampled_from([0.0, -0.0, 1e300, -1.7e308]))
+
+
+def test_numpy_has_every_operation_on_numbers() -> None:
+    assert {*_OPERATIONS, Operation.LOOK_UP} == set(Operation)
 
 
 @st.composite

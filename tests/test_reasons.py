@@ -4,8 +4,9 @@ import pytest
 
 from app.ai.domain import Column
 from app.ai.feature_safety import build_statistics
+from app.ai.feature_transforms import TRANSFORMS
 from app.ai.features import FeatureSet, FeatureSpec, build_features
-from app.ai.reasons import MAX_REASONS, GroupWords, put_into_words, write_reasons
+from app.ai.reasons import _WORDS, MAX_REASONS, GroupWords, put_into_words, write_reasons
 from tests.builders import AS_OF, DAY, INF, NAN, column, leads, spec
 
 HUNDRED = column("number", *range(1, 101))
@@ -29,6 +30,10 @@ def say_one(transform: str, *columns: Column, **changes: object) -> list[str]:
     )
     (group,) = say(feature, training=training, **dict(zip(names, columns, strict=True)))
     return group.classes
+
+
+def test_every_transform_has_its_words() -> None:
+    assert {*_WORDS, "level", "one_of"} == set(TRANSFORMS)
 
 
 def days_ago(*days: float | None) -> Column:
