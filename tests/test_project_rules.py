@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import click
@@ -166,6 +167,14 @@ def test_every_threat_has_a_defence_and_something_that_shows_it() -> None:
         *_, defence, shown_by = row.split("|")
         assert defence.strip(), name
         assert re.search("`(test_|make prove-)", shown_by), name
+
+
+def test_the_list_of_rooms_is_in_the_order_in_which_they_may_import_each_other() -> None:
+    contract = tomllib.loads(_read("pyproject.toml"))["tool"]["importlinter"]["contracts"][0]
+    assert contract["exhaustive"]
+    groups = re.findall(r"(?:^app/\w.*\n)+", _read("README_ML_DEV.md"), re.MULTILINE)
+    told = [" | ".join(re.findall(r"^app/(\w+)", group, re.MULTILINE)) for group in groups]
+    assert told == contract["layers"]
 
 
 def test_only_what_says_when_something_was_reads_the_wall_clock() -> None:
