@@ -22,7 +22,7 @@ ANNOUNCEMENT = signal.SIGUSR1
 OUT_OF_MEMORY = 70
 """The exit status of a worker that ran out of memory: EX_SOFTWARE of sysexits.h."""
 
-_log = structlog.get_logger("app.drain")
+_log = structlog.get_logger()
 
 
 class Drain:

@@ -30,7 +30,7 @@ from app.schemas.openapi import PROBLEM_MEDIA_TYPE
 FRAMEWORK_ERRORS = (HTTPException, RequestValidationError, Exception)
 """What the framework answers in its own words unless `Problems.answer_framework_error` does."""
 
-_log = structlog.get_logger("app.errors")
+_log = structlog.get_logger()
 
 
 class Problems:

@@ -196,7 +196,7 @@ class _Lines:
                 self._dropped -= dropped
                 self._changed.notify_all()
             if dropped:
-                structlog.get_logger("app.log_setup").warning("log_lines_dropped", lines=dropped)
+                structlog.get_logger().warning("log_lines_dropped", lines=dropped)
 
 
 _lines = _Lines()
@@ -225,4 +225,4 @@ def _log_uncaught(
     if issubclass(kind, KeyboardInterrupt | SystemExit) or error is None:
         sys.__excepthook__(kind, error or kind(), place)
         return
-    structlog.get_logger("app").critical("uncaught_exception", exc_info=error)
+    structlog.get_logger().critical("uncaught_exception", exc_info=error)

@@ -30,7 +30,7 @@ _HEADERS = {
 _MEDIA_TYPES: dict[CardForm, str] = {"html": "text/html", "markdown": "text/markdown"}
 _VERSION = r"^[0-9]{8}_[0-9]{6}$"
 
-_log = structlog.get_logger("app.model_cards")
+_log = structlog.get_logger()
 
 
 async def _get_registry(request: Request) -> ModelRegistry:

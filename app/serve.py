@@ -52,7 +52,7 @@ ENDING_SECONDS = 4
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_log = structlog.get_logger("app.serve")
+_log = structlog.get_logger()
 
 
 class _Stopped(BaseException):

@@ -49,7 +49,7 @@ from app.security.rate_limit import RateLimiter
 from app.security.tokens import JwtVerifier
 from app.settings import Settings
 
-_log = structlog.get_logger("app.wiring")
+_log = structlog.get_logger()
 
 PROBE_DEADLINE_SECONDS = 0.25
 DRIFT_WINDOW_ROWS = 5000

@@ -237,6 +237,13 @@ def test_nothing_is_patched_in_tests_and_no_http_exception_is_raised_below_the_e
     assert not offenders
 
 
+def test_no_logger_has_a_name_which_its_lines_would_not_show() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "app").rglob("*.py"))
+    given = re.findall(r"get_logger\((.*?)\)", source)
+    assert len(given) > 15
+    assert not [name for name in given if name]
+
+
 def test_every_connection_to_a_database_speaks_utf8_and_is_kept_alive() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "app").rglob("*.py"))
     addresses = re.findall(r"\b(?:psycopg|Connection)\.connect\(\s*(\w*)", source)

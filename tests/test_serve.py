@@ -498,7 +498,7 @@ def test_why_a_service_does_not_start_is_said_after_its_log() -> None:
         "from app.settings import Settings\n"
         "def refuse(*_):\n"
         "    for _ in range(1000):\n"
-        "        structlog.get_logger('app.x').info('x')\n"
+        "        structlog.get_logger().info('x')\n"
         "    raise SettingsError('no')\n"
         "serve.bind = refuse\n"
         "try:\n"

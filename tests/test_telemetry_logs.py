@@ -38,8 +38,8 @@ def run(code: str) -> list[dict[str, Any]]:
 def test_a_line_carries_level_time_and_the_bound_request_id() -> None:
     (line,) = run(
         "structlog.contextvars.bind_contextvars(request_id='abc')\n"
-        "structlog.get_logger('app.x').info('hello', n=1)\n"
-        "structlog.get_logger('app.x').debug('too quiet')"
+        "structlog.get_logger().info('hello', n=1)\n"
+        "structlog.get_logger().debug('too quiet')"
     )
     assert (line["event"], line["n"], line["request_id"], line["level"]) == ("hello", 1, "abc", "info")
     assert line["timestamp"].endswith("Z")
@@ -53,7 +53,7 @@ def test_a_logged_exception_is_told_by_type_and_place_without_its_text() -> None
         "    except ValueError as exc:\n"
         "        raise RuntimeError(CANARY) from exc\n"
         "except RuntimeError:\n"
-        "    structlog.get_logger('app.x').exception('failed')"
+        "    structlog.get_logger().exception('failed')"
     )
     assert [part["type"] for part in line["exception"]] == ["builtins.RuntimeError", "builtins.ValueError"]
     assert "<module>" in line["exception"][0]["at"][0]
@@ -127,11 +127,11 @@ def test_a_line_that_cannot_be_written_is_lost_and_nothing_else(where: str) -> N
         "from app.log_setup import configure_logging\n"
         "configure_logging('INFO')\n"
         "for _ in range(200):\n"
-        "    structlog.get_logger('app.x').error('x' * 100)\n"
+        "    structlog.get_logger().error('x' * 100)\n"
         "    logging.getLogger('psycopg').error('x' * 100)\n"
         "warnings.warn('x')\n"
         "sys.stderr.close()\n"
-        "structlog.get_logger('app.x').error('the stream is closed')\n"
+        "structlog.get_logger().error('the stream is closed')\n"
         "print('went on')"
     )
     try:
@@ -165,7 +165,7 @@ def test_a_reader_who_stalls_keeps_nobody_waiting_and_no_process_from_its_end() 
         "from app.log_setup import configure_logging\n"
         "configure_logging('INFO')\n"
         "for _ in range(1000):\n"
-        "    structlog.get_logger('app.x').info('x' * 1000)\n"
+        "    structlog.get_logger().info('x' * 1000)\n"
         "print('went on')"
     ) as process:
         assert process.stdout is not None
@@ -183,7 +183,7 @@ def test_lines_that_no_longer_fit_are_counted_and_told_when_they_are_read_again(
         "log_setup.MOST_WAITING = 200_000\n"
         "create_app(Settings(_env_file=None))\n"
         "for number in range(1000):\n"
-        "    structlog.get_logger('app.x').info('x' * 1000, number=number)\n"
+        "    structlog.get_logger().info('x' * 1000, number=number)\n"
         "told = render_metrics()[0].decode().split('\\nleadscore_log_lines_dropped_total ')[1]\n"
         "print(int(float(told.split()[0])), flush=True)\n"
         "sys.stdin.read()"
@@ -208,7 +208,7 @@ def test_lines_that_no_longer_fit_are_counted_and_told_when_they_are_read_again(
 def test_what_was_logged_before_the_end_is_written_with_what_ended_it() -> None:
     *lines, last = run(
         "for number in range(2000):\n"
-        "    structlog.get_logger('app.x').info('x' * 100, number=number)\n"
+        "    structlog.get_logger().info('x' * 100, number=number)\n"
         "raise ValueError(CANARY)"
     )
     assert [line["number"] for line in lines] == list(range(2000))

@@ -35,7 +35,7 @@ _LONGEST_PAUSE_SECONDS = 2.0
 _CALM_GROUP, _CALM_PAUSE_SECONDS, _CALM_GROUPS = 100, 0.02, 8
 """Events in a shipment, the pause after it, and how many such shipments may wait before they grow."""
 
-_log = structlog.get_logger("app.telemetry")
+_log = structlog.get_logger()
 
 
 class Telemetry(Protocol):

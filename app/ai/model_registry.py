@@ -46,7 +46,7 @@ REMEDIES = {
 }
 """What an operator does where it is not an artifact that is to be mended."""
 
-_log = structlog.get_logger("app.model_registry")
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ from app.errors import (
     PredictionFailedError,
 )
 
-_log = structlog.get_logger("app.predictor")
+_log = structlog.get_logger()
 
 _CAUTION, _ABSTAIN = VERDICTS.index("caution"), VERDICTS.index("abstain")
 

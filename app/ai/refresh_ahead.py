@@ -30,7 +30,7 @@ REFRESH_AT = 0.75
 
 _LOOK_SECONDS = 1.0
 
-_log = structlog.get_logger("app.refresh_ahead")
+_log = structlog.get_logger()
 
 
 class RecentLeads(Protocol):

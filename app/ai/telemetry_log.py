@@ -28,7 +28,7 @@ _NAMES = "events-*.log"
 _ATTEMPTS = 5
 
 _encode = msgspec.json.Encoder().encode
-_log = structlog.get_logger("app.telemetry_log")
+_log = structlog.get_logger()
 
 
 class Batch(NamedTuple):

@@ -34,7 +34,7 @@ _Written = asyncio.Future[BaseException | None]
 _UNWRITTEN = TelemetryUnavailableError("not written")
 """What is the matter with an event that nobody has tried to write."""
 
-_log = structlog.get_logger("app.telemetry")
+_log = structlog.get_logger()
 
 
 @dataclass(slots=True)

@@ -60,7 +60,7 @@ _UNWATCHED = b"""
     )
 """
 
-_log = structlog.get_logger("app.change_listener")
+_log = structlog.get_logger()
 
 
 class ChangeListener:

@@ -69,7 +69,7 @@ _OF_THE_RELATION = ("42", "0A")
 
 _Key = TypeVar("_Key", bound=Hashable)
 
-_log = structlog.get_logger(__name__)
+_log = structlog.get_logger()
 
 
 class PostgresLeadSource:

@@ -26,7 +26,7 @@ _VERSION, _ENTRY, _NOBODY_ID = 2, struct.Struct("<HHI"), 0xFFFFFFFF
 _OWNER, _USER, _GROUP_OWNER, _GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 _SEARCH = 0o1
 
-_log = structlog.get_logger(__name__)
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)

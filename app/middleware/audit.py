@@ -22,7 +22,7 @@ from app.middleware.request_id import CLIENT_CLOSED_REQUEST
 AUDITED_PREFIX = "/ai/"
 _READING_METHODS = ("GET", "HEAD", "OPTIONS")
 
-_log = structlog.get_logger("app.audit")
+_log = structlog.get_logger()
 
 
 class AuditMiddleware:

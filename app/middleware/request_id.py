@@ -26,7 +26,7 @@ _TRACEPARENT = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
 
-_log = structlog.get_logger("app.request")
+_log = structlog.get_logger()
 
 
 class RequestIdMiddleware:

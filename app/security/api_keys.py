@@ -23,7 +23,7 @@ REFRESH_SECONDS = 2.0
 
 _NO_HASH = bytes(32)
 
-_log = structlog.get_logger("app.api_keys")
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)

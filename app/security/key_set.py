@@ -36,7 +36,7 @@ _fetch_again = stamina.AsyncRetryingCaller(attempts=2, wait_initial=0.1, wait_ji
 
 _KINDS = {"RS256": "RSA", "PS256": "RSA", "ES256": "P-256", "EdDSA": "Ed25519"}
 
-_log = structlog.get_logger("app.key_set")
+_log = structlog.get_logger()
 
 
 class _Document(msgspec.Struct):
