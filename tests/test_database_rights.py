@@ -122,13 +122,27 @@ def test_an_import_says_what_it_needs(url: str, tmp_path: Path) -> None:
     assert import_csv(url, path, table="leads", id_column="No").rows == 1
 
 
-def test_migrations_say_what_they_need(url: str, run: Callable[..., Result]) -> None:
-    change(url, "DROP TABLE alembic_version")
+@pytest.mark.parametrize("schema", ["public", "leadscore"])
+def test_migrations_say_what_they_need(url: str, run: Callable[..., Result], schema: str) -> None:
+    change(url, "DROP TABLE alembic_version; CREATE SCHEMA leadscore")
+    change(url, f"ALTER ROLE onlooker SET search_path = {schema}; GRANT USAGE ON SCHEMA {schema} TO onlooker")
     refused = run("db", "upgrade")
     assert refused.exit_code == 1
     assert refused.stderr == (
-        "Error: the database user may not do this: it needs CREATE on the schema public,"
+        "Error: the database user may not do this: it needs CREATE on the first schema of its search_path,"
         " and to own the tables it made before\n"
+    )
+
+
+@pytest.mark.parametrize("prepare", ["CREATE SCHEMA leadscore", "SELECT"])
+def test_migrations_say_that_there_is_no_schema_for_them(
+    url: str, run: Callable[..., Result], prepare: str
+) -> None:
+    change(url, f"{prepare}; ALTER ROLE onlooker SET search_path = leadscore")
+    refused = run("db", "upgrade")
+    assert refused.exit_code == 1
+    assert refused.stderr == (
+        "Error: the search_path names no schema that is there and that the database user may use\n"
     )
 
 

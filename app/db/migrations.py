@@ -21,7 +21,7 @@ from app.db.conninfo import WITHOUT_TIMEOUTS, complete_address
 from app.db.schema_state import CONNECT_SECONDS, REVISIONS
 from app.errors import CommandError
 
-_NEEDS = "CREATE on the schema public, and to own the tables it made before"
+_NEEDS = "CREATE on the first schema of its search_path, and to own the tables it made before"
 _OWN_SCHEMA = 'a schema of its own, see README.md, "Your own CRM"'
 _LOCK = 0x6C656164  # any number, as long as every release uses this one
 
@@ -33,7 +33,7 @@ def upgrade(url: str) -> None:
         DatabaseUnavailableError: the database cannot be reached.
         CommandError: another session held a table for longer than the migration may wait, the database was
             migrated by a newer version of this program or by another program, it has tables of the same names
-            as ours, or a statement failed.
+            as ours, no schema can be used, or a statement failed.
         MissingRightError: the database user may not make or change the tables.
     """
     with _connect(url) as connection:
@@ -78,6 +78,10 @@ def _connect(url: str) -> Iterator[Connection]:
         if isinstance(exc.orig, psycopg.errors.DuplicateTable):
             raise CommandError(
                 f"there are tables of the same names as the service's; beside them it needs {_OWN_SCHEMA}"
+            ) from exc
+        if isinstance(exc.orig, psycopg.errors.InvalidSchemaName):
+            raise CommandError(
+                "the search_path names no schema that is there and that the database user may use"
             ) from exc
         if not isinstance(exc.orig, psycopg.Error):
             raise
