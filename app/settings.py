@@ -61,24 +61,28 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=1, le=64)
     """Processes that serve requests; each holds the model and runs one inference thread."""
     var_dir: Path = Path("var")
-    """Everything the running service writes: embedded database, telemetry log, versions served, metrics."""
+    """Everything the running service writes: embedded database, telemetry log, versions served. Never
+    shared by services with different databases; kept when a container is replaced. What several workers
+    count together is in `/dev/shm`, where there is room."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is written to the log (JSON lines on standard error)."""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = _DEVELOPMENT_ORIGINS
     """Comma-separated origins a browser may call from (`https://crm.example`)."""
 
     auth_mode: Literal["none", "api_key", "jwt", "api_key,jwt"] = "none"
-    """Which credentials are accepted; with `none` nobody is asked for any."""
+    """Which credentials are accepted: `api_key`, `jwt` or `api_key,jwt`; with `none` nobody is asked for
+    any."""
     auth_key_pepper: SecretStr | None = Field(None, min_length=32)
-    """Secret that API keys are hashed with, the same for all processes; another one voids every key."""
+    """Secret that API keys are hashed with, 32 characters or more, the same for all processes; another one
+    voids every key."""
     auth_jwks_url: HttpUrl | None = Field(None, repr=False)
-    """Where the token issuer publishes its public keys (a JSON Web Key Set)."""
+    """Where the token issuer publishes its public keys (a JSON Web Key Set); `https` in production."""
     auth_jwt_issuer: str | None = None
     """The `iss` that a token must carry."""
     auth_jwt_audience: str | None = None
     """The `aud` that a token must carry."""
     auth_jwt_algorithm: Literal["RS256", "PS256", "ES256", "EdDSA"] = "RS256"
-    """The one algorithm that tokens may be signed with."""
+    """The one algorithm that tokens may be signed with: `RS256`, `PS256`, `ES256` or `EdDSA`."""
 
     database_url: str | None = Field(None, repr=False)
     """The CRM's PostgreSQL (`postgresql://user@host/name`); unset: an embedded one under `VAR_DIR`."""
@@ -120,25 +124,29 @@ class Settings(BaseSettings):
     ml_model_version: str | None = Field(None, pattern=r"^[0-9]{8}_[0-9]{6}$")
     """Serve this version (`YYYYMMDD_HHMMSS`) instead of the newest."""
     ml_trusted_keys: Annotated[tuple[bytes, ...], NoDecode] = ()
-    """Comma-separated public keys; only models signed with one of them serve. Unset: unsigned ones do too."""
+    """Comma-separated public keys (`leadscore models keygen`); only models signed with one of them serve.
+    Unset: unsigned ones do too, which production refuses."""
     ml_cache_ttl_seconds: float = Field(3600.0, gt=0, le=_YEAR_SECONDS)
     """How long a loaded model is trusted before the registry looks again."""
     ml_prediction_cache_ttl_seconds: float = Field(300.0, ge=0, le=_YEAR_SECONDS)
-    """How long a prediction may be answered from the cache; 0 turns the cache off."""
+    """How long a prediction of a lead that does not change may be answered from the cache; 0 turns the
+    cache off."""
     ml_prediction_cache_size: int = Field(100_000, ge=1, le=10_000_000)
-    """Most predictions a worker remembers."""
+    """Most predictions a worker remembers, at 100 bytes each."""
     ml_degraded_answers: bool = True
     """While the database is away, answer leads whose last prediction is remembered, marked `degraded`."""
     ml_prewarm_leads: int = Field(0, ge=0, le=1_000_000)
     """The newest leads are kept scored ahead of being asked, this many of them; 0: none."""
     ml_min_feature_coverage: float = Field(0.6, ge=0, le=1)
-    """Below this share of really present features, each weighed by its worth, a prediction says `caution`."""
+    """Below this share of really present features, each weighed by what it is worth, a prediction says
+    `caution`."""
     ml_max_batch_size: int = Field(2000, ge=1, le=2000)
     """Lead IDs in one request."""
     ml_max_reasons_batch: int = Field(100, ge=1, le=2000)
     """Lead IDs in one request that includes reasons or features."""
     ml_confidence_method: Literal["max_probability", "margin", "entropy", "interval"] = "max_probability"
-    """How `confidence` is derived from the probability or its interval."""
+    """How `confidence` is derived: from the probability (`max_probability`, `margin` or `entropy`) or from
+    its interval (`interval`)."""
 
     @field_validator("cors_origins", mode="before")
     @classmethod

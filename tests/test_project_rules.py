@@ -36,13 +36,19 @@ def _command_names(group: click.Group, prefix: str = "leadscore") -> list[str]:
 
 
 @pytest.mark.parametrize("name", sorted(Settings.model_fields))
-def test_every_setting_is_in_the_example_file_with_its_default_and_in_the_readme(name: str) -> None:
-    default = Settings.model_fields[name].default
-    found = re.search(rf"^#{name.upper()}=(.*)$", _read(".env.example"), re.MULTILINE)
-    assert found is not None, f".env.example lacks {name.upper()}"
-    loaded = Settings(_env_file=None, **({name: found[1]} if found[1] else {}))  # type: ignore[call-arg]
-    assert getattr(loaded, name) == default
-    assert f"`{name.upper()}`" in _read("README.md")
+def test_every_setting_has_one_default_and_one_description_in_code_example_file_and_readme(name: str) -> None:
+    field, variable = Settings.model_fields[name], name.upper()
+    found = re.search(rf"((?:^# .*\n)+)#{variable}=(.*)$", _read(".env.example"), re.MULTILINE)
+    assert found is not None, f".env.example lacks {variable}"
+    example = found[2]
+    loaded = Settings(_env_file=None, **({name: example} if example else {}))  # type: ignore[call-arg]
+    assert getattr(loaded, name) == field.default
+    row = re.search(rf"^\| `{variable}` \| (.*?) \| (.*) \|$", _read("README.md"), re.MULTILINE)
+    assert row is not None, f"README.md lacks {variable}"
+    told = {"unset": "", "localhost development ports": example}.get(row[1], row[1].strip("`"))
+    assert told == example
+    assert " ".join((field.description or "").split()) == row[2]
+    assert re.sub(r"\n?# ", " ", found[1]).strip() == row[2].replace("`", "")
 
 
 def test_the_example_file_names_no_setting_that_does_not_exist() -> None:
