@@ -64,7 +64,8 @@ def serve(settings: Settings) -> None:
 
     Raises:
         SettingsError: the port is taken, or was while the service started, the lead source cannot be read, or
-            the embedded database cannot be started as configured.
+            a worker could not start.
+        CommandError: the embedded database cannot be started or filled; the message says what to change.
     """
     configure_logging(settings.log_level)
     own_memory.close_to_others()

@@ -1,7 +1,8 @@
-"""Builds every long-lived object of a worker, one line each, and closes them in reverse.
+"""Builds the long-lived objects of a worker, one line each, and closes them in reverse.
 
-Nothing else builds one. Runs inside the lifespan, so after any fork: threads, sockets and locks belong to the
-worker that uses them. Called by `main`, and by `cli` for whether a model suits a source.
+Those that are about requests and their end alone (`Admission`, `Drain`, `Operations`) are `main`'s. Runs
+inside the lifespan, so after any fork: threads, sockets and locks belong to the worker that uses them. Called
+by `main`, and by `cli` for whether a model suits a source.
 """
 
 import asyncio
@@ -79,7 +80,6 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
 
     Raises:
         SettingsError: DATABASE_URL is not set (`leadscore serve` sets it to the embedded database's).
-        TelemetryUnavailableError: the telemetry log cannot be opened.
     """
     url = settings.database_url
     if url is None:
