@@ -64,7 +64,8 @@ def decide(options: TrainingOptions, condition: str) -> None:
 def train_next(options: TrainingOptions, **changes: object) -> TrainingReport:
     """Trains a version that is newer than all before."""
     versions = len(list(options.model_dir.glob("*.manifest.json"))) if options.model_dir.exists() else 0
-    return train(replace(options, version=f"20260601_{versions:06}", **changes))
+    moment = options.now + timedelta(seconds=versions)
+    return train(replace(options, **{"as_of": options.now, "now": moment, **changes}))
 
 
 def test_without_any_outcome_every_lead_is_answered_the_expected_rate_and_the_verdict_abstains(
@@ -212,13 +213,13 @@ def test_the_default_source_answers_from_its_first_decided_lead(demo_url: str, t
     columns, _ = choose_columns(options)
     first = fetch_rows(options, columns, lambda *_: None)[1].as_of.min()
     since = DEMO_UNTIL.timestamp() - first
-    for days, version in ((80, 1), (110, 2)):
+    for days in (80, 110):
         moment = DEMO_UNTIL - timedelta(seconds=since) + timedelta(days=days)
-        report = train(replace(options, as_of=moment, base_rate=0.25, version=f"20260601_00000{version}"))
+        report = train(replace(options, now=moment, base_rate=0.25))
         known = report.manifest.report["day_one"]
         assert (known["outcomes"] > 0) == (days > 90)
     assert known["outcomes"] < ENOUGH_ROWS
-    assert ModelRegistry(ModelCatalogue(tmp_path)).load().ref.version == "20260601_000002"
+    assert ModelRegistry(ModelCatalogue(tmp_path)).load().ref.version == report.manifest.version
 
 
 def test_a_source_without_leads_is_a_clear_refusal(options: TrainingOptions) -> None:

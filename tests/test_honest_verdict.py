@@ -55,22 +55,22 @@ def demo_options(
 ) -> TrainingOptions:
     url = create_database("verdict_demo", migrated_template)
     load_demo(url, people=6000, seed=1, until=DEMO_UNTIL)
-    return TrainingOptions(url=url, model_dir=tmp_path_factory.mktemp("demo"), features="declared",
-                           now=DEMO_UNTIL, model="random_forest")  # fmt: skip
+    return TrainingOptions(url=url, model_dir=tmp_path_factory.mktemp("demo"), now=DEMO_UNTIL,
+                           model="random_forest")  # fmt: skip
 
 
 def train_and_set_aside(options: TrainingOptions) -> tuple[ModelBundle, TrainingRows]:
     """Trains on half of the leads; returns the model and the decided leads of the other half."""
     with psycopg.connect(options.url) as connection:
-        for name, half in (("seen", "= 0"), ("unseen", "= 1")):
+        connection.execute(f"ALTER TABLE {options.source} RENAME TO everyone")
+        for name, half in ((options.source, "= 0"), ("unseen", "= 1")):
             connection.execute(
-                f"CREATE VIEW {name} AS SELECT * FROM {options.source} "
+                f"CREATE VIEW {name} AS SELECT * FROM everyone "
                 f"WHERE get_byte(uuid_send(lead_id), 15) % 2 {half}"
             )
-    train(replace(options, source="seen"))
-    others = replace(options, source="unseen")
+    train(options)
     return ModelRegistry(ModelCatalogue(options.model_dir)).load(), fetch_rows(
-        others, choose_columns(others)[0], lambda *_: None
+        replace(options, source="unseen"), choose_columns(options)[0], lambda *_: None
     )[0]
 
 

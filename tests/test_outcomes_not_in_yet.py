@@ -216,8 +216,10 @@ def test_without_an_as_of_no_time_is_learnt_from_as_training_and_serving_would_c
     assert {"created_at", "last_visit_at", "intake_on"} <= {column.name for column in of_today}
     with pytest.raises(TrainingError, match=r"no column left .*last_visit_at: .* give only_times an as_of"):
         train(options(source="only_times"))
+    with psycopg.connect(options().url) as connection:
+        connection.execute("ALTER VIEW lead_training RENAME COLUMN as_of TO moment")
     with pytest.raises(TrainingError, match="no column as_of"):
-        choose_columns(options(source="visited", features="declared"))
+        choose_columns(options(source="lead_training"))
 
 
 def test_an_evaluation_without_an_as_of_says_which_times_the_service_counts_differently(

@@ -345,7 +345,8 @@ def test_the_manifest_says_how_the_test_part_was_chosen(timed: Callable[..., Tra
     drawn = train(timed(source="timeless")).manifest
     assert drawn.report["split"] == "random"
     assert "drawn at random" in dict(describe_data(drawn))["leads"]
-    ordered = train(timed(source="timeless", order_by="countdown", version="20260101_000001")).manifest
+    earlier = datetime(2026, 2, 1, tzinfo=UTC)
+    ordered = train(timed(source="timeless", order_by="countdown", now=earlier)).manifest
     assert ordered.report["split"] == "time"
     assert {spec["name"] for spec in ordered.feature_set} == {"signal"}
 

@@ -201,7 +201,6 @@ def test_a_leaky_column_stops_training_unless_it_is_allowed(
         ({"label": "signal"}, "values other than 0 and 1"),
         ({"label": "full_name"}, "expected a number or boolean"),
         ({"label": "won", "exclude": ("nois",)}, "no column nois .*did you mean noise"),
-        ({"label": "won", "features": "declared"}, "no column created_at"),
         ({}, "no column outcome_at .*name a yes-or-no column with --label, or a time with --outcome"),
         ({"outcome": "won"}, "won is a number, not a time; name a yes-or-no column with --label"),
         ({"label": "won", "exclude": ("full_name", "signal", "noise", "after_the_fact")}, "no column left"),

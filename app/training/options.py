@@ -23,14 +23,13 @@ class TrainingOptions:
     `horizon_days` after its as-of time, and neither positive nor negative before these have passed. With
     `label` that 0/1 column is the outcome.
 
-    `as_of` is the moment up to which anything is known (default: `now`); `features` defaults to the
-    declared set for the default source without a label and to derived features otherwise. `exclude` never
-    feeds the model; `allow_leaky` names columns the leakage guard lets pass. `order_by` names the column, a
-    time or any number, that says in which order leads came to be (default: `as_of` or `created_at`, where
-    the source has one); it never feeds the model either. `since` leaves out leads of an earlier time.
-    `model` is the type to fit, or `auto` for the one that evidence favours. `base_rate` is the share of
-    leads expected to reach the outcome, for as long as outcomes are few. With `signing_key` what is
-    published is signed. `version` (`YYYYMMDD_HHMMSS`) defaults to `now`.
+    `as_of` is the moment up to which anything is known (default: `now`). `exclude` never feeds the model;
+    `allow_leaky` names columns the leakage guard lets pass. `order_by` names the column, a time or any
+    number, that says in which order leads came to be (default: `as_of` or `created_at`, where the source has
+    one); it never feeds the model either. `since` leaves out leads of an earlier time. `model` is the type to
+    fit, or `auto` for the one that evidence favours. `base_rate` is the share of leads expected to reach the
+    outcome, for as long as outcomes are few. With `signing_key` what is published is signed. The version is
+    `now`.
 
     Raises:
         TrainingError: `as_of` is later than `now`.
@@ -47,13 +46,11 @@ class TrainingOptions:
     order_by: str | None = None
     exclude: tuple[str, ...] = ()
     allow_leaky: tuple[str, ...] = ()
-    features: Literal["auto", "declared"] | None = None
     model: ModelType = "auto"
     base_rate: float | None = None
     seed: int = 0
     fmt: ArtifactFormat = "skops"
     signing_key: Ed25519PrivateKey | None = None
-    version: str | None = None
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def __post_init__(self) -> None:
@@ -71,12 +68,10 @@ class TrainingOptions:
 
     @property
     def model_version(self) -> str:
-        """The version to publish under."""
-        return self.version or self.now.astimezone(UTC).strftime("%Y%m%d_%H%M%S")
+        """The version to publish under (`YYYYMMDD_HHMMSS`)."""
+        return self.now.astimezone(UTC).strftime("%Y%m%d_%H%M%S")
 
     @property
     def declared(self) -> bool:
-        """Whether the declared feature set is used rather than a derived one."""
-        if self.features is None:
-            return self.source == DEFAULT_SOURCE and self.label is None
-        return self.features == "declared"
+        """Whether the declared feature set is used: of the default source, without a label."""
+        return self.source == DEFAULT_SOURCE and self.label is None

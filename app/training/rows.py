@@ -98,7 +98,7 @@ def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], d
     _require_columns(options.source, known, [*options.exclude, *options.allow_leaky, *ordering])
     if options.declared:
         needed = [column.name for column in DECLARED_COLUMNS]
-        _require_columns(options.source, known, needed if options.label else [_AS_OF, *needed])
+        _require_columns(options.source, known, [_AS_OF, *needed])
         excluded = sorted({*options.exclude, *ordering} & set(needed))
         if excluded:
             raise TrainingError(
