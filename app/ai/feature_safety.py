@@ -150,21 +150,18 @@ class CheckedFeatures(NamedTuple):
 class FeatureDrift(NamedTuple):
     """How far one feature moved.
 
-    `psi` is the population stability index, `noise` what it stays under by chance when nothing changed,
-    `shift` the largest difference between the cumulative shares of both samples.
+    `psi` is the population stability index, `noise` what it stays under by chance when nothing changed.
     """
 
     psi: float
     noise: float
-    shift: float
     state: DriftState
 
 
 @dataclass(frozen=True, slots=True)
 class DriftStatistics:
-    """Drift of `rows` leads against the training sample: feature by feature, and the worst state of all."""
+    """Drift of leads against the training sample: feature by feature, and the worst state of all."""
 
-    rows: int
     features: tuple[FeatureDrift, ...]
     state: DriftState
 
@@ -249,21 +246,18 @@ def drift_statistics(statistics: Sequence[FeatureStatistics], values: FloatArray
     """Compares `r` rows of built features (r, k), before feature safety, with the training sample.
 
     Per feature the population stability index over the training bins, a gap being a bin of its own, with half
-    a cell added to each so that an empty one stays finite; and the largest difference between the cumulative
-    shares (Kolmogorov and Smirnov's, at the bin edges). Without any change the index times r n / (r + n)
+    a cell added to each so that an empty one stays finite. Without any change the index times r n / (r + n)
     follows a chi-squared distribution with one degree of freedom less than there are bins (Yurdakul,
     Statistical Properties of Population Stability Index, 2018): an index that chance exceeds once in a
     thousand is stable.
     """
-    rows = len(values)
-    features = (
-        tuple(_drift(entry, values[:, column]) for column, entry in enumerate(statistics)) if rows else ()
-    )
+    columns = enumerate(statistics if len(values) else ())
+    features = tuple(_drift(entry, values[:, column]) for column, entry in columns)
     states = {feature.state for feature in features}
     worst: DriftState = (
         "drifting" if "drifting" in states else "moderate" if "moderate" in states else "stable"
     )
-    return DriftStatistics(rows, features, worst)
+    return DriftStatistics(features, worst)
 
 
 def _describe(values: FloatArray, present_share: float) -> FeatureStatistics:
@@ -301,10 +295,9 @@ def _drift(reference: FeatureStatistics, values: FloatArray) -> FeatureDrift:
     observed = (after + 0.5) / (after + 0.5).sum()
     psi = float(((observed - expected) * np.log(observed / expected)).sum())
     noise = _psi_noise(len(before), int(before.sum()), len(values))
-    shift = np.abs(np.cumsum(after) / max(after.sum(), 1) - np.cumsum(before) / max(before.sum(), 1)).max()
     if psi < MODERATE_PSI or psi <= noise:
-        return FeatureDrift(psi, noise, float(shift), "stable")
-    return FeatureDrift(psi, noise, float(shift), "moderate" if psi < DRIFTING_PSI else "drifting")
+        return FeatureDrift(psi, noise, "stable")
+    return FeatureDrift(psi, noise, "moderate" if psi < DRIFTING_PSI else "drifting")
 
 
 def _psi_noise(bins: int, reference_rows: int, rows: int) -> float:
