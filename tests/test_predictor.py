@@ -43,6 +43,7 @@ WITH_REASONS = RequestContext(AS_OF, frozenset({"reasons"}))
 WITH_FEATURES = RequestContext(AS_OF, frozenset({"features"}))
 POLICY = ScoringPolicy(0.6, "max_probability")
 BUNDLE = build_lead_bundle()
+ROWS = build_lead_rows(INLINE_LEADS + 1, seed=5)
 
 
 class World:
@@ -51,9 +52,8 @@ class World:
     def __init__(
         self, executor: ThreadPoolExecutor, cache: AnswerCache, *, degraded_answers: bool = True
     ) -> None:
-        rows = build_lead_rows(INLINE_LEADS + 1, seed=5)
-        leads: dict[str, dict[str, object] | str] = {f"lead_{number}": row for number, row in enumerate(rows)}
-        self.source = FakeLeadSource({**leads, UUID: rows[0], "twice": "ambiguous", "empty": {}})
+        leads: dict[str, dict[str, object] | str] = {f"lead_{number}": row for number, row in enumerate(ROWS)}
+        self.source = FakeLeadSource({**leads, UUID: ROWS[0], "twice": "ambiguous", "empty": {}})
         self.cache = cache
         self.models = FakeModels(BUNDLE)
         self.drift = DriftWindow(1000)
@@ -94,7 +94,7 @@ def caching_world(executor: ThreadPoolExecutor) -> World:
 
 
 def rows_of(predictions: Predictions) -> list[tuple[object, ...]]:
-    names = ("raw_score", "probability", "confidence", "coverage", "prediction", "verdict")
+    names = ("probability", "confidence", "coverage", "prediction", "verdict")
     columns = [getattr(predictions, name).tolist() for name in names]
     return list(zip(predictions.lead_ids, *columns, strict=True))
 
@@ -346,9 +346,10 @@ async def test_an_interval_is_the_pair_of_the_raw_score_bounded_and_holds_the_pr
 ) -> None:
     asked = [f"lead_{number}" for number in range(60)]
     predictions = await world.ask(*asked, context=WITH_INTERVALS)
+    scored = score_leads(BUNDLE, build_columns(ROWS[:60], FEATURES.input_columns), AS_OF, POLICY).answers
     assert BUNDLE.venn_abers is not None
     assert predictions.intervals is not None
-    p0, p1 = look_up(BUNDLE.venn_abers, predictions.raw_score)
+    p0, p1 = look_up(BUNDLE.venn_abers, scored["raw_score"])
     low, high = predictions.intervals.T
     probability = predictions.probability
     told = predictions.verdict != VERDICTS.index("abstain")

@@ -34,7 +34,6 @@ def make_predictions(
     return Predictions(
         asked=len(lead_ids) + (rejected is not None),
         lead_ids=lead_ids,
-        raw_score=values,
         probability=values,
         confidence=np.maximum(values, 1 - values),
         coverage=np.full(len(values), 0.75),

@@ -224,7 +224,6 @@ class Predictions(msgspec.Struct, frozen=True, eq=False):
 
     asked: int
     lead_ids: list[str]
-    raw_score: FloatArray
     probability: FloatArray
     confidence: FloatArray
     coverage: FloatArray

@@ -372,7 +372,6 @@ class Predictor:
         return Predictions(
             asked=len(lead_ids),
             lead_ids=list(compress(lead_ids, (fate == _ANSWERED).tolist()) if declined else lead_ids),
-            raw_score=kept["raw_score"],
             probability=kept["probability"],
             confidence=kept["confidence"],
             coverage=kept["coverage"],
