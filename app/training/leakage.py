@@ -1,8 +1,8 @@
 """Keeps columns that know the outcome out of a model: a deny-list by name, and a guard by measurement.
 
-The guard looks at each column by itself. A column that alone tells the classes apart almost perfectly is
-nearly always written after the outcome (a sales note, a closing state), so training stops and names it. It
-never repairs anything and never drops a column in silence.
+The list is asked when columns are chosen, and of those the guard looks at each by itself. A column that alone
+tells the classes apart almost perfectly is nearly always written after the outcome (a sales note, a closing
+state), so training stops and names it. It never repairs anything and never drops a column in silence.
 """
 
 from collections.abc import Collection, Sequence
@@ -92,11 +92,8 @@ def check_leakage(
     """Returns the columns that separate suspiciously well, strongest first.
 
     Raises:
-        TrainingError: a column is on the deny-list, or separates beyond `REFUSED_AUC` and is not `allowed`.
+        TrainingError: a column separates beyond `REFUSED_AUC` and is not `allowed`.
     """
-    denied = [column.name for column in columns if is_denied(column.name)]
-    if denied:
-        raise TrainingError(f"{', '.join(denied)}: such a column knows the outcome and never feeds a model.")
     suspicious = find_suspicious(leads, outcome, as_of, columns)
     refused = [one for one in suspicious if one.auc > REFUSED_AUC and one.column not in allowed]
     if refused:
