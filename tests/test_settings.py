@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from app.cli import cli
 from app.settings import Settings
+from app.training.answers import _MIN_COVERAGE
 
 
 def read(**values: Any) -> Settings:
@@ -78,6 +79,10 @@ def test_settings_that_are_printed_show_no_password() -> None:
         database_url=f"postgresql:{url}", auth_jwks_url=f"https:{url}", auth_key_pepper="s3cret" * 6
     )
     assert "s3cret" not in f"{settings!r} {settings}"
+
+
+def test_training_measures_a_model_with_the_default_coverage() -> None:
+    assert Settings.model_fields["ml_min_feature_coverage"].default == _MIN_COVERAGE
 
 
 # --- The others -------------------------------------------------------------------------------------------

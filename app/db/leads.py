@@ -250,14 +250,13 @@ def is_same_relation(url: str, relation: str, other: str) -> bool:
 
 
 def count_leads(url: str, relation: str) -> int:
-    """Returns how many leads the relation has.
+    """Returns how many leads a relation has whose columns are known.
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached.
-        CommandError: there is no such relation, it has no `lead_id uuid`, or cannot or may not be read.
+        CommandError: it cannot or may not be read.
     """
     with open_reader(url, relation) as connection:
-        fetch_types(connection, relation)
         statement = sql.SQL("SELECT count(lead_id) FROM {}").format(sql.SQL(quoted_relation(relation)))
         row = connection.execute(statement).fetchone()
     return row[0] if row else 0
