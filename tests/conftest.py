@@ -3,6 +3,7 @@
 A test gets a database of its own by copying a template that the real migrations made.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ import structlog
 from app.db.embedded import open_embedded
 from app.db.migrations import upgrade
 
+MEMORY = Path("/dev/shm")  # noqa: S108 - only directories of random names are made in it
+ROOM_BYTES = 2 << 30  # what the servers of three sessions leave far from used up
 DEMO_PEOPLE, DEMO_SEED = 600, 1
 DEMO_UNTIL = datetime(2026, 6, 1, tzinfo=UTC)
 
@@ -30,6 +33,14 @@ def _log_everything() -> None:
     structlog.configure(processors=[*processors, plain])
 
 
+def place_of_servers() -> Path | None:
+    """Where PostgreSQL keeps its data: in memory where that has room, or where temporary files go.
+
+    In memory a server is made three times as fast, and a database copied five times.
+    """
+    return MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES else None
+
+
 @pytest.fixture(scope="session")
 def make_server_dir() -> Iterator[Callable[[], Path]]:
     """`make_server_dir()` makes a directory for a server, outside of pytest's.
@@ -39,7 +50,11 @@ def make_server_dir() -> Iterator[Callable[[], Path]]:
     """
     with ExitStack() as stack:
         yield lambda: Path(
-            stack.enter_context(TemporaryDirectory(prefix="leadscore-tests-", ignore_cleanup_errors=True))
+            stack.enter_context(
+                TemporaryDirectory(
+                    prefix="leadscore-tests-", dir=place_of_servers(), ignore_cleanup_errors=True
+                )
+            )
         )
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from app.db.embedded import open_embedded
 from app.errors import CommandError
+from tests.conftest import place_of_servers
 
 ROOT = Path(__file__).parent.parent
 LIBRARIES = Path(psycopg.__file__).parent.parent
@@ -35,15 +36,28 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become som
 
 @pytest.fixture
 def var() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="ls-") as folder:
+    with open_to_all(place_of_servers()) as folder:
+        yield folder / "var"
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A directory where temporary files go, for data as they really lie and for programs to run."""
+    with open_to_all(None) as folder:
+        yield folder
+
+
+@contextmanager
+def open_to_all(place: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="ls-", dir=place) as folder:
         Path(folder).chmod(0o755)
-        yield Path(folder) / "var"
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[Path]:
     """The data of a stopped server that keeps the answer 42, to copy: making one anew takes far longer."""
-    with tempfile.TemporaryDirectory(prefix="ls-") as folder:
+    with tempfile.TemporaryDirectory(prefix="ls-", dir=place_of_servers()) as folder:
         with open_embedded(Path(folder)) as url:
             execute(url, "CREATE TABLE kept AS SELECT 42 AS answer")
         yield Path(folder) / "postgres" / "data"
@@ -130,7 +144,8 @@ def execute(url: str, statement: str) -> list[tuple[object, ...]]:
         return cursor.fetchall() if cursor.description else []
 
 
-def test_data_outlive_the_server_and_a_second_start_makes_none_anew(var: Path) -> None:
+def test_data_outlive_the_server_and_a_second_start_makes_none_anew(disk: Path) -> None:
+    var = disk / "var"
     with open_embedded(var) as url:
         execute(url, "CREATE TABLE kept AS SELECT 42 AS answer")
         assert is_running(var)
@@ -415,9 +430,9 @@ def test_a_strict_umask_is_no_obstacle(var: Path) -> None:
 
 
 @as_root
-def test_an_ordinary_user_runs_it_as_themselves_and_root_goes_on_as_them(var: Path) -> None:
+def test_an_ordinary_user_runs_it_as_themselves_and_root_goes_on_as_them(var: Path, disk: Path) -> None:
     user = pwd.getpwnam("nobody")
-    python, path = python_for(user.pw_uid, var.parent / "shelf")
+    python, path = python_for(user.pw_uid, disk / "shelf")
     var.mkdir(parents=True)
     os.chown(var, user.pw_uid, user.pw_gid)
     guest = Guest(var, python, user.pw_uid, path)

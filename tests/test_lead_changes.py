@@ -189,11 +189,14 @@ def test_a_lead_id_may_be_a_domain_over_another(crm: Crm) -> None:
         crm.change("SELECT lead_scoring_watch('leads', 'own')")
 
 
-def test_whoever_watches_where_transactions_can_be_prepared_is_warned(tmp_path: Path) -> None:
-    with open_embedded(tmp_path) as url, psycopg.connect(url, autocommit=True) as administrator:
+def test_whoever_watches_where_transactions_can_be_prepared_is_warned(
+    make_server_dir: Callable[[], Path],
+) -> None:
+    folder = make_server_dir()
+    with open_embedded(folder) as url, psycopg.connect(url, autocommit=True) as administrator:
         administrator.execute("ALTER SYSTEM SET max_prepared_transactions = 1")
     heard: list[object] = []
-    with open_embedded(tmp_path) as url, psycopg.connect(url, autocommit=True) as connection:
+    with open_embedded(folder) as url, psycopg.connect(url, autocommit=True) as connection:
         upgrade(url)
         connection.execute("CREATE TABLE leads (lead_id uuid)")
         connection.add_notice_handler(lambda notice: heard.append(notice.message_primary))
