@@ -14,7 +14,7 @@ serve: .venv/.serve ## Start the service, with its own PostgreSQL and demo CRM u
 
 # Tests wait as much as they compute: one process more than there are processors.
 test: check ## Everything that must pass
-	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile
+	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev ## Read-only checks: format, lint, types, layers
 	$(BIN)/ruff format --check .

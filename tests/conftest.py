@@ -19,8 +19,19 @@ from app.db.migrations import upgrade
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - only directories of random names are made in it
 ROOM_BYTES = 2 << 30  # what the servers of three sessions leave far from used up
+LONGEST = (
+    *("test_serve", "test_prove_artifacts", "test_bench", "test_openapi_fuzz", "test_training", "test_kill"),
+    *("test_process_faults", "test_serve_workers", "test_serve_secrets", "test_serve_sockets"),
+    *("test_db_embedded", "test_bulk_scoring", "test_training_shipped_model", "test_training_real_leads"),
+    *("test_honest_verdict", "test_prove_core", "test_database_outage"),
+)
 DEMO_PEOPLE, DEMO_SEED = 600, 1
 DEMO_UNTIL = datetime(2026, 6, 1, tzinfo=UTC)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first: one that began last would go on alone when all others are done."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)
