@@ -178,17 +178,21 @@ def load_anything(manifest: ModelManifest, data: bytes) -> ModelBundle:
 
 SHORT, LONG, BRIEF = Sizes(2_000, None, 500), Sizes(10_000, None, 5_000), Sizes(120, 200, 300)
 
+# A planted bug meets little of what it does not show in.
+EVERY_MUTATION = Sizes(len(list_mutations()), 1, 50)
+HOSTILE_FILES, SWAPS = Sizes(1, 100, 50), Sizes(1, 1, 300)
 
-def _plant(assembly: Assembly, shows: str) -> PlantedBug:
-    return PlantedBug(lambda run: measure(BRIEF, run.seed, assembly), shows)
+
+def _plant(assembly: Assembly, sizes: Sizes, shows: str) -> PlantedBug:
+    return PlantedBug(lambda run: measure(sizes, run.seed, assembly), shows)
 
 
 PLANTED_BUGS = {
-    "the hash is checked after the load": _plant(Assembly(HashAfterLoad), UNVERIFIED),
-    "the file is opened again after the hash": _plant(Assembly(OpensTwice), UNVERIFIED),
-    "the signature is not checked": _plant(Assembly(checks_signatures=False), UNVERIFIED),
-    "a restart forgets what has served": _plant(Assembly(remembers=False), OLDER),
-    "a deserialiser without its lists": _plant(Assembly(load=load_anything), STARTED),
+    "the hash is checked after the load": _plant(Assembly(HashAfterLoad), EVERY_MUTATION, UNVERIFIED),
+    "the file is opened again after the hash": _plant(Assembly(OpensTwice), SWAPS, UNVERIFIED),
+    "the signature is not checked": _plant(Assembly(checks_signatures=False), EVERY_MUTATION, UNVERIFIED),
+    "a restart forgets what has served": _plant(Assembly(remembers=False), EVERY_MUTATION, OLDER),
+    "a deserialiser without its lists": _plant(Assembly(load=load_anything), HOSTILE_FILES, STARTED),
 }
 
 
