@@ -82,8 +82,9 @@ def _count(url: str) -> int:
 
 def _fill(url: str, leads: int) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
+        people = min(_PEOPLE, leads)
         if connection.execute("SELECT count(*) FROM people").fetchone() == (0,):
-            load_demo(url, people=_PEOPLE, seed=1, until=MOMENT)
+            load_demo(url, people=people, seed=1, until=MOMENT)
         connection.execute(f"DROP TABLE IF EXISTS {RELATION}")
         columns = connection.execute("SELECT * FROM lead_source LIMIT 0").description or []
         kept = [column.name for column in columns if column.name not in ("lead_id", "external_ref")]
@@ -92,7 +93,7 @@ def _fill(url: str, leads: int) -> None:
             f"CREATE TABLE {RELATION} AS SELECT gen_random_uuid() AS lead_id, 'lead_' || n AS external_ref,"
             f" {', '.join(kept)} FROM generate_series(1, %s) AS n JOIN (SELECT row_number() OVER () AS place,"
             " * FROM lead_source) AS source ON source.place = 1 + n %% %s",
-            [leads, _PEOPLE],
+            [leads, people],
         )
         connection.execute(f"ALTER TABLE {RELATION} ADD PRIMARY KEY (lead_id)")
         connection.execute(f"CREATE UNIQUE INDEX ON {RELATION} (external_ref)")

@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--var", type=Path, default=ROOT / "var" / "bench", help="where the database is kept")
     given = parser.parse_args()
     options = Options(
-        leads=20_000 if given.short else given.leads,
+        leads=2_000 if given.short else given.leads,
         seconds=0.05 if given.short else given.seconds,
         rounds=1 if given.short else given.rounds,
         short=given.short,

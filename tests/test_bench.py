@@ -1,9 +1,12 @@
 """The benchmark in its short form: it fails when contenders answer differently, never because of time."""
 
+import asyncio
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,13 +16,17 @@ from bench.all_proofs import Outcome, prove
 from bench.figures import Figure
 from bench.load import Sample
 from bench.request_path import build_loops
+from bench.servers import Server
+from bench.suite import Bench, Options
 from tests.service import ROOT
 
 
 @pytest.mark.timeout(300)
-def test_every_contender_answers_the_same_probabilities(tmp_path: Path) -> None:
-    result = tmp_path / "bench.json"
-    command = [sys.executable, "-m", "bench.suite", "--short", "--var", str(tmp_path), "--json", str(result)]
+def test_every_contender_answers_the_same_probabilities(
+    make_server_dir: Callable[[], Path], tmp_path: Path
+) -> None:
+    result, var = tmp_path / "bench.json", make_server_dir()
+    command = [sys.executable, "-m", "bench.suite", "--short", "--var", str(var), "--json", str(result)]
     run = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr[-3000:]
     measured = json.loads(result.read_text())
@@ -33,6 +40,40 @@ def test_every_contender_answers_the_same_probabilities(tmp_path: Path) -> None:
         for cell in measured["cells"]
         for least, most in [cell["p50_ms_of_bursts"]]
     )
+
+
+LEADS = ["one", "two"]
+
+
+@asynccontextmanager
+async def answering(name: str, answers: Mapping[str, float]) -> AsyncIterator[Server]:
+    """A contender that gives everybody these probabilities."""
+    entries = [{"lead_id": lead_id, "probability": answer} for lead_id, answer in answers.items()]
+    body = json.dumps({"predictions": entries}).encode()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield Server(name, server.sockets[0].getsockname()[1], pid=0, seconds_to_ready=0)
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [(0.5 + 1e-8, "floor answers differently"), (0.5 + 1e-10, "")],
+    ids=["told", "rounded"],
+)
+async def test_a_contender_that_answers_otherwise_ends_the_benchmark(second: float, said: str) -> None:
+    options = Options(leads=len(LEADS), seconds=0, rounds=1, short=True)
+    async with (
+        answering("cold", {"one": 0.25, "two": 0.5}) as cold,
+        answering("floor", {"one": 0.25, "two": second}) as floor,
+    ):
+        bench = Bench({"cold": cold, "floor": floor}, LEADS, options)
+        with pytest.raises(SystemExit, match=said) if said else nullcontext():
+            await bench.check_answers()
 
 
 def test_the_spread_of_a_sample_is_that_of_its_bursts() -> None:
