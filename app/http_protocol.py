@@ -56,7 +56,7 @@ _NO_REQUEST = (
     f"large: at most {MAX_OVERHEAD_BYTES // 1024} KiB and {MAX_FIELDS} fields."
 )
 
-_log = structlog.get_logger("app.http_protocol")
+_log = structlog.get_logger()
 
 
 class _RoomForOneAnswer(FlowControl):

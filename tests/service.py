@@ -4,6 +4,7 @@ The client speaks HTTP over a bare socket: it must be fast, and know exactly whi
 """
 
 import asyncio
+import inspect
 import itertools
 import json
 import os
@@ -11,7 +12,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +29,7 @@ from tests.model_files import publish
 
 ROOT = Path(__file__).parent.parent
 PREDICT = "/ai/advanced-ml/predict-batch"
+PATIENCE_SECONDS = 60.0  # half of what pytest leaves a test: who waits in vain is to say what for
 
 FEATURES = FeatureSet(
     tuple(
@@ -52,6 +55,14 @@ def add_leads(url: str, count: int) -> list[str]:
             [count],
         )
     return [f"load_{number}" for number in range(1, count + 1)]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Asks again until the condition holds; the message of a failure quotes it."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < PATIENCE_SECONDS, f"in vain: {inspect.getsource(condition).strip()}"
+        time.sleep(0.02)
 
 
 def count_events(url: str) -> dict[str, int]:

@@ -18,8 +18,16 @@ import psycopg
 
 from app.serve import WORKER_SECONDS
 from tests.model_files import V1, V2, publish
-from tests.service import FEATURES, PREDICT, Connection, Service, add_leads, count_events, publish_crm_model
-from tests.test_serve import wait_until
+from tests.service import (
+    FEATURES,
+    PREDICT,
+    Connection,
+    Service,
+    add_leads,
+    count_events,
+    publish_crm_model,
+    wait_until,
+)
 
 LEGACY = "/ai/advanced-ml-legacy/predict-batch"
 PAUSE_SECONDS = 2.5

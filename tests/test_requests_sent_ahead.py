@@ -20,8 +20,8 @@ from app.error_handlers import ErrorBoundary, Problems
 from app.http_protocol import ProblemProtocol
 from app.middleware.in_flight import Admission, InFlightLimit
 from tests.in_process import serve_app
+from tests.service import wait_until
 from tests.test_http_protocol import Client
-from tests.test_serve import wait_until
 from tests.test_telemetry_events import make_record
 
 DEADLINE_SECONDS = 2.0

@@ -15,8 +15,7 @@ from starlette.types import Receive, Scope, Send
 from app.drain import Drain
 from app.http_protocol import ProblemProtocol
 from tests.in_process import build_settings, serve, serve_app
-from tests.service import PREDICT, publish_crm_model
-from tests.test_serve import wait_until
+from tests.service import PREDICT, publish_crm_model, wait_until
 
 DEADLINE_SECONDS = 0.4
 DEADLINE_WITH_A_PAUSE_SECONDS = 1.5
