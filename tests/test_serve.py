@@ -35,15 +35,19 @@ def test_sigterm_fails_readiness_first_and_closes_the_listener_last(
     database_url: str, tmp_path: Path, workers: str, send: Callable[[int, int], None]
 ) -> None:
     models = publish_crm_model(tmp_path / "models")
-    with Service(tmp_path, database_url, models, DRAIN_SECONDS="3", WORKERS=workers) as service:
-        url = f"http://127.0.0.1:{service.port}"
-        assert "connection" not in httpx2.get(f"{url}/readyz").headers
+    each_its_own = httpx2.Limits(max_keepalive_connections=0)
+    with (
+        Service(tmp_path, database_url, models, DRAIN_SECONDS="3", WORKERS=workers) as service,
+        # One client: making one takes longer than a request, and all have to be answered in the drain.
+        httpx2.Client(base_url=f"http://127.0.0.1:{service.port}", limits=each_its_own) as client,
+    ):
+        assert "connection" not in client.get("/readyz").headers
         send(service.pid, signal.SIGTERM)
-        wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == 503)
-        refused = httpx2.get(f"{url}/readyz")
+        wait_until(lambda: client.get("/readyz").status_code == 503)
+        refused = client.get("/readyz")
         assert refused.json()["error_code"] == "DRAINING"
         for _ in range(20):  # by either worker
-            answered = httpx2.get(f"{url}/livez")
+            answered = client.get("/livez")
             assert (answered.status_code, answered.headers["connection"]) == (200, "close")
         service.send(signal.SIGTERM)
         assert service.wait() == 0
