@@ -1,7 +1,7 @@
 """Contributions to the raw score: equal to Shapley's own formula, worked out coalition by coalition."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from math import factorial
 from typing import Any
@@ -136,18 +136,19 @@ def test_a_forests_contributions_are_shapley_values_of_its_score(groups: Any, ga
 
 @pytest.mark.parametrize("groups", [ALONE, GROUPED])
 @pytest.mark.parametrize(
-    ("walk", "model"),
+    ("walk", "fit"),
     [
-        (walk_boosting, boosting(gaps=False)),
-        (walk_boosting, boosting(gaps=True)),
-        (walk_logistic, logistic(scaled=False)),
-        (walk_logistic, logistic(scaled=True)),
+        (walk_boosting, partial(boosting, gaps=False)),
+        (walk_boosting, partial(boosting, gaps=True)),
+        (walk_logistic, partial(logistic, scaled=False)),
+        (walk_logistic, partial(logistic, scaled=True)),
     ],
     ids=["boosting", "boosting with gaps", "logistic", "scaled logistic"],
 )
 def test_log_odds_contributions_are_shapley_values_brought_to_the_scale_of_scores(
-    walk: Any, model: Any, groups: Any
+    walk: Any, fit: Callable[[], Any], groups: Any
 ) -> None:
+    model = fit()
     rows = (ROWS if walk is walk_logistic else WITH_NAN)[:8]
     explainer = explain(model, groups)
     for row, found in zip(rows, explainer.contributions(rows), strict=True):
@@ -186,8 +187,9 @@ def test_a_lead_that_is_just_like_the_baseline_has_finite_contributions_that_add
         assert total == pytest.approx(build_scorer(logistic())(row)[0], abs=1e-14)
 
 
-@pytest.mark.parametrize("model", [forest(), boosting(), logistic()], ids=["forest", "boosting", "logistic"])
-def test_a_leads_contributions_do_not_depend_on_its_batch_to_the_last_bit(model: Any) -> None:
+@pytest.mark.parametrize("fit", [forest, boosting, logistic], ids=["forest", "boosting", "logistic"])
+def test_a_leads_contributions_do_not_depend_on_its_batch_to_the_last_bit(fit: Callable[[], Any]) -> None:
+    model = fit()
     rows = np.tile(ROWS, (20, 1))
     explainer = explain(model)
     together = explainer.contributions(rows)
