@@ -4,8 +4,9 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -15,7 +16,7 @@ from app.db.embedded import open_embedded
 from app.db.engine import Connection, Database
 from app.errors import DatabaseUnavailableError
 
-DEADLINE, GRACE = 0.4, 0.05
+DEADLINE, GRACE = 1.0, 0.3  # for a machine that is busy with other tests; the proof measures it closely
 
 
 async def ask(connection: Connection) -> int:
@@ -100,6 +101,11 @@ async def refused_in(database: Database, call: Callable[..., object] = ask) -> f
     return time.perf_counter() - start
 
 
+def took_the_deadline(times: Iterable[float]) -> bool:
+    seconds = list(times)
+    return min(seconds) > DEADLINE * 0.9 and max(seconds) < DEADLINE + GRACE
+
+
 def connections(url: str) -> int:
     with psycopg.connect(url) as connection:
         row = connection.execute(
@@ -129,11 +135,11 @@ async def test_a_frozen_server_costs_every_call_the_deadline_and_no_more(
     with frozen(data):
         # The first round waits on open connections, the second on new ones, and more callers than
         # connections.
-        times = [await asyncio.gather(*(refused_in(database) for _ in range(callers))) for callers in (4, 20)]
-    assert max(max(round_) for round_ in times) < DEADLINE + GRACE
+        for callers in (4, 20):
+            assert took_the_deadline(await asyncio.gather(*(refused_in(database) for _ in range(callers))))
     start = time.perf_counter()
     assert await database.run(ask) == 1
-    assert time.perf_counter() - start < 0.25
+    assert time.perf_counter() - start < GRACE
     assert await eventually(lambda: open_files() <= before)
     assert await eventually(lambda: connections(url) <= 4)
 
@@ -194,19 +200,39 @@ async def test_a_caller_cancelled_as_the_answer_comes_leaves_the_connection_to_t
 
 
 async def test_cancelled_callers_give_their_places_back(database_url: str, connect: Connect) -> None:
+    async def sleep(connection: Connection, turn: int) -> None:
+        await connection.execute(f"SELECT pg_sleep(30), {turn}")
+
     database = connect(database_url, pool_size=2, deadline_seconds=5)
-    for _ in range(20):
-        call = asyncio.create_task(database.run(ask_slowly))
-        await asyncio.sleep(0.002)
+    for turn in range(10):
+        call = asyncio.create_task(database.run(partial(sleep, turn=turn)))
+        assert await eventually(lambda turn=turn: _running(database_url, f"pg_sleep(30), {turn}") == 1)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
     assert await asyncio.gather(*(database.run(ask) for _ in range(10))) == [1] * 10
 
 
+async def test_callers_that_are_cancelled_while_they_connect_give_their_places_back(
+    own_server: tuple[str, Path], connect: Connect
+) -> None:
+    url, data = own_server
+    database = connect(url, pool_size=2, deadline_seconds=5)
+    before = open_files()
+    with frozen(data):
+        for _ in range(10):
+            call = asyncio.create_task(database.run(ask))
+            assert await eventually(lambda: open_files() > before)  # it waits for the server's first word
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert await eventually(lambda: open_files() <= before)
+    assert await asyncio.gather(*(database.run(ask) for _ in range(10))) == [1] * 10
+
+
 async def test_the_server_gives_up_the_statement_too(database_url: str, connect: Connect) -> None:
     database = connect(database_url)
-    assert await refused_in(database, ask_slowly) < DEADLINE + GRACE
+    assert took_the_deadline([await refused_in(database, ask_slowly)])
     assert await eventually(lambda: _running(database_url, "pg_sleep") == 0, seconds=2)
 
 
@@ -221,7 +247,7 @@ async def test_a_locked_table_costs_the_deadline_and_at_most_the_pool_waits_for_
         holder.execute("LOCK TABLE people IN ACCESS EXCLUSIVE MODE")
         calls = [asyncio.create_task(refused_in(database, read)) for _ in range(12)]
         assert await eventually(lambda: _running(database_url, "count(*) FROM people") == 3)
-        assert max(await asyncio.gather(*calls)) < DEADLINE + GRACE
+        assert took_the_deadline(await asyncio.gather(*calls))
     await database.run(read)
 
 
@@ -229,7 +255,7 @@ async def test_waiting_for_a_connection_counts(database_url: str, connect: Conne
     database = connect(database_url, pool_size=1)
     slow = asyncio.create_task(refused_in(database, ask_slowly))
     await asyncio.sleep(0)
-    assert await refused_in(database) < DEADLINE + GRACE
+    assert took_the_deadline([await refused_in(database)])
     await slow
 
 
@@ -371,7 +397,7 @@ async def test_an_address_that_swallows_packets_costs_the_deadline(connect: Conn
         times = await asyncio.gather(
             *(refused_in(connect(f"postgresql://x@127.0.0.1:{port}/x")) for _ in range(3))
         )
-    assert max(times) < DEADLINE + GRACE
+    assert took_the_deadline(times)
 
 
 async def test_a_server_that_is_killed_and_restarted_is_used_again(
