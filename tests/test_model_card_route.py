@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx2
 import psycopg
@@ -14,6 +15,7 @@ from app.schemas.ai_ml import ModelsResponse, Problem
 from tests.in_process import build_settings, serve
 from tests.lead_models import VERSION, publish_lead_model
 from tests.model_files import V2, V3, publish
+from tests.service import Connection
 
 MODELS = "/ai/advanced-ml/models"
 TEMPLATE = f"{MODELS}/{{version}}/card"
@@ -52,6 +54,17 @@ def problem_of(response: httpx2.Response, status: int, code: str) -> Problem:
     return problem
 
 
+async def get_as_written(client: httpx2.Client, path: str) -> httpx2.Response:
+    """Asks without the help of a client, which takes `..` out of a path before it sends it."""
+    connection = await Connection.open(client.base_url.port or 80)
+    try:
+        status, head, body = await connection.ask("GET", path)
+    finally:
+        await connection.close()
+    headers = dict(line.split(": ", 1) for line in head.decode().splitlines()[1:] if line)
+    return httpx2.Response(status, headers=headers, content=body)
+
+
 def test_a_card_is_a_page_that_may_load_nothing_and_run_nothing(client: httpx2.Client) -> None:
     response = client.get(CARD)
     assert (response.status_code, response.text) == (200, "<!doctype html><title>a card</title>")
@@ -85,12 +98,11 @@ def test_a_version_without_model_or_card_is_not_found(client: httpx2.Client, ver
 @pytest.mark.parametrize(
     "version", ["..", "%2e%2e", VERSION + "%00", VERSION + "%0A", "20260101-120000", "٢٠٢٦٠١٠١_120000", "*"]
 )
-def test_what_is_no_version_is_refused_without_being_repeated(client: httpx2.Client, version: str) -> None:
-    response = client.get(f"{MODELS}/{version}/card")
-    assert response.status_code in {404, 422}
-    problem = problem_of(
-        response, response.status_code, "NOT_FOUND" if version == ".." else "INVALID_PARAMETER"
-    )
+async def test_what_is_no_version_is_refused_without_being_repeated(
+    client: httpx2.Client, version: str
+) -> None:
+    response = await get_as_written(client, f"{MODELS}/{quote(version, safe='%*')}/card")
+    problem = problem_of(response, 422, "INVALID_PARAMETER")
     assert version not in problem.model_dump_json().replace(TEMPLATE, "") or version in {"..", "*"}
 
 
@@ -104,8 +116,8 @@ def test_what_is_no_version_is_refused_without_being_repeated(client: httpx2.Cli
         f"{MODELS}//card",
     ],
 )
-def test_no_path_leads_anywhere_else(client: httpx2.Client, path: str) -> None:
-    problem_of(client.get(path), 404, "NOT_FOUND")
+async def test_no_path_leads_anywhere_else(client: httpx2.Client, path: str) -> None:
+    problem_of(await get_as_written(client, path), 404, "NOT_FOUND")
 
 
 @pytest.mark.parametrize("query", ["format=pdf", "format=", "format=html&format=html", "path=/etc/passwd"])
