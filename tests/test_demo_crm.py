@@ -94,13 +94,14 @@ def test_a_database_without_the_schema_says_what_to_do(empty_database_url: str) 
 def test_the_crm_can_go_on_writing_after_the_load(database_url: str) -> None:
     load_demo(database_url, people=20, seed=1, until=UNTIL)
     with psycopg.connect(database_url) as connection:
-        connection.execute(
+        touched = connection.execute(
             "INSERT INTO touchpoints (person_id, kind, direction, occurred_at)"
             " SELECT id, 'message', 'inbound', now() FROM people LIMIT 1"
         )
-        connection.execute(
+        applied = connection.execute(
             "INSERT INTO applications (person_id, submitted_at) SELECT id, now() FROM people LIMIT 1"
         )
+        assert (touched.rowcount, applied.rowcount) == (1, 1)
 
 
 def test_leads_are_numbered_from_one_and_the_first_differ_in_age(crm_url: str) -> None:
