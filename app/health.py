@@ -105,15 +105,12 @@ class Operations:
 
     async def build_health(self, request_id: str) -> tuple[int, JsonObject]:
         """Returns status and body of the health answer, see `HealthResponse`."""
-        try:
-            await self.check_ready()
-            healthy = True
-        except UnavailableError:
-            healthy = False
+        reason = await self._find_fault()
         model = self.registry.status()
         bundle = model.bundle
-        return (200 if healthy else 503), {
-            "status": "healthy" if healthy else "unhealthy",
+        return (503 if reason else 200), {
+            "status": "unhealthy" if reason else "healthy",
+            "reason": reason,
             "model_version": bundle.ref.version if bundle else None,
             "model_sha256": bundle.ref.sha256 if bundle else None,
             "loaded": bundle is not None,
@@ -130,6 +127,15 @@ class Operations:
             "request_id": request_id,
         }
 
+    async def _find_fault(self) -> str | None:
+        try:
+            await self.check_ready()
+        except ModelNotReadyError as exc:
+            return self.registry.status().reason or exc.code.lower()  # the latter during the first look
+        except UnavailableError as exc:
+            return exc.code.lower()
+        return None
+
     def _describe_drift(self, bundle: ModelBundle | None) -> JsonObject:
         if bundle is None:
             return {"status": "unknown", "rows": 0}
@@ -143,6 +149,7 @@ class Operations:
         loaded_at = status.loaded_at.isoformat().replace("+00:00", "Z") if status.loaded_at else None
         return {
             "status": "loaded" if manifest else "no_model_loaded",
+            "reason": status.reason,
             "version": manifest.version if manifest else None,
             "model_type": manifest.model_type if manifest else None,
             "path": manifest.file_name if manifest else None,

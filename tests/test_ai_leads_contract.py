@@ -584,6 +584,7 @@ def test_health_says_what_serves_and_what_ops_ask_next(
     HealthResponse.model_validate_json(response.content)
     body = response.json()
     assert (body["status"], body["loaded"], body["cache_status"]) == ("healthy", True, "hit")
+    assert body["reason"] is None
     assert (body["model_version"], body["model_sha256"]) == (VERSION, manifest.sha256)
     assert body["feature_count"] == 7
     assert 0 <= body["since_seconds"] <= body["uptime_seconds"] + 60
@@ -609,6 +610,29 @@ def test_without_a_model_health_is_503_with_nulls_and_scoring_is_not_ready(broke
     assert models["version"] is models["path"] is models["performance"] is None
 
 
+@pytest.mark.parametrize("reason", ["rollback_refused", "served_unknown", "no_artifact", "no_directory"])
+def test_why_no_model_serves_is_told_over_http(
+    crm_url: str, folder: Path, tmp_path: Path, reason: str
+) -> None:
+    served = tmp_path / "var" / "served_models"
+    served.parent.mkdir()
+    if reason == "rollback_refused":
+        served.mkdir()
+        (served / "20990101_000000").touch()
+    elif reason == "served_unknown":
+        served.write_text("a file where a directory should be")
+    settings = build_settings(
+        tmp_path,
+        crm_url,
+        ml_model_dir=tmp_path / "nowhere" if reason == "no_directory" else folder / "models",
+        ml_model_version="20200101_000000" if reason == "no_artifact" else None,
+    )
+    with serve(settings) as base, httpx2.Client(base_url=base) as http:
+        health, models = http.get(HEALTH), http.get(MODELS).json()
+    assert (health.status_code, health.json()["status"]) == (503, "unhealthy")
+    assert (health.json()["reason"], models["reason"]) == (reason, reason)
+
+
 def test_models_shows_the_active_model_and_every_artifact(
     client: httpx2.Client, manifest: ModelManifest
 ) -> None:
@@ -616,6 +640,7 @@ def test_models_shows_the_active_model_and_every_artifact(
     ModelsResponse.model_validate_json(response.content)
     body = response.json()
     assert (body["status"], body["version"], body["model_type"]) == ("loaded", VERSION, "random_forest")
+    assert body["reason"] is None
     assert (body["path"], body["sha256"], body["feature_count"]) == (manifest.file_name, manifest.sha256, 7)
     assert set(body["performance"]) >= {"accuracy", "precision", "recall", "f1_score", "roc_auc"}
     assert datetime.fromisoformat(body["loaded_at"]) <= datetime.now(UTC)

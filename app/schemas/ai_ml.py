@@ -305,6 +305,8 @@ class HealthResponse(_Message):
 
     status: Literal["healthy", "unhealthy"]
     """`unhealthy` with status 503: no model, no place for events, or the service is about to end."""
+    reason: Annotated[str, Field(examples=["rollback_refused", "draining"])] | None
+    """Why it is unhealthy: what is wrong with the model, `telemetry_unavailable` or `draining`."""
     model_version: Version | None
     """The version of the model that answers."""
     model_sha256: Digest | None
@@ -362,6 +364,8 @@ class ModelsResponse(_Message):
 
     status: Literal["loaded", "no_model_loaded"]
     """Whether a model serves."""
+    reason: Annotated[str, Field(examples=["rollback_refused"])] | None
+    """Why the newest artifact does not serve, or none was found, as of the last look."""
     version: Version | None
     """Its version."""
     model_type: str | None
