@@ -238,6 +238,7 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         workers=settings.workers,
         http="app.http_protocol:ProblemProtocol",
         ws="none",
+        lifespan="on",  # by default it would serve whatever fails to start, and answer nothing
         log_config=None,
         access_log=False,
         server_header=False,

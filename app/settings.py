@@ -8,7 +8,8 @@ import base64
 import binascii
 import ipaddress
 import re
-from datetime import datetime
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -30,6 +31,9 @@ _YEAR_SECONDS = 31_536_000
 
 _match_origin = re.compile(
     r"([a-z][a-z0-9+.-]*)://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?|\[[0-9a-f:.]+\])(?::([1-9][0-9]{0,4}))?"
+).fullmatch
+_match_moment = re.compile(
+    r"[0-9]{4}(-[0-9]{2}){2}([Tt ][0-9]{2}(:[0-9]{2}){2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})?)?"
 ).fullmatch
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -98,7 +102,7 @@ class Settings(BaseSettings):
     ai_enable_legacy_advanced_ml: bool = True
     """Mount the legacy router."""
     ai_legacy_sunset: datetime | None = None
-    """Date the legacy router ends (RFC 3339); sent as its `Sunset` header."""
+    """Date the legacy router ends (RFC 3339; UTC unless it says otherwise); sent as its `Sunset` header."""
     ai_breaker_failures: int = Field(5, ge=1, le=1000)
     """Service failures in a row that open the legacy router's circuit breaker."""
     ai_breaker_open_seconds: float = Field(30.0, gt=0, le=3600)
@@ -168,6 +172,17 @@ class Settings(BaseSettings):
                 " in lower case, without a path or the scheme's own port"
             )
         return value
+
+    @field_validator("ai_legacy_sunset", mode="before")
+    @classmethod
+    def _read_moment(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        with suppress(ValueError, OverflowError):
+            if _match_moment(value):  # the library reads numbers as well, as seconds since 1970
+                moment = datetime.fromisoformat(value.upper())
+                return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+        raise ValueError("expected a date such as 2027-03-01 or 2027-03-01T00:00:00Z")
 
     @field_validator("ml_trusted_keys", mode="before")
     @classmethod

@@ -49,7 +49,7 @@ def test_sigterm_fails_readiness_first_and_closes_the_listener_last(
         for _ in range(20):  # by either worker
             answered = client.get("/livez")
             assert (answered.status_code, answered.headers["connection"]) == (200, "close")
-        health = httpx2.get(f"{url}/ai/advanced-ml/health")
+        health = client.get("/ai/advanced-ml/health")
         assert (health.status_code, health.json()["reason"]) == (503, "draining")
         service.send(signal.SIGTERM)
         assert service.wait() == 0

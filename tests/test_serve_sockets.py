@@ -145,6 +145,26 @@ def test_a_start_without_models_says_where_they_were_looked_for_and_what_to_do(
         assert remedy in told["remedy"]
 
 
+def test_an_application_that_cannot_be_built_ends_the_start(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from app import cli, main\n"
+        "def fail(*_, **__):\n"
+        "    raise OverflowError\n"
+        "main.Deprecation.__init__ = fail\n"
+        "sys.argv = ['leadscore', 'serve']\n"
+        "cli.main()"
+    )
+    service = Service(tmp_path, "postgresql://u@127.0.0.1:1/x", tmp_path / "models", command=("-c", code))
+    service.launch()
+    try:
+        assert service.wait() != 0
+    finally:
+        service.kill()
+    assert "listens on" not in service.printed.decode()
+    assert "Application startup failed" in service.stderr.read_text().splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "host", ["nosuch.invalid", "192.0.2.1", "2001:db8::1", "http://localhost", "[::1]", "a..b", "x" * 100]
 )

@@ -1,5 +1,6 @@
 """The settings: what is accepted, and what a wrong value is answered with."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,12 @@ def test_training_measures_a_model_with_the_default_coverage() -> None:
         ("CORS_ORIGINS", "foo://."),
         ("CORS_ORIGINS", "null"),
         ("CORS_ORIGINS", "https://münchen.example"),
+        ("AI_LEGACY_SUNSET", "20270301"),
+        ("AI_LEGACY_SUNSET", "1e9"),
+        ("AI_LEGACY_SUNSET", "2027-W09-1"),
+        ("AI_LEGACY_SUNSET", "2027-02-29"),
+        ("AI_LEGACY_SUNSET", "9999-12-31T23:59:59-05:00"),
+        ("AI_LEGACY_SUNSET", "0001-01-01T00:00:00+05:00"),
         ("ML_CACHE_TTL_SECONDS", "1e9"),
         ("ML_PREDICTION_CACHE_TTL_SECONDS", "1e9"),
         *(
@@ -123,6 +130,20 @@ def test_a_value_that_cannot_be_meant_is_one_line_that_names_the_variable(name: 
     assert result.exit_code == 1
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(f"Error: {name}: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2027-03-01", "2027-03-01T00:00:00", "2027-03-01t00:00:00.000z", "2027-02-28 19:00:00-05:00"],
+)
+def test_a_date_is_that_of_utc_wherever_the_service_runs(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        assert str(read(ai_legacy_sunset=text).ai_legacy_sunset) == "2027-03-01 00:00:00+00:00"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize("name", ["APP_ENV", "AUTH_MODE"])
