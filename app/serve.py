@@ -35,7 +35,7 @@ from app.db.schema_state import check_lead_source, current_state
 from app.drain import ANNOUNCEMENT, end_worker
 from app.errors import CommandError, DatabaseUnavailableError, MissingRightError, SettingsError
 from app.log_setup import configure_logging, write_out
-from app.settings import UNIX_PREFIX, Settings
+from app.settings import UNIX_PREFIX, Settings, find_misspelt
 from app.shared_counts import open_shared_counts
 
 DEMO_PEOPLE = 10_000
@@ -69,6 +69,11 @@ def serve(settings: Settings) -> None:
     """
     configure_logging(settings.log_level)
     own_memory.close_to_others()
+    if misspelt := find_misspelt(os.environ):
+        # Not refused: the environment is everybody's, and Kubernetes puts a DATABASE_PORT of its own there.
+        _log.warning(
+            "settings_not_known", names=misspelt, meaning="no setting has these names: is one misspelt?"
+        )
     try:
         with ExitStack() as stack:
             for number in _STOPS:

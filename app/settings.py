@@ -8,11 +8,13 @@ import base64
 import binascii
 import ipaddress
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+from dotenv.parser import parse_stream
 from pydantic import Field, HttpUrl, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -313,12 +315,40 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
+def find_misspelt(names: Iterable[str]) -> list[str]:
+    """Returns those that begin as a setting does (`AUTH_`, `ML_`) and are none."""
+    known = Settings.model_fields.keys()
+    prefixes = tuple({name.partition("_")[0] + "_" for name in known if "_" in name})
+    return [name for name in names if name.lower().startswith(prefixes) and name.lower() not in known]
+
+
+def _check_env_file(path: Path) -> None:
+    """Refuses what the library skips: it may be the very line that asks for authentication."""
+    try:
+        if not path.is_file():  # a virtual environment may have this name
+            return
+        with path.open(encoding="utf-8") as file:
+            bindings = list(parse_stream(file))
+    except UnicodeDecodeError as exc:
+        raise SettingsError(".env: it is not a text in UTF-8; save it as one") from exc
+    except OSError as exc:
+        raise SettingsError(f".env: it cannot be read ({(exc.strerror or '').lower()})") from exc
+    for binding in bindings:
+        text = binding.original.string
+        line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+        if binding.error or (binding.key is not None and binding.value is None):
+            raise SettingsError(f".env: line {line} is not of the form NAME=value")
+        for name in find_misspelt([binding.key or ""]):
+            raise SettingsError(f".env: line {line}: there is no setting {name}; .env.example has them all")
+
+
 def load_settings() -> Settings:
     """Reads the environment and `.env`.
 
     Raises:
         SettingsError: a value is missing or wrong; the message is one line that names the variable.
     """
+    _check_env_file(Path(".env"))
     # Empty counts as not set; of these two that would be what is unsafe, where somebody has set another.
     for source in (EnvSettingsSource, DotEnvSettingsSource):
         given = source(Settings, env_ignore_empty=False).env_vars

@@ -275,6 +275,17 @@ def test_upgrade_migrates_a_database_without_a_schema_and_seeds_nothing(empty_da
         assert connection.execute("SELECT count(*) FROM ai_events").fetchone() == (0,)
 
 
+def test_what_may_be_a_misspelt_setting_is_warned_of(tmp_path: Path) -> None:
+    away = "postgresql://u@127.0.0.1:1/x"
+    with Service(tmp_path, away, tmp_path / "models", AUTH_MOD="s3cret", MLFLOW="1") as service:
+        assert service.stop() == 0
+    log = service.stderr.read_text()
+    assert [json.loads(line)["names"] for line in log.splitlines() if "settings_not_known" in line] == [
+        ["AUTH_MOD"]
+    ]
+    assert "s3cret" not in log
+
+
 def test_serving_a_database_of_your_own_neither_migrates_nor_seeds_it_and_says_what_is_missing(
     empty_database_url: str, tmp_path: Path
 ) -> None:

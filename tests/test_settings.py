@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from app.cli import cli
-from app.settings import Settings
+from app.settings import Settings, load_settings
 from app.training.answers import _MIN_COVERAGE
 
 
@@ -157,6 +157,57 @@ def test_a_guard_is_not_turned_off_by_setting_it_to_nothing(
     result = CliRunner().invoke(cli, ["models", "list"], env=env)
     assert result.exit_code == 1
     assert result.stderr.strip() == f"Error: {name}: it is empty; give it a value, or do not set it"
+
+
+# --- .env -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (b"PORT=80\n\nAUTH_MODE: api_key\n", ".env: line 3 is not of the form NAME=value"),
+        (b"AUTH_MODE api_key\r\n", ".env: line 1 is not of the form NAME=value"),
+        (b"# none\nAUTH_MODE\n", ".env: line 2 is not of the form NAME=value"),
+        (b"ML_MODEL_DIR='models\n", ".env: line 1 is not of the form NAME=value"),
+        (b"\nAUTH_MOD=jwt\n", ".env: line 2: there is no setting AUTH_MOD; .env.example has them all"),
+        (b"ml_x=", ".env: line 1: there is no setting ml_x; .env.example has them all"),
+        ("PORT=80\n".encode("utf-16"), ".env: it is not a text in UTF-8; save it as one"),
+    ],
+)
+def test_an_environment_file_that_would_be_read_in_part_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: bytes, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_bytes(written)
+    assert_told(message)
+
+
+def test_an_environment_file_that_cannot_be_read_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(".env").symlink_to("/proc/self/mem")  # also root may not read where nothing is mapped
+    assert_told(".env: it cannot be read (input/output error)")
+
+
+def assert_told(message: str) -> None:
+    result = CliRunner().invoke(cli, ["models", "list"])
+    assert (result.exit_code, result.stderr) == (1, f"Error: {message}\n")
+
+
+def test_an_environment_file_may_hold_what_other_programs_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "\ufeff# a note\n\nexport ml_max_batch_size = '7' # few\nPGUSER=x\nPOSTGRES_PASSWORD=\nMLFLOW=1\n"
+    Path(".env").write_text(text, encoding="utf-8")
+    assert load_settings().ml_max_batch_size == 7
+    Path(".env").unlink()
+    Path(".env").mkdir()  # as `python -m venv .env` does
+    assert load_settings().ml_max_batch_size == 2000
+
+
+# --- Origins ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
