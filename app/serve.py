@@ -30,6 +30,7 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from app import own_memory
 from app.ai.artifact_process import TOLD
+from app.db.connect_failure import name_failure
 from app.db.embedded import open_embedded
 from app.db.schema_state import check_lead_source, current_state
 from app.drain import ANNOUNCEMENT, end_worker
@@ -125,8 +126,11 @@ def _check_database(settings: Settings, url: str) -> None:
         # Before the migrations have run, the default view is not there yet.
         if _is_migrated(url) or settings.lead_source != Settings.model_fields["lead_source"].default:
             check_lead_source(url, settings.lead_source)
-    except DatabaseUnavailableError:
-        _log.warning("database_unavailable", meaning="leads cannot be looked up until it answers")
+    except DatabaseUnavailableError as exc:
+        cause = name_failure(exc, url)
+        _log.warning(
+            "database_unavailable", cause=cause, meaning="leads cannot be looked up until it answers"
+        )
     except CommandError as exc:
         raise SettingsError(f"LEAD_SOURCE: {exc}") from exc
 

@@ -39,6 +39,8 @@ _match_moment = re.compile(
 ).fullmatch
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
 _DEVELOPMENT_ORIGINS = tuple(
     f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 4200, 5173, 8080)
 )
@@ -212,7 +214,8 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"postgres(ql)?(\+[a-z0-9]+)?", scheme) or not _can_be_connected_to(url):
             raise ValueError(
                 "expected an address such as postgresql://user:password@host:5432/name,"
-                " with special characters percent-encoded"
+                " with special characters percent-encoded, a port up to 65535, and of sslmode one of "
+                + ", ".join(_SSL_MODES)
             )
         return url
 
@@ -303,7 +306,11 @@ def _can_be_connected_to(url: str) -> bool:
         return False
     ports = str(parts.get("port", "")).split(",")
     # An @ that is not encoded ends the password: what follows it would be looked up as a host.
-    return all(port.isdecimal() for port in ports if port) and "@" not in str(parts.get("host", ""))
+    return (
+        all(port.isdecimal() and 0 < int(port) <= 65535 for port in ports if port)
+        and "@" not in str(parts.get("host", ""))
+        and parts.get("sslmode", "prefer") in _SSL_MODES
+    )
 
 
 def _is_local(host: str) -> bool:

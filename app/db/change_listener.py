@@ -22,6 +22,7 @@ from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 from app.ai.domain import LeadObserver, is_uuid
+from app.db.connect_failure import name_failure
 from app.db.conninfo import complete_address
 from app.db.lead_cells import quoted_relation
 from app.metrics import CHANGE_LISTENER, LEAD_CHANGES, LISTENER_LOSSES
@@ -112,6 +113,7 @@ class ChangeListener:
         pause = 0.0
         while not self._closing.wait(pause):
             pause = min(max(2 * pause, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
+            failure: Exception | None = None
             try:
                 with closing(self._connect()) as connection:
                     session = _Session(connection.pgconn, self._deadline_seconds, self._hear)
@@ -119,13 +121,15 @@ class ChangeListener:
                     pause = 0.0
                     self._listen(session)
             except (psycopg.Error, OSError) as exc:
-                self._note("lost", exc)
+                failure = exc
             except Exception as exc:  # noqa: BLE001  nobody would start this thread again
                 _log.exception("change_listener_failed")
-                self._note("lost", exc)
+                failure = exc
             finally:
                 self._observer.trust_until(-math.inf)
                 self._settled.set()
+            if failure is not None:
+                self._note("lost", failure)  # last: to name it may take a moment
 
     def _connect(self) -> psycopg.Connection:
         return psycopg.connect(
@@ -177,13 +181,14 @@ class ChangeListener:
             self._next_look = -math.inf
             LEAD_CHANGES.labels("all").inc()
 
-    def _note(self, state: str, cause: Exception | None = None) -> None:
+    def _note(self, state: str, failure: Exception | None = None) -> None:
         CHANGE_LISTENER.set(1 if state == "listening" else 0)
-        if cause is not None:
+        if failure is not None:
             LISTENER_LOSSES.inc()
         if state != self._noted:
             # What the driver says may quote the connection string.
-            _log.info("change_listener", state=state, error=cause and type(cause).__name__)
+            cause = failure and name_failure(failure, self._url)
+            _log.info("change_listener", state=state, error=failure and type(failure).__name__, cause=cause)
         self._noted = state
 
 
