@@ -25,13 +25,14 @@ COPY --from=build /app/app app
 COPY --from=build /app/models models
 ENV PATH="/app/.venv/bin:$PATH" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HOST=0.0.0.0 PORT=8000 VAR_DIR=/data APP_ENV=production
-USER leadscore
+# By its number: Kubernetes (runAsNonRoot) looks up no names.
+USER 10001
 # Name a volume for it (-v leadscore:/data): an anonymous one is left behind with the events in it.
 VOLUME /data
 EXPOSE 8000
 # Whether the process lives, because what is unhealthy is started anew. Who sends it requests asks /readyz.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s CMD \
-    ["python", "-c", "import os, urllib.request as u; u.build_opener(u.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ[\"PORT\"]}/livez', timeout=2)"]
+    ["python", "-m", "app.probe"]
 # APP_ENV=production asks for DATABASE_URL, CORS_ORIGINS, AUTH_MODE and ML_TRUSTED_KEYS, and serves signed models only:
 # mount yours and name them in ML_MODEL_DIR. Apply migrations with `leadscore db upgrade`.
 CMD ["leadscore", "serve"]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from threading import Thread
 import httpx2
 import pytest
 
+from app.probe import is_alive
+from app.settings import Settings
 from tests.service import PREDICT, ROOT, Service
 
 REQUIREMENT = re.compile(r"^([a-z0-9][a-z0-9._-]*)==([^ ]+)(.*?)(?=^[a-z0-9]|\Z)", re.MULTILINE | re.DOTALL)
@@ -131,9 +134,10 @@ def stages() -> tuple[Stage, Stage]:
 def test_the_image_runs_as_a_user_who_owns_nothing_but_the_data() -> None:
     _, serving = stages()
     users = [place for place, (word, _) in enumerate(serving) if word == "USER"]
-    assert [serving[place] for place in users] == [("USER", "leadscore")]
     (created,) = [rest for word, rest in serving if word == "RUN"]
-    assert re.search(r"useradd --system --uid [1-9]\d* --no-create-home leadscore", created)
+    made = re.search(r"useradd --system --uid ([1-9]\d*) --no-create-home leadscore", created)
+    assert made is not None
+    assert [serving[place] for place in users] == [("USER", made[1])]
     # Every file is there before the user is, so it is root's; the one directory that is given away is /data.
     assert not [word for word, _ in serving[users[0] :] if word in ("COPY", "ADD", "RUN")]
     assert re.findall(r"-o leadscore (\S+)", created) == ["/data"]
@@ -159,18 +163,45 @@ def test_the_image_installs_what_is_pinned_and_nothing_else() -> None:
     assert all("--require-hashes" in line or "--no-deps --no-build-isolation" in line for line in installs)
 
 
-def test_the_image_is_asked_whether_it_lives_past_every_proxy() -> None:
+def ask_as_the_image_does(**environment: str) -> int:
+    """Runs the health check of the image; returns its exit status."""
     (check,) = [rest for word, rest in stages()[1] if word == "HEALTHCHECK"]
     program = [sys.executable, *json.loads(check.partition("CMD")[2])[1:]]
+    inherited = {name: value for name, value in os.environ.items() if name not in {"HOST", "PORT"}}
+    return subprocess.run(program, env={**inherited, **environment}, cwd=ROOT, check=False).returncode
+
+
+def test_the_image_is_asked_whether_it_lives_past_every_proxy() -> None:
     with HTTPServer(("127.0.0.1", 0), Livez) as server:
-        nobody_there = {"http_proxy": "http://127.0.0.1:1", "no_proxy": ""}
-        environment = {**os.environ, **nobody_there, "PORT": str(server.server_port)}
+        port = str(server.server_port)
         answering = Thread(target=server.serve_forever)
         answering.start()
         try:
             for Livez.status, ends_with in ((200, 0), (503, 1)):
-                done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
-                assert done.returncode == ends_with, done.stderr
+                assert ask_as_the_image_does(PORT=port, http_proxy="http://127.0.0.1:1") == ends_with
         finally:
             server.shutdown()
             answering.join()
+
+
+@pytest.mark.parametrize("host", ["unix:", "::1", "::", "127.0.0.2", "0.0.0.0"])  # noqa: S104 - of a test
+def test_the_image_is_asked_where_the_service_listens(tmp_path: Path, host: str) -> None:
+    where = f"{host}{tmp_path / 'service.sock'}" if host == "unix:" else host
+    with Service(tmp_path, "postgresql://u@127.0.0.1:1/x", ROOT / "models", HOST=where) as service:
+        port = str(service.port or "")  # a socket has none
+        assert ask_as_the_image_does(HOST=where, PORT=port) == 0
+        assert service.stop() == 0
+    assert ask_as_the_image_does(HOST=where, PORT=port) == 1
+
+
+def test_the_image_is_asked_at_the_defaults_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def note(address: tuple[str, int], *_: object) -> socket.socket:
+        asked.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", note)
+    assert not is_alive("", "")
+    fields = Settings.model_fields
+    assert asked == [(fields["host"].default, fields["port"].default)]
