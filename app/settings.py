@@ -41,6 +41,13 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
+_EXPECTED = {
+    "AUTH_KEY_PEPPER": "expected 32 characters or more",
+    "AI_RATE_LIMIT": "expected a rate such as 100/second or 6000/minute",
+    "ML_MODEL_VERSION": "expected a version, YYYYMMDD_HHMMSS",
+}
+"""What is said of a wrong value where the library would quote its own rule."""
+
 _DEVELOPMENT_ORIGINS = tuple(
     f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 4200, 5173, 8080)
 )
@@ -156,6 +163,13 @@ class Settings(BaseSettings):
     """How `confidence` is derived: from the probability (`max_probability`, `margin` or `entropy`) or from
     its interval (`interval`)."""
 
+    @field_validator("host")
+    @classmethod
+    def _path_of_socket(cls, value: str) -> str:
+        if value == UNIX_PREFIX:
+            raise ValueError(f"the path of the socket is missing after {UNIX_PREFIX}")
+        return value
+
     @field_validator("cors_origins", mode="before")
     @classmethod
     def _split_origins(cls, value: object) -> object:
@@ -170,7 +184,7 @@ class Settings(BaseSettings):
     def _whole_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if "*" in value:
             raise ValueError("'*' is refused because requests may carry credentials; list the origins")
-        if not all(map(_is_origin, value)):
+        if not value or not all(map(_is_origin, value)):
             raise ValueError(
                 "expected origins as browsers send them, such as https://crm.example or http://localhost:3000:"
                 " in lower case, without a path or the scheme's own port"
@@ -199,7 +213,7 @@ class Settings(BaseSettings):
             )
         except binascii.Error:
             keys = (b"",)
-        if any(len(key) != 32 for key in keys):
+        if not keys or any(len(key) != 32 for key in keys):
             raise ValueError("expected public keys as `leadscore models keygen` prints them, comma-separated")
         return keys
 
@@ -366,6 +380,6 @@ def load_settings() -> Settings:
         return Settings()
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
-        message = first["msg"].removeprefix("Value error, ")
         name = ".".join(str(part) for part in first["loc"][:1]).upper()
+        message = _EXPECTED.get(name) or first["msg"].removeprefix("Value error, ")
         raise SettingsError(f"{name}: {message}" if name else message) from None

@@ -99,6 +99,9 @@ def test_training_measures_a_model_with_the_default_coverage() -> None:
         ("ML_MODEL_VERSION", "garbage"),
         ("ML_MODEL_VERSION", "20260101_1200000"),
         ("CORS_ORIGINS", "garbage"),
+        ("CORS_ORIGINS", ","),
+        ("ML_TRUSTED_KEYS", " , "),
+        ("HOST", "unix:"),
         ("CORS_ORIGINS", "https://crm.example/"),
         ("CORS_ORIGINS", "https://crm.example, crm.example"),
         ("CORS_ORIGINS", "https://*.example"),
@@ -148,6 +151,19 @@ def test_a_date_is_that_of_utc_wherever_the_service_runs(monkeypatch: pytest.Mon
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("AUTH_KEY_PEPPER", "s3cret", "expected 32 characters or more"),
+        ("AI_RATE_LIMIT", "100/day", "expected a rate such as 100/second or 6000/minute"),
+        ("ML_MODEL_VERSION", "newest", "expected a version, YYYYMMDD_HHMMSS"),
+    ],
+)
+def test_a_wrong_value_is_told_in_words_of_ours(name: str, value: str, message: str) -> None:
+    result = CliRunner().invoke(cli, ["models", "list"], env={name: value})
+    assert (result.exit_code, result.stderr) == (1, f"Error: {name}: {message}\n")
 
 
 @pytest.mark.parametrize("name", ["APP_ENV", "AUTH_MODE"])
