@@ -504,7 +504,8 @@ def _load_model(
 ) -> "ModelBundle":
     from app.ai.model_registry import REMEDIES, ModelRegistry
 
-    registry = ModelRegistry(_catalogue(settings, incompatible), served=served, pinned_version=version)
+    catalogue = _catalogue(settings, incompatible)
+    registry = ModelRegistry(catalogue, served=served, pinned_version=version)
     try:
         return registry.load()
     except ModelNotReadyError as exc:
@@ -517,6 +518,9 @@ def _load_model(
                 if model.state == "incompatible" and version in {None, model.version}
             )
             remedy = next(sentences, remedy)
+        if reason == "no_artifact":
+            there = [artifact.version for artifact in catalogue.find() if artifact.manifest_name]
+            remedy = f"the newest there: {', '.join(there[:5])}" if there else remedy
         raise ArtifactError(
             reason,
             f"{f'no model {version}' if version else 'no model'} in {settings.ml_model_dir} can be loaded "

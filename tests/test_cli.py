@@ -250,6 +250,21 @@ def test_a_progress_bar_shows_no_total_that_nobody_knows(run: Run, csv_file: Pat
     assert "19/0" not in shown
 
 
+def test_a_version_that_is_not_there_is_answered_with_those_that_are(run: Run, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    empty = run("evaluate", "--model", "nonsense")
+    assert empty.stderr.startswith(
+        f"Error: no model nonsense in {models} can be loaded (no_artifact); publish"
+    )
+    for version in (V1, V2):
+        publish(models, version)
+    result = run("evaluate", "--model", "nonsense")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"Error: no model nonsense in {models} can be loaded (no_artifact); the newest there: {V2}, {V1}.\n",
+    )
+
+
 def test_no_model_at_all_fails_the_verify_command(run: Run) -> None:
     result = run("models", "verify")
     assert result.exit_code == 1
