@@ -71,7 +71,7 @@ def serve(settings: Settings) -> None:
     configure_logging(settings.log_level)
     own_memory.close_to_others()
     if misspelt := find_misspelt(os.environ):
-        # Not refused: the environment is everybody's, and Kubernetes puts a DATABASE_PORT of its own there.
+        # Not refused, as in `.env`: the environment is everybody's.
         _log.warning(
             "settings_not_known", names=misspelt, meaning="no setting has these names: is one misspelt?"
         )

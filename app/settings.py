@@ -41,6 +41,8 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
+_OWN_PREFIXES = ("ai_", "auth_", "ml_")
+
 _EXPECTED = {
     "AUTH_KEY_PEPPER": "expected 32 characters or more",
     "AI_RATE_LIMIT": "expected a rate such as 100/second or 6000/minute",
@@ -337,10 +339,9 @@ def _is_local(host: str) -> bool:
 
 
 def find_misspelt(names: Iterable[str]) -> list[str]:
-    """Returns those that begin as a setting does (`AUTH_`, `ML_`) and are none."""
+    """Returns those that begin with `AI_`, `AUTH_` or `ML_`, as no other program's do, and are no setting."""
     known = Settings.model_fields.keys()
-    prefixes = tuple({name.partition("_")[0] + "_" for name in known if "_" in name})
-    return [name for name in names if name.lower().startswith(prefixes) and name.lower() not in known]
+    return [name for name in names if name.lower().startswith(_OWN_PREFIXES) and name.lower() not in known]
 
 
 def _check_env_file(path: Path) -> None:
