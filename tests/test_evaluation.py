@@ -184,7 +184,7 @@ def test_leads_taken_as_they_were_when_the_model_was_trained_overlap_if_they_had
     begun = replace(crm, source="begun", model_dir=tmp_path, exclude=("created_at",), now=MID_FEBRUARY)
     train(begun)
     (warning,) = evaluate_quietly(begun, ModelRegistry(ModelCatalogue(tmp_path)).load()).warnings
-    assert warning.startswith("1,080 of 2,000 leads are of the time model")
+    assert warning.startswith("1,104 of 2,000 leads are of the time model")
     assert "(up to 2025-02-15)" in warning
 
 

@@ -19,11 +19,14 @@ from app.ai.model_bundle import ModelBundle
 from app.ai.model_catalogue import ModelCatalogue
 from app.ai.model_manifest import manifest_fingerprint
 from app.ai.model_registry import ModelRegistry
+from app.ai.predictor import ScoringPolicy, score_leads
 from app.db.engine import Database
 from app.db.leads import PostgresLeadSource, fetch_all_chunks
 from app.errors import ArtifactError, TrainingError
 from app.training.declared import DECLARED_COLUMNS, build_declared_features
+from app.training.evaluation import evaluate_model
 from app.training.fit import choose_threshold
+from app.training.model_metrics import evaluate
 from app.training.options import TrainingOptions
 from app.training.report import TrainingReport, print_report
 from app.training.rows import choose_columns, fetch_rows
@@ -124,6 +127,34 @@ async def test_training_rows_equal_serving_rows_bit_for_bit(demo_url: str) -> No
     served = build_features(fetched.leads, feature_set, as_of)
     assert served.values[fetched.row_of].tobytes() == trained.values.tobytes()
     assert served.states[fetched.row_of].tobytes() == trained.states.tobytes()
+
+
+def test_leads_without_an_as_of_are_learnt_from_and_evaluated_as_of_the_midnight_the_service_takes(
+    database_url: str, tmp_path: Path
+) -> None:
+    """What matters is the last eight hours, in the afternoon: as of that moment the ages would be others."""
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            "CREATE TABLE made_up AS SELECT md5(i::text)::uuid AS lead_id, sin(i) AS signal, visited_at,"
+            " (sin(i * i) < CASE WHEN visited_at > '2026-06-01 07:00Z' THEN 0.5 ELSE -0.5 END)::int AS won"
+            " FROM generate_series(1, 600) i, LATERAL (SELECT timestamptz '2026-06-01 15:00Z'"
+            " - (i * 37 % 48) * interval '1 hour' - i * interval '1 second') AS visit(visited_at)"
+        )
+    midnight = DEMO_UNTIL.timestamp()
+    options = quick_options(database_url, tmp_path, now=DEMO_UNTIL + timedelta(hours=15))
+    manifest = train(options).manifest
+    assert manifest.training.as_of_from == manifest.training.as_of_to == "2026-06-01T00:00:00Z"
+    rows, *_ = fetch_rows(options, choose_columns(options)[0], lambda *_: None)
+    bundle = load_only(tmp_path)
+    learnt = build_features(rows.leads, bundle.feature_set, rows.as_of)
+    served = build_features(rows.leads, bundle.feature_set, midnight)
+    assert learnt.values.tobytes() == served.values.tobytes()
+    policy = ScoringPolicy(0.6, "margin")
+    answers = score_leads(bundle, rows.leads, midnight, policy).answers
+    told = evaluate_model(options, bundle, policy, lambda *_: None).metrics
+    assert told == evaluate(
+        np.ascontiguousarray(answers["probability"]), rows.outcome, bundle.manifest.threshold
+    )
 
 
 def test_a_lead_is_decided_only_when_its_whole_horizon_has_passed(demo_url: str, tmp_path: Path) -> None:

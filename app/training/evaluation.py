@@ -26,6 +26,7 @@ from app.training.rows import TrainingRows, begins_at_creation, fetch_rows
 
 _ROWS_AT_ONCE = 20_000
 _SEED = 0
+_SECONDS_PER_DAY = 86_400.0
 MIN_LEADS, MIN_OF_EACH_OUTCOME = 50, 10
 """With fewer, every interval is so wide that the figures say nothing."""
 
@@ -179,9 +180,10 @@ def _explain_overlap(options: TrainingOptions, bundle: ModelBundle, rows: Traini
             "their own: it has learnt from most of them, and will do worse on new ones."
         )
     start, end = (datetime.fromisoformat(text).timestamp() for text in (trained_from, trained_to))
-    # Without as-of times of their own all leads were taken as they were at the moment of training.
+    # Without as-of times of their own all leads were taken as of the day of training, those of that day too.
     snapshot = start == end
-    within = int(((rows.order <= end) & ((rows.order >= start) | snapshot)).sum())
+    came_by = end + _SECONDS_PER_DAY if snapshot else end
+    within = int(((rows.order <= came_by) & ((rows.order >= start) | snapshot)).sum())
     if not within:
         return None
     window = f"up to {_day(end)}" if snapshot else f"{_day(start)} to {_day(end)}"

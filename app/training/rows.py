@@ -218,7 +218,8 @@ def _as_of(options: TrainingOptions, leads: LeadColumns) -> FloatArray:
         _AS_OF if options.label else _start_column({name: one.kind for name, one in leads.columns.items()})
     )
     if start not in leads.columns:
-        return np.full(leads.n, options.known_until)
+        # As the service would answer at that moment: of the start of the day.
+        return np.full(leads.n, options.known_until // _SECONDS_PER_DAY * _SECONDS_PER_DAY)
     moments = leads.columns[start]
     if not moments.present.all():
         raise TrainingError(f"{start} is empty for some leads; every row needs the moment it is true for.")
