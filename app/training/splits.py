@@ -1,13 +1,13 @@
 """Parts rows into those to learn from and those to be measured on, the way a model will be used.
 
 Where the source says in which order leads came to be, the past foretells the future: no training row is later
-than a test row. Elsewhere rows are drawn, both classes evenly. Rows that are equal in every column a
-feature could read never sit on both sides, nor do rows of one lead: a model may know them by heart. Only
-where most leads are like many others equal rows may: there the next lead is like known ones, too. Pure, and
-the seed is a parameter. Called by `app.training.train` and wherever a fit is cross-validated.
+than a test row. Elsewhere rows are drawn, both classes evenly. Copies, rows equal in every column a feature
+could read, never sit on both sides, nor do rows of one lead: a model may know them by heart. Rows that chance
+alone makes equal may, as the next lead is like known ones, too. Pure, and the seed is a parameter. Called by
+`app.training.train` and wherever a fit is cross-validated.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,7 +26,10 @@ _FIRST_SHARE = 1 / 3
 """The share of rows, from the earliest on, that every time-ordered fold learns from."""
 
 _NEW_SHARE = 0.25
-"""With fewer rows like no earlier one, the last fifth would be tested on its odd ones only."""
+"""With fewer rows that copy no earlier one, the last fifth would be tested on its odd ones only."""
+
+_EXPECTED_EQUALS = 0.1
+"""Where as many others are expected to equal a lead by chance, those that do need not be copies."""
 
 _MOST_COPIES = 10
 """Nobody enters the same lead more often; leads that are equal in larger numbers happen to be alike."""
@@ -43,9 +46,9 @@ def split_rows(rows: TrainingRows, seed: int) -> tuple[TrainingRows, TrainingRow
     """Returns the part to fit and calibrate on, and the fifth to test on once: one row of each lead there.
 
     Rows of one lead tell nearly the same, and a test that counted them all would seem surer than it is.
-    With an order the test part is the last fifth, less the rows that equal an earlier one, which are in
-    neither part. Otherwise, or where fewer than a quarter of the last fifth are like no earlier one, it is
-    drawn at random, and neither part has an order.
+    With an order the test part is the last fifth, less the copies of earlier rows, which are in neither part.
+    Otherwise, or where fewer than a quarter of the last fifth are no such copies, it is drawn at random, and
+    neither part has an order.
 
     Raises:
         TrainingError: a part would hold leads of one class only.
@@ -78,7 +81,7 @@ def build_folds(rows: TrainingRows, seed: int) -> list[Fold]:
 
     Without an order five stratified folds. With one, windows that grow: the first third of the rows foretells
     the next block, both together the one after, up to five; a block without both classes is joined with the
-    next, and a row that equals an earlier one is in no test part.
+    next, and a copy of an earlier row is in no test part.
 
     Raises:
         TrainingError: there is no fold with both classes in both parts.
@@ -99,23 +102,50 @@ def build_folds(rows: TrainingRows, seed: int) -> list[Fold]:
 
 
 def group_rows(rows: TrainingRows) -> IntArray:
-    """Numbers the groups of rows (n,) that stay together: those equal in every column, and those of one lead.
+    """Numbers the groups of rows (n,) that stay together: copies, equal in every column, and those of a lead.
 
-    Columns that could never become a feature, as they number the leads or name them, do not count. Where half
-    of the rows are equal to those of more leads than anybody enters twice, equal ones do not stay together: a
-    few columns of few values cannot tell leads apart, and whole values would be held out, unheard of.
+    Columns that could never become a feature, as they number the leads or name them, do not count. Equal rows
+    are no copies where others are expected to equal them by chance. Nor are they where half of the rows still
+    have more equals than anybody enters twice: columns that go together, or one of few values, cannot tell
+    leads apart. Kept together, whole values would be held out, unheard of, and in order the common ones would
+    be missing from every test part.
     """
-    group, told_apart = np.zeros(rows.leads.n, dtype=np.int64), False
     one_a_lead = rows.take_one_a_lead().leads.columns
-    for name, cells in rows.leads.columns.items():
-        if reason_to_drop(one_a_lead[name]) is None:
-            codes = distinct_codes(cells)
-            group = np.unique(group * (codes.max() + 1) + codes, return_inverse=True)[1]
-            told_apart = True
-    each = np.arange(rows.leads.n)
-    if not told_apart or not _are_copies(group, each if rows.lead is None else rows.lead):
+    columns = [
+        distinct_codes(cells)
+        for name, cells in rows.leads.columns.items()
+        if reason_to_drop(one_a_lead[name]) is None
+    ]
+    each, group = np.arange(rows.leads.n), np.zeros(rows.leads.n, dtype=np.int64)
+    for codes in columns:
+        group = _refine(group, codes)
+    by_chance = _expect_equals(columns, group) >= _EXPECTED_EQUALS
+    group = np.unique(np.where(by_chance[group], len(each) + each, group), return_inverse=True)[1]
+    if not _are_copies(group, each if rows.lead is None else rows.lead):
         group = each
     return group if rows.lead is None else _join_leads(group, rows.lead)
+
+
+def _refine(group: IntArray, codes: IntArray) -> IntArray:
+    """Parts groups (n,) by the distinct cells of one more column."""
+    finer: IntArray = np.unique(group * (codes.max() + 1) + codes, return_inverse=True)[1]
+    return finer
+
+
+def _expect_equals(columns: Sequence[IntArray], group: IntArray) -> FloatArray:
+    """Returns how many other rows would equal those of each group (groups,) if columns were independent.
+
+    How common a value is the rows outside the group say: copies would vouch for themselves. A column that
+    parts no rows that those of more values have not parted, as a city's country, tells nothing of its own.
+    """
+    _, first, size = np.unique(group, return_index=True, return_counts=True)
+    expected, parted = np.full(len(size), len(group) - 1.0), np.zeros_like(group)
+    for codes in sorted(columns, key=lambda codes: -codes.max()):
+        finer = _refine(parted, codes)
+        if finer.max() > parted.max():
+            expected *= (np.bincount(codes)[codes[first]] - size) / len(group)
+        parted = finer
+    return expected
 
 
 def _are_copies(group: IntArray, lead: IntArray) -> bool:
