@@ -213,7 +213,7 @@ def test_without_an_as_of_no_time_is_learnt_from_as_training_and_serving_would_c
     at_moments, _ = choose_columns(options(source="moments"))
     assert {column.name for column in at_moments} == {"created_at", "signal", "last_visit_at", "intake_on"}
     of_today, _ = choose_columns(options(source="visited", label="signal"))
-    assert {"created_at", "last_visit_at", "intake_on"} <= {column.name for column in of_today}
+    assert {"last_visit_at", "intake_on"} <= {column.name for column in of_today}
     with pytest.raises(TrainingError, match=r"no column left .*last_visit_at: .* give only_times an as_of"):
         train(options(source="only_times"))
     with psycopg.connect(options().url) as connection:

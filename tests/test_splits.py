@@ -341,12 +341,52 @@ def test_leads_come_in_the_order_of_their_times_or_of_the_column_named(
 ) -> None:
     by_time, by_column = read(timed()), read(timed(order_by="countdown"))
     assert by_time.order is not None
-    assert by_time.order.tolist() == by_time.leads.columns["created_at"].values.tolist()
     assert by_column.order is not None
     assert sorted(by_column.order.tolist()) == list(range(1, 601))
     assert np.argsort(by_time.order).tolist() == np.argsort(-by_column.order).tolist()
+    assert by_time.order.tolist() == by_column.leads.columns["created_at"].values.tolist()
     assert set(by_column.leads.columns) == {"created_at", "signal"}
+    assert set(by_time.leads.columns) == {"countdown", "signal"}, "the order of leads is no feature of theirs"
     assert read(timed(source="timeless")).order is None
+
+
+def test_leads_entered_several_times_are_found_though_each_has_a_time_of_its_own(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Two numbers that say nothing of the outcome; with the time as a feature no two leads would be equal."""
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            """
+            CREATE TABLE entered AS SELECT gen_random_uuid() AS lead_id, sin(i) AS a, i * i % 23 AS b,
+                (sin(i * i * i) > 0.5)::int AS won, timestamptz '2025-01-01Z'
+                    + (i * 7919 + n * 104729) % 500000 * interval '1 minute' AS created_at
+            FROM generate_series(1, 900) i, generate_series(0, i % 2) n
+            """
+        )
+    options = TrainingOptions(url=database_url, model_dir=tmp_path, source="entered", label="won",
+                              model="random_forest")  # fmt: skip
+    manifest = train(options).manifest
+    assert {spec["name"] for spec in manifest.feature_set} == {"a", "b"}
+    assert manifest.report["repeated"] > 100, "of a fifth of 1,350"
+    low, high = manifest.report["intervals"]["roc_auc"]
+    assert low < 0.5 < high
+
+
+def test_leads_of_a_time_after_the_as_of_time_are_left_out_and_counted(
+    timed: Callable[..., TrainingOptions],
+) -> None:
+    options = timed(as_of=SINCE)
+    rows, everyone, left_out = fetch_rows(options, choose_columns(options)[0], lambda *_: None)
+    assert rows.order is not None
+    assert rows.order.max() == SINCE.timestamp()
+    assert (rows.leads.n, everyone.leads.n, left_out.later) == (241, 241, 359)
+    assert read(timed(as_of=SINCE, order_by="created_at")).leads.n == 241
+    assert read(timed(as_of=SINCE, source="timeless")).leads.n == 600, "nobody knows when these came"
+    with pytest.raises(TrainingError, match="no leads up to 2025-12-31"):
+        read(timed(as_of=datetime(2025, 12, 31, tzinfo=UTC)))
+    manifest = train(options).manifest
+    assert manifest.report["later"] == 359
+    assert dict(describe_data(manifest))["left out, later than the moment named"] == "359 leads"
 
 
 def test_since_leaves_earlier_leads_out(timed: Callable[..., TrainingOptions]) -> None:

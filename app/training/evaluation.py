@@ -50,6 +50,7 @@ class Evaluation:
     positives: int
     undecided: int
     beforehand: int
+    later: int
     rejected: int
     metrics: dict[str, float]
     intervals: dict[str, list[float]]
@@ -98,6 +99,7 @@ def evaluate_model(
         positives=int(outcome.sum()),
         undecided=left_out.undecided,
         beforehand=left_out.beforehand,
+        later=left_out.later,
         rejected=int(rejected.sum()),
         metrics=evaluate(probability, outcome, manifest.threshold),
         intervals=bootstrap_intervals(probability, outcome, _SEED),

@@ -23,13 +23,13 @@ class TrainingOptions:
     `horizon_days` after its as-of time, and neither positive nor negative before these have passed. With
     `label` that 0/1 column is the outcome.
 
-    `as_of` is the moment up to which anything is known (default: `now`). `exclude` never feeds the model;
-    `allow_leaky` names columns the leakage guard lets pass. `order_by` names the column, a time or any
-    number, that says in which order leads came to be (default: `as_of` or `created_at`, where the source has
-    one); it never feeds the model either. `since` leaves out leads of an earlier time. `model` is the type to
-    fit, or `auto` for the one that evidence favours. `base_rate` is the share of leads expected to reach the
-    outcome, for as long as outcomes are few. With `signing_key` what is published is signed. The version is
-    `now`.
+    `as_of` is the moment up to which anything is known (default: `now`); leads of a time after one that is
+    named are left out. `exclude` never feeds the model; `allow_leaky` names columns the leakage guard lets
+    pass. `order_by` names the column, a time or any number, that says in which order leads came to be
+    (default: `as_of` or `created_at`, where the source has one); it never feeds the model either. `since`
+    leaves out leads of an earlier time. `model` is the type to fit, or `auto` for the one that evidence
+    favours. `base_rate` is the share of leads expected to reach the outcome, for as long as outcomes are few.
+    With `signing_key` what is published is signed. The version is `now`.
 
     Raises:
         TrainingError: `as_of` is later than `now`.

@@ -275,6 +275,7 @@ def _describe_left_out(told: Mapping[str, Any]) -> list[tuple[str, str]]:
     headings = {
         "undecided": "left out as undecided",
         "beforehand": "left out, outcome before the as-of time",
+        "later": "left out, later than the moment named",
         "repeated": "left out as repeats of other leads",
     }
     return [(heading, f"{told[name]:,} leads") for name, heading in headings.items() if told.get(name)]

@@ -75,19 +75,22 @@ class TrainingRows:
 class LeftOut(NamedTuple):
     """How many leads are not learnt from: with no outcome yet, or with one before their as-of time.
 
+    The `later` ones, with a label, came after the moment up to which anything is known, where one was named.
     The `repeated` could have been tested on, but repeat a lead that was learnt from, or one that is tested.
     """
 
     undecided: int
     beforehand: int
     repeated: int = 0
+    later: int = 0
 
 
 def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], dict[str, str]]:
     """Returns the columns that may feed features, and a reason for each that is kept out.
 
-    Identity, as-of time, outcome and the column to order by never feed a feature; nor does a time where the
-    source has no `as_of` and leads begin with `created_at`: its age would be another one in serving.
+    Identity, as-of time, outcome and the column to order by, by default `created_at` where there is no
+    `as_of`, never feed a feature: the next leads are all later than any it learnt from. Nor does a time where
+    the source has no `as_of` and leads begin with `created_at`: its age would be another one in serving.
 
     Raises:
         TrainingError: a column the options name is not there, or the declared set needs one that is excluded.
@@ -106,8 +109,9 @@ def choose_columns(options: TrainingOptions) -> tuple[tuple[InputColumn, ...], d
             )
         return DECLARED_COLUMNS, {}
     reserved = {_EXTERNAL_REF, _AS_OF, options.label or options.outcome, *options.exclude, *ordering}
-    if not options.label:
-        reserved.add(_start_column(kinds))
+    start = _start_column(kinds)
+    if not options.label or (not ordering and kinds.get(start) == "timestamp"):
+        reserved.add(start)
     free = [name for name in kinds if name not in reserved]
     denied = {name: "on the deny-list: it knows the outcome" for name in free if is_denied(name)}
     if begins_at_creation(options, kinds):
@@ -139,8 +143,9 @@ def fetch_rows(
     With a label, a lead without one is undecided. Otherwise it is decided once its whole horizon has passed,
     also when its outcome came early: taking young leads that applied, and not those that may yet, would make
     applications look more frequent than they are. A lead whose outcome came before its as-of time is left
-    out too: there was nothing left to predict. Where all outcomes are dates (midnights), one of the same day
-    came after it. Leads of a time before `options.since` do not count at all.
+    out too: there was nothing left to predict. Where all outcomes are dates (midnights of whatever place),
+    one of the same day came after it. Leads of a time before `options.since` do not count at all; with a
+    label those of a time after `options.as_of` are left out.
 
     Raises:
         TrainingError: there are no leads, or a label is not 0 or 1, or the options ask for an order or a time
@@ -158,9 +163,17 @@ def fetch_rows(
     recent = _recent(options, leads)
     if not recent.any():
         raise TrainingError(f"{options.source} has no leads since {options.since:%Y-%m-%d}.")
+    later = recent & _later(options, leads)
+    here = recent & ~later
+    if not here.any():
+        raise TrainingError(f"{options.source} has no leads up to {options.as_of:%Y-%m-%d}.")
     everyone = TrainingRows(features, outcome, as_of, _order(options, leads), lead)
-    left_out = LeftOut(int((recent & ~decided & ~beforehand).sum()), int((recent & beforehand).sum()))
-    return everyone.take(decided & recent), everyone.take(recent), left_out
+    left_out = LeftOut(
+        undecided=int((here & ~decided & ~beforehand).sum()),
+        beforehand=int((here & beforehand).sum()),
+        later=int(later.sum()),
+    )
+    return everyone.take(decided & here), everyone.take(here), left_out
 
 
 def _extra_columns(options: TrainingOptions, kinds: Mapping[str, ColumnKind]) -> list[InputColumn]:
@@ -251,7 +264,7 @@ def _order(options: TrainingOptions, leads: LeadColumns) -> FloatArray | None:
 
 
 def _recent(options: TrainingOptions, leads: LeadColumns) -> BoolArray:
-    """Tells which leads (n,) are of the time asked for."""
+    """Tells which leads (n,) are not of an earlier time than asked for."""
     if options.since is None:
         return np.ones(leads.n, dtype=np.bool_)
     name = _order_column(options, leads)
@@ -265,6 +278,19 @@ def _recent(options: TrainingOptions, leads: LeadColumns) -> BoolArray:
     moments = np.asarray(leads.columns[name].values, dtype=np.float64)
     recent: BoolArray = moments >= options.since.timestamp()
     return recent
+
+
+def _later(options: TrainingOptions, leads: LeadColumns) -> BoolArray:
+    """Tells which leads (n,) came after the as-of time asked for: nobody knew of them then.
+
+    Without a label they are undecided, as their horizon has not passed.
+    """
+    name = _order_column(options, leads)
+    if not options.label or options.as_of is None or name is None or leads.columns[name].kind != "timestamp":
+        return np.zeros(leads.n, dtype=np.bool_)
+    cells = leads.columns[name]
+    later: BoolArray = cells.present & (np.asarray(cells.values, dtype=np.float64) > options.known_until)
+    return later
 
 
 def _labels(options: TrainingOptions, leads: LeadColumns) -> tuple[IntArray, BoolArray, BoolArray]:
