@@ -185,6 +185,29 @@ def test_an_outcome_of_which_only_the_date_is_known_came_after_a_beginning_of_th
     assert left_out == LeftOut(0, 60 * (3 - len(decided)))
 
 
+@pytest.mark.parametrize(
+    "place", ["UTC", "Europe/London", "Europe/Berlin", "America/New_York", "Asia/Kolkata"]
+)
+def test_outcomes_that_are_dates_of_whatever_place_are_told_as_such(
+    options: Callable[..., TrainingOptions], place: str
+) -> None:
+    """Leads of 2025 at any time of day; a third win, every other one of these on the day it begins."""
+    with psycopg.connect(options().url) as connection:
+        connection.execute(
+            f"""
+            CREATE TABLE delayed AS SELECT md5(i::text)::uuid AS lead_id, sin(i) AS signal,
+                began AT TIME ZONE '{place}' AS created_at, CASE WHEN i % 3 = 0
+                    THEN (began::date + i % 2 * 30)::timestamp AT TIME ZONE '{place}' END AS won_at
+            FROM generate_series(1, 900) i, LATERAL (SELECT timestamp '2025-01-01 06:30'
+                + i % 300 * interval '1 day' + i % 17 * interval '1 hour') AS local(began)
+            """
+        )
+    asked = options()
+    rows, _, left_out = fetch_rows(asked, choose_columns(asked)[0], lambda *_: None)
+    assert left_out == LeftOut(0, 0)
+    assert (rows.leads.n, rows.outcome.sum()) == (900, 300)
+
+
 def create_visited(url: str) -> None:
     """Makes `visited`: leads of 2025 with other times; and `moments`, the same with an as-of time."""
     with psycopg.connect(url) as connection:

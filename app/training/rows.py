@@ -30,7 +30,7 @@ from app.training.leakage import is_denied
 from app.training.options import TrainingOptions
 
 _AS_OF, _CREATED_AT, _EXTERNAL_REF = "as_of", "created_at", "external_ref"
-_SECONDS_PER_DAY = 86_400.0
+_SECONDS_PER_HOUR, _SECONDS_PER_DAY = 3_600.0, 86_400.0
 _FIRST_MOMENT, _LAST_MOMENT = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1, 9999))
 
 
@@ -308,9 +308,18 @@ def _outcomes(
     column = leads.columns[options.outcome]
     end = as_of + options.horizon_days * _SECONDS_PER_DAY
     happened = np.where(column.present, np.asarray(column.values, dtype=np.float64), np.inf)
-    dates = (happened[np.isfinite(happened)] % _SECONDS_PER_DAY == 0).all()
-    beforehand = happened < (as_of - as_of % _SECONDS_PER_DAY if dates else as_of)
+    if _are_dates(happened[np.isfinite(happened)]):
+        beforehand = happened + _SECONDS_PER_DAY <= as_of
+    else:
+        beforehand = happened < as_of
     return (happened <= end).astype(np.int64), (end <= options.known_until) & ~beforehand, beforehand
+
+
+def _are_dates(moments: FloatArray) -> bool:
+    """Tells whether moments are all midnights of one place: one time of day, or two where clocks change."""
+    times = np.unique(moments % _SECONDS_PER_DAY)
+    apart = np.isin(np.diff(times), (_SECONDS_PER_HOUR, _SECONDS_PER_DAY - _SECONDS_PER_HOUR))
+    return bool(len(times) <= 2 and apart.all() and (times % (_SECONDS_PER_HOUR / 4) == 0).all())
 
 
 def _require_outcome_with_time(options: TrainingOptions, kinds: Mapping[str, ColumnKind]) -> None:
