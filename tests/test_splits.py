@@ -267,6 +267,7 @@ def test_the_rows_of_one_lead_never_sit_on_both_sides(order: FloatArray | None, 
         assert known.lead is not None
         assert stranger.lead is not None
         assert not set(known.lead.tolist()) & set(stranger.lead.tolist())
+        assert len(set(stranger.lead.tolist())) == stranger.leads.n, "rows of a lead are no further evidence"
 
 
 def test_rows_equal_to_one_of_another_lead_keep_both_leads_together() -> None:

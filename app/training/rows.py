@@ -61,15 +61,19 @@ class TrainingRows:
         return TrainingRows(LeadColumns(len(outcome), columns), outcome, self.as_of[rows], order, lead)
 
     def take_one_a_lead(self) -> "TrainingRows":
-        """Returns one row of each lead: what several rows of a lead share is no evidence of any pattern.
+        """Returns one row of each lead: what several rows of a lead share is no evidence of any pattern."""
+        drawn = self.draw_one_a_lead(np.arange(self.leads.n))
+        return self if len(drawn) == self.leads.n else self.take(drawn)
+
+    def draw_one_a_lead(self, rows: IntArray) -> IntArray:
+        """Returns, of these rows by index, one of each lead.
 
         Drawn, always the same: what leads gather over time would be missing from the first rows of all.
         """
         if self.lead is None:
-            return self
-        drawn = np.random.default_rng(0).permutation(len(self.lead))
-        firsts = drawn[np.unique(self.lead[drawn], return_index=True)[1]]
-        return self if len(firsts) == len(self.lead) else self.take(np.sort(firsts))
+            return rows
+        drawn = np.random.default_rng(0).permutation(rows)
+        return np.sort(drawn[np.unique(self.lead[drawn], return_index=True)[1]])
 
 
 class LeftOut(NamedTuple):

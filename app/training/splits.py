@@ -79,6 +79,8 @@ def split_rows(rows: TrainingRows, seed: int) -> tuple[TrainingRows, TrainingRow
 def build_folds(rows: TrainingRows, seed: int) -> list[Fold]:
     """Returns the folds to cross-validate on; both classes occur in each part of each.
 
+    As in `split_rows`, one row of each lead is measured on.
+
     Without an order five stratified folds. With one, windows that grow: the first third of the rows foretells
     the next block, both together the one after, up to five; a block without both classes is joined with the
     next, and a copy of an earlier row is in no test part.
@@ -88,9 +90,9 @@ def build_folds(rows: TrainingRows, seed: int) -> list[Fold]:
     """
     group = group_rows(rows)
     found = list(
-        _expanding_windows(rows.order, group, rows.outcome)
+        _expanding_windows(rows, rows.order, group)
         if rows.order is not None
-        else _drawn_folds(group, rows.outcome, seed)
+        else _drawn_folds(rows, group, seed)
     )
     if not found:
         raise TrainingError(
@@ -170,10 +172,10 @@ def _join_leads(group: IntArray, lead: IntArray) -> IntArray:
     return joined if chained <= len(lead) / FOLDS else lead
 
 
-def _drawn_folds(group: IntArray, outcome: IntArray, seed: int) -> Iterator[Fold]:
-    fold = _random_folds(group, outcome, np.random.default_rng(seed))
+def _drawn_folds(rows: TrainingRows, group: IntArray, seed: int) -> Iterator[Fold]:
+    fold, outcome = _random_folds(group, rows.outcome, np.random.default_rng(seed)), rows.outcome
     for number in range(FOLDS):
-        train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+        train, test = np.flatnonzero(fold != number), rows.draw_one_a_lead(np.flatnonzero(fold == number))
         if _both_classes(outcome[train]) and _both_classes(outcome[test]):
             yield Fold(train, test)
 
@@ -198,13 +200,13 @@ def _random_folds(group: IntArray, outcome: IntArray, random: np.random.Generato
     return fold_of[group]
 
 
-def _expanding_windows(order: FloatArray, group: IntArray, outcome: IntArray) -> Iterator[Fold]:
-    turn = np.argsort(order, kind="stable")
+def _expanding_windows(rows: TrainingRows, order: FloatArray, group: IntArray) -> Iterator[Fold]:
+    turn, outcome = np.argsort(order, kind="stable"), rows.outcome
     cuts = np.linspace(len(turn) * _FIRST_SHARE, len(turn), FOLDS + 1).astype(int)
     start = cuts[0]
     for end in cuts[1:]:
         train, block = turn[:start], turn[start:end]
-        test = block[~np.isin(group[block], group[train])]
+        test = rows.draw_one_a_lead(block[~np.isin(group[block], group[train])])
         if not _both_classes(outcome[train]):
             start = end
         elif _both_classes(outcome[test]):
