@@ -100,7 +100,7 @@ class Leads:
 
     @cached_property
     def later(self) -> tuple[Judged, BoolArray]:
-        """The last fifth, judged by a model of those before; and which of them equal no earlier lead."""
+        """The last fifth, judged by a model of those before; and which of them copy no earlier lead."""
         if self.rows.order is None:
             raise CommandError("which leads are the later ones? Name a column that says so with --order-by")
         turn = np.argsort(self.rows.order, kind="stable")
@@ -210,7 +210,7 @@ def _measure_later(name: str) -> Callable[[Leads], Figure]:
         beside = f"{len(unlike):,} leads, 95 %: {low:.4f} to {high:.4f}"
         others = later.take(unlike)
         if len(np.unique(others.outcome)) == 2:
-            beside += f"; {others.metric(name):.4f} on the {len(others.outcome):,} that equal no earlier one"
+            beside += f"; {others.metric(name):.4f} on the {len(others.outcome):,} that copy no earlier one"
         return Figure(later.metric(name), beside)
 
     return measure

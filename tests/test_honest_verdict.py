@@ -61,16 +61,19 @@ def demo_options(
 
 def train_and_set_aside(options: TrainingOptions) -> tuple[ModelBundle, TrainingRows]:
     """Trains on half of the leads; returns the model and the decided leads of the other half."""
+    halves = []
     with psycopg.connect(options.url) as connection:
-        connection.execute(f"ALTER TABLE {options.source} RENAME TO everyone")
-        for name, half in ((options.source, "= 0"), ("unseen", "= 1")):
+        for name, half in (("seen", "= 0"), ("unseen", "= 1")):
+            connection.execute(f"CREATE SCHEMA {name}")
             connection.execute(
-                f"CREATE VIEW {name} AS SELECT * FROM everyone "
+                f"CREATE VIEW {name}.{options.source} AS SELECT * FROM public.{options.source} "
                 f"WHERE get_byte(uuid_send(lead_id), 15) % 2 {half}"
             )
-    train(options)
+            halves.append(replace(options, url=f"{options.url}&options=-csearch_path%3D{name},public"))
+    seen, unseen = halves
+    train(seen)
     return ModelRegistry(ModelCatalogue(options.model_dir)).load(), fetch_rows(
-        replace(options, source="unseen"), choose_columns(options)[0], lambda *_: None
+        unseen, choose_columns(unseen)[0], lambda *_: None
     )[0]
 
 

@@ -17,18 +17,24 @@ ROWS_OF_FILE = 400
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enquiries numbered in the order they came, their outcome half told by the visits; ten are open."""
+    """Enquiries numbered in the order they came, their outcome half told by the visits; ten are open.
+
+    Of the later ones, which come first, twenty are copies of earlier ones.
+    """
     random = np.random.default_rng(3)
     visits = random.poisson(4, ROWS_OF_FILE) + random.integers(0, 4, ROWS_OF_FILE) / 4
+    channel, seconds = random.choice(["Fair", "Web", "n/a"], ROWS_OF_FILE), random.permutation(ROWS_OF_FILE)
+    for column in (visits, channel, seconds):
+        column[20:40] = column[220:240]
     won = random.random(ROWS_OF_FILE) < 1 / (1 + np.exp(3 - 0.6 * visits))
     path = tmp_path_factory.mktemp("leads") / "leads.csv"
     with path.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out)
-        writer.writerow(["Reference", "Countdown", "Visits", "Channel", "Note", "Enrolled"])
+        writer.writerow(["Reference", "Countdown", "Visits", "Channel", "Seconds", "Note", "Enrolled"])
         for number in range(ROWS_OF_FILE):
             label = "" if number < 10 else "Yes" if won[number] else "No"
-            channel = random.choice(["Fair", "Web", "n/a"])
-            writer.writerow([f"E-{number}", ROWS_OF_FILE - number, visits[number], channel, label, label])
+            cells = visits[number], channel[number], seconds[number], label, label
+            writer.writerow([f"E-{number}", ROWS_OF_FILE - number, *cells])
     return path
 
 
@@ -85,8 +91,9 @@ def test_folds_are_cut_in_the_order_of_the_file_and_the_last_fifth_in_that_of_th
     # The column to order by counts down, so the file's first leads are the later ones.
     np.testing.assert_array_equal(later.outcome, outcome[:78])
     assert abs(np.corrcoef(later.raw, visits[:78])[0, 1]) > 0.9
-    earlier = {(line["Visits"], line["Channel"]) for line in decided[78:]}
-    assert unlike.tolist() == [(line["Visits"], line["Channel"]) not in earlier for line in decided[:78]]
+    earlier = {line["Seconds"] for line in decided[78:]}
+    assert unlike.tolist() == [line["Seconds"] not in earlier for line in decided[:78]]
+    assert np.count_nonzero(~unlike) == 20
 
 
 def test_a_row_that_does_not_exist_is_refused_by_name(
