@@ -168,8 +168,8 @@ def _document(app: FastAPI, max_batch_size: int) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            complete_document(generate(), max_batch_size, GUARD_ERRORS)
-        return generate()
+            app.openapi_schema = complete_document(generate(), max_batch_size, GUARD_ERRORS)
+        return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI documents
 

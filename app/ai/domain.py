@@ -294,7 +294,9 @@ def split_uuids(lead_ids: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     if joined.count("\n") == len(lead_ids) - 1 and _UUIDS.fullmatch(joined):
         return lead_ids, []
     uuids = [lead_id for lead_id in lead_ids if is_uuid(lead_id)]
-    return uuids, [lead_id for lead_id in lead_ids if not is_uuid(lead_id)] if uuids else lead_ids
+    if not uuids:
+        return [], lead_ids
+    return uuids, [lead_id for lead_id in lead_ids if not is_uuid(lead_id)]
 
 
 def is_uuid(lead_id: str) -> bool:

@@ -126,18 +126,18 @@ def batch_statement(
     """Returns the statement for a batch.
 
     A row of many leads has lead IDs, references or NULL, then one value for each column; a row that is one
-    lead is as in `page_statement`, with a reference if it asks by them. Its parameters are, numbered in this
-    order, lead IDs (`uuid[]`) if it asks by them and references (`text[]`, see `refs_to_ask`) if it asks by
-    them; it asks by one of them at least, and for `parts` by one of them only.
+    lead is as in `each_lead_statement`, with a reference if it asks by them. Its parameters are, numbered in
+    this order, lead IDs (`uuid[]`) if it asks by them and references (`text[]`, see `refs_to_ask`) if it asks
+    by them; it asks by one of them at least, and for `parts` by one of them only.
     """
-    asked = ["lead_id = ANY({}::uuid[])"] * by_id
+    conditions = []
+    if by_id:
+        conditions.append("lead_id = ANY({}::uuid[])")
     if by_ref:
-        asked.append(_REF_CONDITION.get(types[EXTERNAL_REF], "external_ref::text = ANY({}::text[])"))
-    # Named as no relation is, whose columns would be meant otherwise.
-    some = f"(${{}})[lead_scoring_parts.first : lead_scoring_parts.first + {PART_LEADS - 1}]"
-    given = some if rows == "parts" else "${}"
-    conditions = [condition.format(given.format(number)) for number, condition in enumerate(asked, 1)]
-    matches = " OR ".join(conditions)
+        conditions.append(_REF_CONDITION.get(types[EXTERNAL_REF], "external_ref::text = ANY({}::text[])"))
+    matches = " OR ".join(
+        condition.format(_asked(number, rows)) for number, condition in enumerate(conditions, 1)
+    )
     of_rows = _of_each_lead if rows == "leads" else _of_all_leads
     composed = sql.SQL("SELECT {} FROM {} WHERE {}").format(
         of_rows(types, columns, with_refs=by_ref),
@@ -153,14 +153,22 @@ def batch_statement(
     return composed.as_string(None)
 
 
-def page_statement(relation: str, types: ColumnTypes, columns: Sequence[InputColumn]) -> sql.Composed:
+def _asked(number: int, rows: Rows) -> str:
+    """Returns a parameter, or of `parts` what a part has of it."""
+    if rows != "parts":
+        return f"${number}"
+    first = "lead_scoring_parts.first"  # named as no relation is, whose columns would be meant otherwise
+    return f"(${number})[{first} : {first} + {PART_LEADS - 1}]"
+
+
+def each_lead_statement(relation: str, types: ColumnTypes, columns: Sequence[InputColumn]) -> sql.Composed:
     """Returns the statement with two values a lead: its numbers, and its texts, ID and reference first."""
     return sql.SQL("SELECT {} FROM {} WHERE lead_id IS NOT NULL ORDER BY lead_id").format(
         _of_each_lead(types, columns, with_refs=EXTERNAL_REF in types), sql.Identifier(*relation.split("."))
     )
 
 
-def key_page_statement(
+def page_statement(
     relation: str, types: ColumnTypes, columns: Sequence[InputColumn], *, after: UUID | None, leads: int
 ) -> sql.Composed:
     """Returns the statement whose one row is, for the next `leads` by ID, what `batch_statement` gives.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from app.ai.domain import BoolArray, InputColumn, LeadColumns
 from app.db.command_connection import open_reader
-from app.db.lead_cells import decode_batch, key_page_statement, split_texts
+from app.db.lead_cells import decode_batch, page_statement, split_texts
 from app.db.leads import fetch_types, require_columns
 
 PAGE_LEADS = 20_000
@@ -60,7 +60,7 @@ def read_pages(
         types = fetch_types(connection, relation)
         require_columns(relation, types, columns)
         while True:
-            statement = key_page_statement(relation, types, columns, after=after, leads=page_leads)
+            statement = page_statement(relation, types, columns, after=after, leads=page_leads)
             with connection.cursor(binary=True) as cursor:
                 row = cursor.execute(statement).fetchone()
             if row is None or row[0] is None:

@@ -47,8 +47,8 @@ from app.db.lead_cells import (
     column_kinds,
     decode_batch,
     decode_rows,
+    each_lead_statement,
     has_references,
-    page_statement,
     quoted_relation,
     recent_statement,
     refs_to_ask,
@@ -281,7 +281,7 @@ def fetch_all_chunks(
             "SET LOCAL TimeZone = 'UTC'; SET LOCAL jit = off; SET LOCAL cursor_tuple_fraction = 1"
         )
         with connection.cursor("leads", binary=True) as cursor:
-            cursor.execute(page_statement(relation, types, columns))
+            cursor.execute(each_lead_statement(relation, types, columns))
             while rows := cursor.fetchmany(chunk_rows):
                 yield decode_rows(rows, columns, with_refs=EXTERNAL_REF in types)
 
