@@ -60,8 +60,8 @@ class AnswerCache(Protocol):
         """
         ...
 
-    def count_misses(self, leads: int) -> None:
-        """Notes that so many lead IDs were not found, and read instead."""
+    def count(self, result: Literal["miss", "recalled"], leads: int) -> None:
+        """Counts lead IDs that were not found: they were read instead, or answered by what was recalled."""
         ...
 
     def remember(
@@ -98,9 +98,9 @@ class PredictionCache:
         self._secret = np.frombuffer(bytearray(secrets.token_bytes(16)), np.uint64)
         self._key_of_world = lru_cache(maxsize=4)(self._build_key)
         # Written by the thread that hears of changes, each value in one step, and read on the event loop.
-        self._moment = 0
+        self._changes = 0  # how many were heard of
         self._changed = np.zeros(_CHANGE_MARKS, np.int64)
-        self._emptied = 0
+        self._emptied_by = 0
         self._trusted_until = -math.inf
         self._sets, self._ring = np.zeros(-(-size // _LEADS_PER_SET), SET), np.zeros(size, ENTRY)
         self._table = AnswerTable(self._sets, self._ring, self._changed)
@@ -111,7 +111,7 @@ class PredictionCache:
 
     def moment(self) -> Moment:
         """See `AnswerCache.moment`."""
-        return Moment(self._moment, self._monotonic())
+        return Moment(self._changes, self._monotonic())
 
     def find(self, model: ModelRef, as_of: float, lead_ids: Sequence[str]) -> tuple[BoolArray, AnswerArray]:
         """See `AnswerCache.find`."""
@@ -128,18 +128,17 @@ class PredictionCache:
         """See `AnswerCache.recall`."""
         now = self._monotonic()
         hit, answers, expires = self._find(model, as_of, lead_ids, now)
-        observe_lookups("recalled", int(np.count_nonzero(hit)))
         return hit, answers, now + self._ttl_seconds - expires
 
-    def count_misses(self, leads: int) -> None:
-        """See `AnswerCache.count_misses`."""
-        observe_lookups("miss", leads)
+    def count(self, result: Literal["miss", "recalled"], leads: int) -> None:
+        """See `AnswerCache.count`."""
+        observe_lookups(result, leads)
 
     def _find(
         self, model: ModelRef, as_of: float, lead_ids: Sequence[str], now: float
     ) -> tuple[BoolArray, AnswerArray, FloatArray]:
         key = self._key_of_world(model.manifest_sha256, as_of)
-        return self._kernels.find_answers(self._table, lead_ids, key, now, self._emptied)
+        return self._kernels.find_answers(self._table, lead_ids, key, now, self._emptied_by)
 
     def remember(
         self,
@@ -165,19 +164,19 @@ class PredictionCache:
 
     def forget(self, uuids: Sequence[str]) -> None:
         """Lets every answer for these leads count no more, whichever ID it was asked by."""
-        moment = self._moment + 1
-        self._changed[_marks(uuids)] = moment
-        self._moment = moment
+        changes = self._changes + 1
+        self._changed[_marks(uuids)] = changes
+        self._changes = changes
 
     def forget_all(self) -> None:
         """Lets no answer count any more."""
-        moment = self._moment + 1
-        self._emptied = moment
-        self._moment = moment
+        changes = self._changes + 1
+        self._emptied_by = changes
+        self._changes = changes
 
-    def emptied(self) -> int:
-        """Returns the moment the whole cache was last emptied."""
-        return self._emptied
+    def emptied_by(self) -> int:
+        """Returns the number of the change that last emptied the whole cache, 0 before any did."""
+        return self._emptied_by
 
     def trust_until(self, monotonic_seconds: float) -> None:
         """Says until when whatever was not forgotten holds."""
@@ -214,7 +213,7 @@ class NullCache:
         """Recalls nothing."""
         return *self.find(model, as_of, lead_ids), np.zeros(len(lead_ids))
 
-    def count_misses(self, leads: int) -> None:
+    def count(self, result: Literal["miss", "recalled"], leads: int) -> None:
         """Counts nothing: there was no look."""
 
     def remember(

@@ -248,12 +248,13 @@ class Predictor:
                 answers.put(missing, found.answers)
                 fate.put(missing, found.fate)
                 watch.stages_ms |= found.stages_ms
-                cache.count_misses(missing.size)
+                cache.count("miss", missing.size)
             except DatabaseUnavailableError:
                 if not self._degraded_answers:
                     raise
                 asked = _pick(canonical, missing)
                 recalled, last_known, ages = cache.recall(bundle.ref, context.as_of, asked)
+                cache.count("recalled", int(np.count_nonzero(recalled)))
                 hit.put(missing, recalled)
                 if not hit.any():
                     raise

@@ -97,7 +97,7 @@ class RefreshAhead:
         """
         model = (await self._models.active()).ref
         began, as_of = self._monotonic(), start_of_day(self._now())
-        state = (model.manifest_sha256, as_of, self._cache.emptied())
+        state = (model.manifest_sha256, as_of, self._cache.emptied_by())
         fresh = state == self._done and began < self._began + REFRESH_AT * self._ttl_seconds
         if fresh or not self._cache.is_trusted():
             return
