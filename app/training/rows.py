@@ -22,6 +22,7 @@ from app.ai.domain import (
     IntArray,
     LeadColumns,
     Progress,
+    start_of_day,
 )
 from app.db.leads import fetch_all_chunks, fetch_columns
 from app.errors import TrainingError
@@ -235,8 +236,7 @@ def _as_of(options: TrainingOptions, leads: LeadColumns) -> FloatArray:
         _AS_OF if options.label else _start_column({name: one.kind for name, one in leads.columns.items()})
     )
     if start not in leads.columns:
-        # As the service would answer at that moment: of the start of the day.
-        return np.full(leads.n, options.known_until // _SECONDS_PER_DAY * _SECONDS_PER_DAY)
+        return np.full(leads.n, start_of_day(options.known_until))  # as the service would answer that day
     moments = leads.columns[start]
     if not moments.present.all():
         raise TrainingError(f"{start} is empty for some leads; every row needs the moment it is true for.")
